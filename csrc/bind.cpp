@@ -1,0 +1,204 @@
+// Operator schemas, argument checks and registration through PyTorch's stable ABI, and the empty
+// Python module whose import loads them.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+
+#include "ops.h"
+#include "params.h"
+#include "similarity.h"
+
+namespace tvmf {
+
+#ifdef TVMF_WITH_CUDA
+const char* cuda_archs();
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
+
+// std::invalid_argument is a ValueError in Python, std::out_of_range an IndexError.
+template <class... Args>
+[[noreturn]] void fail(const Args&... message) {
+  std::ostringstream text;
+  (text << ... << message);
+  throw std::invalid_argument(text.str());
+}
+
+// The message is built only if it is needed: a small head would feel it.
+#define TVMF_CHECK(ok, ...) \
+  if (!(ok)) fail(__VA_ARGS__)
+
+std::string shape(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << "]";
+  return text.str();
+}
+
+std::string device(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device());
+  return "another device";
+}
+
+void check_tensor(const char* name, const Tensor& tensor, const Tensor& input) {
+  const ScalarType dtype = tensor.scalar_type();
+  TVMF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                 dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+             name, " must be float16, bfloat16, float32 or float64, got ",
+             torch::headeronly::toString(dtype));
+  TVMF_CHECK(tensor.is_cpu() == input.is_cpu() && tensor.get_device() == input.get_device(), name,
+             " must be on the input's device, ", device(input), ", got ", device(tensor));
+}
+
+// An argument of one value per class, or of one for all where `or_one`.
+void check_per_class(const char* name, const OptionalTensor& tensor, const Tensor& input, int64_t C,
+                     bool or_one) {
+  if (!tensor) return;
+  check_tensor(name, *tensor, input);
+  const bool one = tensor->dim() == 0 || (tensor->dim() == 1 && tensor->size(0) == 1);
+  TVMF_CHECK((or_one && one) || (tensor->dim() == 1 && tensor->size(0) == C), name,
+             " must have shape ", or_one ? "[], [1] or " : "", "[C] = [", C, "], got ",
+             shape(*tensor));
+}
+
+Head checked(Tensor input, Tensor weight, Tensor target, OptionalTensor kappa, double kappa_value,
+             OptionalTensor scale, double scale_value, bool softplus_scale, OptionalTensor bias,
+             OptionalTensor prior, OptionalTensor class_weight, int64_t ignore_index) {
+  TVMF_CHECK(input.dim() == 2, "input must have shape [N, D], got ", shape(input));
+  TVMF_CHECK(weight.dim() == 2, "linear_weight must have shape [C, D], got ", shape(weight));
+  TVMF_CHECK(target.dim() == 1, "target must have shape [N], got ", shape(target));
+  check_tensor("input", input, input);
+  check_tensor("linear_weight", weight, input);
+  TVMF_CHECK(target.scalar_type() == ScalarType::Long, "target must be int64, got ",
+             torch::headeronly::toString(target.scalar_type()));
+  TVMF_CHECK(target.is_cpu() == input.is_cpu() && target.get_device() == input.get_device(),
+             "target must be on the input's device, ", device(input), ", got ", device(target));
+  TVMF_CHECK(input.size(1) == weight.size(1),
+             "input [N, D] and linear_weight [C, D] must agree in D, got ", shape(input), " and ",
+             shape(weight));
+  TVMF_CHECK(input.size(1) >= 1, "input must have at least one feature, got ", shape(input));
+  TVMF_CHECK(weight.size(0) >= 1, "linear_weight must have at least one class, got ",
+             shape(weight));
+  TVMF_CHECK(target.size(0) == input.size(0), "input [N, D] and target [N] must agree in N, got ",
+             shape(input), " and ", shape(target));
+  const int64_t C = weight.size(0);
+  check_per_class("kappa", kappa, input, C, true);
+  check_per_class("linear_bias", bias, input, C, false);
+  check_per_class("prior", prior, input, C, false);
+  check_per_class("weight", class_weight, input, C, false);
+  if (scale) {
+    check_tensor("scale", *scale, input);
+    TVMF_CHECK(scale->dim() == 0 || (scale->dim() == 1 && scale->size(0) == 1),
+               "scale must have shape [] or [1], got ", shape(*scale));
+  }
+  TVMF_CHECK(kappa || kappa_value > -0.5, "kappa must be > -1/2, got ", kappa_value);
+  TVMF_CHECK(scale || scale_value > 0, "scale must be > 0, got ", scale_value);
+  return {input,       weight,         target, kappa, kappa_value,  scale,
+          scale_value, softplus_scale, bias,   prior, class_weight, ignore_index};
+}
+
+#define TVMF_HEAD_SCHEMA                                                                 \
+  "Tensor input, Tensor weight, Tensor target, Tensor? kappa, float kappa_value, "       \
+  "Tensor? scale, float scale_value, bool softplus_scale, Tensor? bias, Tensor? prior, " \
+  "Tensor? class_weight, int ignore_index"
+#define TVMF_HEAD_PARAMS                                                                  \
+  Tensor input, Tensor weight, Tensor target, OptionalTensor kappa, double kappa_value,   \
+      OptionalTensor scale, double scale_value, bool softplus_scale, OptionalTensor bias, \
+      OptionalTensor prior, OptionalTensor class_weight, int64_t ignore_index
+#define TVMF_HEAD                                                                              \
+  checked(input, weight, target, kappa, kappa_value, scale, scale_value, softplus_scale, bias, \
+          prior, class_weight, ignore_index)
+
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Five in_order(const Gradients& out) {
+  return {out.input, out.weight, out.kappa, out.scale, out.bias};
+}
+
+Five row_statistics(TVMF_HEAD_PARAMS, bool with_sum, int64_t kept) {
+  const auto out = cpu_row_statistics(TVMF_HEAD, with_sum, kept);
+  return {out.lse, out.target, out.sum, out.rank, out.saved};
+}
+
+Five row_statistics_backward(OptionalTensor grad_lse, OptionalTensor grad_target,
+                             OptionalTensor grad_sum, TVMF_HEAD_PARAMS, int64_t kept, Tensor saved,
+                             int64_t wanted) {
+  return in_order(
+      cpu_row_statistics_backward(TVMF_HEAD, saved, kept, grad_lse, grad_target, grad_sum, wanted));
+}
+
+LossOptions checked_loss(double label_smoothing, int64_t reduction) {
+  TVMF_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
+             "label_smoothing must be in [0, 1], got ", label_smoothing);
+  return {label_smoothing, static_cast<Reduction>(reduction)};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy(TVMF_HEAD_PARAMS, double label_smoothing,
+                                         int64_t reduction, int64_t kept) {
+  const auto out = cpu_cross_entropy(TVMF_HEAD, checked_loss(label_smoothing, reduction), kept);
+  return {out.loss, out.saved};
+}
+
+Five cross_entropy_backward(Tensor grad_loss, TVMF_HEAD_PARAMS, double label_smoothing,
+                            int64_t reduction, int64_t kept, Tensor saved, int64_t wanted) {
+  return in_order(cpu_cross_entropy_backward(TVMF_HEAD, checked_loss(label_smoothing, reduction),
+                                             saved, kept, grad_loss, wanted));
+}
+
+std::string build_info() {
+  std::ostringstream text;
+  text << "cpu=" << cpu_capability() << ";cuda_archs=";
+#ifdef TVMF_WITH_CUDA
+  text << cuda_archs();
+#endif
+  text << ";stable_abi=" << (TORCH_TARGET_VERSION >> 56) << "."
+       << ((TORCH_TARGET_VERSION >> 48) & 0xff);
+  return text.str();
+}
+
+STABLE_TORCH_LIBRARY(tvmf_ext, m) {
+  m.def("row_statistics(" TVMF_HEAD_SCHEMA
+        ", bool with_sum, SymInt kept)"
+        " -> (Tensor lse, Tensor target_logit, Tensor sum, Tensor rank, Tensor saved)");
+  m.def(
+      "row_statistics_backward(Tensor? grad_lse, Tensor? grad_target, Tensor? "
+      "grad_sum, " TVMF_HEAD_SCHEMA
+      ", SymInt kept, Tensor saved, int wanted)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cross_entropy(" TVMF_HEAD_SCHEMA
+        ", float label_smoothing, int reduction, SymInt kept)"
+        " -> (Tensor loss, Tensor saved)");
+  m.def("cross_entropy_backward(Tensor grad_loss, " TVMF_HEAD_SCHEMA
+        ", float label_smoothing, int reduction, SymInt kept, Tensor saved, int wanted)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CPU, m) {
+  m.impl("row_statistics", TORCH_BOX(&row_statistics));
+  m.impl("row_statistics_backward", TORCH_BOX(&row_statistics_backward));
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+}
+
+}  // namespace
+}  // namespace tvmf
+
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

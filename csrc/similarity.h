@@ -1,0 +1,44 @@
+// t-vMF similarity (Kobayashi, CVPR 2021) and its derivatives, the only copy of the mathematics.
+//   phi(c) = (1 + c) / (1 + kappa (1 - c)) - 1 = (1 - u (1 + kappa)) / d,  u = 1 - c,  d = 1 +
+//   kappa u
+// V is float, double, or a SIMD vector of either.
+#pragma once
+
+#ifdef __CUDACC__
+#define TVMF_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define TVMF_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace tvmf {
+
+// F.normalize's eps: a row shorter than this is divided by it instead of by its norm.
+constexpr double kEps = 1e-12;
+
+// Rounding pushes the cosine of parallel vectors past 1; NaN passes through.
+template <class V>
+TVMF_HOST_DEVICE V clamp_cosine(V cosine) {
+  cosine = cosine > 1 ? V{} + 1 : cosine;
+  return cosine < -1 ? V{} - 1 : cosine;
+}
+
+template <class V>
+struct Similarity {
+  V phi, dphi_dcosine, dphi_dkappa;
+};
+
+template <class V>
+TVMF_HOST_DEVICE V similarity(V cosine, V kappa) {
+  const V u = 1 - cosine;
+  return (1 - u * (1 + kappa)) / (1 + kappa * u);
+}
+
+template <class V>
+TVMF_HOST_DEVICE Similarity<V> similarity_with_gradient(V cosine, V kappa) {
+  const V u = 1 - cosine;
+  const V inv_d = 1 / (1 + kappa * u);
+  return {(1 - u * (1 + kappa)) * inv_d, (1 + 2 * kappa) * inv_d * inv_d,
+          -(1 + cosine) * u * inv_d * inv_d};
+}
+
+}  // namespace tvmf

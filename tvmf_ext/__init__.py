@@ -1,0 +1,28 @@
+"""Fused t-vMF similarity classification head: normalise, cosine, t-vMF, softmax cross-entropy."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .functional import (
+    RowStatistics,
+    cross_entropy_from_statistics,
+    row_statistics,
+    tvmf_cross_entropy,
+    tvmf_logits,
+)
+from .info import build_info
+from .modules import TvMFLoss
+
+try:
+    __version__ = version("tvmf_ext")
+except PackageNotFoundError:  # imported from a checkout that was built by hand
+    __version__ = "0+unknown"
+
+__all__ = [
+    "RowStatistics",
+    "TvMFLoss",
+    "build_info",
+    "cross_entropy_from_statistics",
+    "row_statistics",
+    "tvmf_cross_entropy",
+    "tvmf_logits",
+]

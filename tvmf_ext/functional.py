@@ -1,0 +1,218 @@
+"""Functions of the t-vMF head: row statistics, and the losses put together from them."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import ops
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+# Products that the forward pass keeps for the backward pass, in bytes; with the working tiles the
+# extra memory stays under 64 MB whatever C is. Below this many features a product is recomputed
+# faster than it is written and read.
+_KEEP_BYTES = 40 * 1024 * 1024
+_KEEP_MIN_FEATURES = 128
+
+
+class RowStatistics(NamedTuple):
+    """Per-row statistics of the logits `z`, each `[N]`; every softmax loss is a function of them.
+
+    `lse`, `target` and `sum` are float32 (float64 for float64 features) and differentiable.
+    """
+
+    lse: torch.Tensor
+    """`log sum_c exp z_nc`"""
+    target: torch.Tensor
+    """`z_{n, y_n}`; 0 for an ignored row"""
+    sum: torch.Tensor
+    """`sum_c weight_c z_nc`"""
+    rank: torch.Tensor
+    """int64: classes that score above the target's `phi + bias`; -1 for an ignored row. A row is
+    an error at k where `rank >= k`."""
+
+
+class SoftplusScale(NamedTuple):
+    """A scale `softplus(s) + 1` that the kernels compute and differentiate: as a tensor it would
+    cost a small head as much as all the rest of its backward pass."""
+
+    s: torch.Tensor
+
+
+def _kept(input, linear_weight, *others):
+    """Classes, in steps of 16, whose products the forward pass keeps; 0 without a backward."""
+    if not torch.is_grad_enabled() or input.dim() != 2 or linear_weight.dim() != 2:
+        return 0
+    if input.shape[1] < _KEEP_MIN_FEATURES:
+        return 0
+    if not (input.requires_grad or linear_weight.requires_grad
+            or any(t is not None and t.requires_grad for t in others)):  # fmt: skip
+        return 0
+    itemsize = 8 if input.dtype == torch.float64 else 4
+    budget = _KEEP_BYTES // (itemsize * 16) // max(input.shape[0], 1)
+    return 16 * min((linear_weight.shape[0] + 15) // 16, budget)
+
+
+def _head(input, linear_weight, target, kappa, scale, linear_bias, prior, weight, ignore_index):
+    """The operators' common arguments, and the number of classes to keep."""
+    if input.dtype == torch.float32 and torch.is_autocast_enabled(input.device.type):
+        input = input.to(torch.get_autocast_dtype(input.device.type))
+    kappa_tensor = kappa if isinstance(kappa, torch.Tensor) else None
+    softplus_scale = isinstance(scale, SoftplusScale)
+    if softplus_scale:
+        scale = scale.s
+    scale_tensor = scale if isinstance(scale, torch.Tensor) else None
+    for name, constant in (("weight", weight), ("prior", prior)):
+        if constant is not None and constant.requires_grad:
+            raise ValueError(f"{name} must not require grad: the head has no gradient for it")
+    head = (
+        input,
+        linear_weight,
+        target,
+        kappa_tensor,
+        0.0 if kappa_tensor is not None else float(kappa),
+        scale_tensor,
+        1.0 if scale_tensor is not None else float(scale),
+        softplus_scale,
+        linear_bias,
+        prior,
+        weight,
+        ignore_index,
+    )
+    return head, _kept(input, linear_weight, kappa_tensor, scale_tensor, linear_bias)
+
+
+def row_statistics(
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    kappa: float | torch.Tensor = 16.0,
+    scale: float | torch.Tensor | SoftplusScale = 1.0,
+    linear_bias: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    prior: torch.Tensor | None = None,
+) -> RowStatistics:
+    """Row statistics of the logits `z_nc = scale (phi(x_n, w_c; kappa_c) + bias_c) + prior_c`.
+
+    Arguments are those of `tvmf_cross_entropy`; no `[N, C]` tensor is made. Build a loss from the
+    result with `cross_entropy_from_statistics` or a few lines of PyTorch, for example with a z-loss
+    `1e-4 * (stats.lse ** 2).mean()`; statistics of class shards combine by all-reduce.
+    """
+    head, kept = _head(
+        input, linear_weight, target, kappa, scale, linear_bias, prior, weight, ignore_index
+    )
+    return RowStatistics(*ops.row_statistics(*head, True, kept)[:4])
+
+
+def tvmf_cross_entropy(
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    kappa: float | torch.Tensor = 16.0,
+    scale: float | torch.Tensor | SoftplusScale = 1.0,
+    linear_bias: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    prior: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax cross-entropy over t-vMF similarities (Kobayashi, CVPR 2021), without the logits.
+
+    With the cosine `c` of feature and class weight, `phi = (1 + c) / (1 + kappa (1 - c)) - 1`, the
+    logit is `scale (phi + bias) + prior`, and the rest is `torch.nn.functional.cross_entropy`.
+
+    Args:
+        input: features `[N, D]`, float16, bfloat16, float32 or float64, any strides.
+        linear_weight: class weights `[C, D]`; its dtype may differ from the input's.
+        target: class indices `[N]`, int64.
+        kappa: concentration, > -1/2: a float, or a tensor `[]`, `[1]` or `[C]`. 0 is the cosine
+            head.
+        scale: > 0, a float or a tensor `[]` or `[1]`, or `SoftplusScale` of such a tensor.
+        linear_bias: `[C]`, added to the similarity, inside the scale.
+        weight: class weights of the loss, `[C]`; constant.
+        ignore_index: rows with this target count for nothing.
+        reduction: `"mean"` (over the weights of the rows that count), `"sum"` or `"none"`.
+        label_smoothing: in [0, 1].
+        prior: `[C]`, added to the logit, outside the scale: log class frequencies give logit
+            adjustment (Menon et al., ICLR 2021) or balanced softmax; constant.
+
+    Returns:
+        The loss, `[]` or for `"none"` `[N]`, in float32 (float64 for float64 features). Gradients
+        reach input, linear_weight, kappa, scale and linear_bias, each in its own dtype.
+        Under autocast float32 features are rounded to its dtype, as for `torch.nn.Linear`.
+
+    Raises:
+        ValueError: a shape, dtype, device or value other than the above.
+        IndexError: a target outside [0, C) that is not ignore_index.
+        NotImplementedError: a tensor on a device without kernels.
+    """
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    head, kept = _head(
+        input, linear_weight, target, kappa, scale, linear_bias, prior, weight, ignore_index
+    )
+    return ops.cross_entropy(*head, float(label_smoothing), _REDUCTIONS[reduction], kept)[0]
+
+
+def cross_entropy_from_statistics(
+    statistics: RowStatistics,
+    target: torch.Tensor,
+    *,
+    num_classes: int,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """`tvmf_cross_entropy` from row statistics that are there already, `[]` or `[N]`.
+
+    `weight` and `ignore_index` must be those that the statistics were made with.
+    """
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    lse, target_logit, total, _ = statistics
+    valid = target != ignore_index
+    row_weight = valid.to(lse.dtype)
+    total_weight = num_classes
+    if weight is not None:
+        row_weight = row_weight * weight.to(lse.dtype)[torch.where(valid, target, 0)]
+        total_weight = weight.sum().to(lse.dtype)
+    loss = (1 - label_smoothing) * row_weight * (lse - target_logit)
+    if label_smoothing > 0:
+        smooth = lse * total_weight - total
+        loss = loss + label_smoothing / num_classes * torch.where(valid, smooth, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() / row_weight.sum() if reduction == "mean" else loss.sum()
+
+
+def tvmf_logits(
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    *,
+    kappa: float | torch.Tensor = 16.0,
+    scale: float | torch.Tensor = 1.0,
+    linear_bias: torch.Tensor | None = None,
+    prior: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The logits `[N, C]` themselves, for inference, in float32 (float64 for float64 features).
+
+    Arguments as in `tvmf_cross_entropy`. Made of PyTorch's operators, with their gradients; the
+    cosine is never rounded below float32, where `kappa` would multiply its error.
+    """
+    dtype = ops.compute_dtype(input.dtype)
+    with torch.autocast(input.device.type, enabled=False):
+        cosine = F.linear(
+            F.normalize(input.to(dtype), dim=1), F.normalize(linear_weight.to(dtype), dim=1)
+        ).clamp(-1, 1)
+        gap = 1 - cosine
+        score = (1 - gap * (1 + kappa)) / (1 + kappa * gap)
+        if linear_bias is not None:
+            score = score + linear_bias
+        logits = scale * score
+        return logits if prior is None else logits + prior

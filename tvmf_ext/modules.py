@@ -1,0 +1,168 @@
+"""The classification head as a module."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .functional import (
+    RowStatistics,
+    SoftplusScale,
+    cross_entropy_from_statistics,
+    row_statistics,
+    tvmf_cross_entropy,
+    tvmf_logits,
+)
+
+
+class TvMFLoss(nn.Module):
+    """t-vMF head: class weights, learnable scale and softmax cross-entropy in one module.
+
+    Replaces `nn.Linear(in_features, num_classes)` and `nn.CrossEntropyLoss()` (Kobayashi, "t-vMF
+    Similarity for Regularizing In-Class Feature Distribution", CVPR 2021). Parameters and buffers
+    are those of the paper's code, so that its checkpoints load: `weight [C, D]`, `s_ [1]` with
+    scale `softplus(s_) + 1`, the buffer `kappa [1]` (or `[C]`), and `bias [C]` where asked for.
+
+    Args:
+        in_features: D.
+        num_classes: C.
+        kappa: concentration, > -1/2; a float or a tensor `[C]`. 0 is the cosine head.
+        bias: learn a bias per class, added to the similarity.
+        weight: class weights of the loss, `[C]`, as in `nn.CrossEntropyLoss`.
+        prior: log class frequencies `[C]`, added to the logits (logit adjustment).
+        ignore_index, reduction, label_smoothing: as in `nn.CrossEntropyLoss`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        kappa: float | torch.Tensor = 16.0,
+        bias: bool = False,
+        *,
+        weight: torch.Tensor | None = None,
+        prior: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if in_features < 1 or num_classes < 1:
+            raise ValueError(
+                f"in_features and num_classes must be at least 1, got {in_features}, {num_classes}"
+            )
+        if reduction not in ("none", "mean", "sum"):
+            raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+        options = {"device": device, "dtype": dtype}
+        kappa = torch.as_tensor(kappa, **options).reshape(-1)
+        if kappa.numel() not in (1, num_classes):
+            raise ValueError(f"kappa must have 1 or C = {num_classes} values, got {kappa.numel()}")
+        if not (kappa > -0.5).all():
+            raise ValueError(f"kappa must be > -1/2, got {kappa.min().item()}")
+        for name, values in (("weight", weight), ("prior", prior)):
+            if values is not None and values.shape != (num_classes,):
+                raise ValueError(
+                    f"{name} must have shape [C] = [{num_classes}], got {list(values.shape)}"
+                )
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features, **options))
+        self.s_ = nn.Parameter(torch.zeros(1, **options))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(num_classes, **options))
+        else:
+            self.register_parameter("bias", None)
+        self.register_buffer("kappa", kappa)
+        # Not part of the state: they belong to the data, and a checkpoint of the paper has neither.
+        self.register_buffer("class_weight", weight, persistent=False)
+        self.register_buffer("prior", prior, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """`nn.Linear`'s initialisation, and scale `softplus(0) + 1`."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.s_)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """The factor of the similarity in the logit, `softplus(s_) + 1`, `[1]`."""
+        return F.softplus(self.s_) + 1
+
+    def _head(self, scale):
+        return {
+            "kappa": self.kappa,
+            "scale": scale,
+            "linear_bias": self.bias,
+            "prior": self.prior,
+        }
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of features `[N, D]` and labels `[N]`; see `tvmf_cross_entropy`."""
+        return tvmf_cross_entropy(
+            input,
+            self.weight,
+            target,
+            weight=self.class_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            **self._head(SoftplusScale(self.s_)),
+        )
+
+    def logits(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, C]` for inference; `softmax` of them are the class probabilities."""
+        return tvmf_logits(input, self.weight, **self._head(self.scale))
+
+    def row_statistics(self, input: torch.Tensor, target: torch.Tensor) -> RowStatistics:
+        """`lse, target, sum, rank` of each row: the loss's parts, and the training error free."""
+        return row_statistics(
+            input,
+            self.weight,
+            target,
+            weight=self.class_weight,
+            ignore_index=self.ignore_index,
+            **self._head(SoftplusScale(self.s_)),
+        )
+
+    def loss(self, statistics: RowStatistics, target: torch.Tensor) -> torch.Tensor:
+        """What `forward` returns, from statistics that are there already."""
+        return cross_entropy_from_statistics(
+            statistics,
+            target,
+            num_classes=self.num_classes,
+            weight=self.class_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # The paper's cosine head stores no kappa: it is this head at kappa 0.
+        if prefix + "weight" in state_dict and not self.kappa.any():
+            state_dict.setdefault(prefix + "kappa", self.kappa.detach().clone())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        kappa = f"{self.kappa.item():g}" if self.kappa.numel() == 1 else f"[{self.num_classes}]"
+        text = f"in_features={self.in_features}, num_classes={self.num_classes}, kappa={kappa}"
+        if self.bias is not None:
+            text += ", bias=True"
+        defaults = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)!r}"
+        for name in ("class_weight", "prior"):
+            if getattr(self, name) is not None:
+                text += f", {name}=[{self.num_classes}]"
+        return text

@@ -1,0 +1,189 @@
+"""The operators: loads the library, and gives them fake implementations and gradients.
+
+`torch.ops.tvmf_ext.row_statistics` and `torch.ops.tvmf_ext.cross_entropy` are what
+`tvmf_ext.functional` calls; csrc/bind.cpp holds their schemas and checks their arguments.
+"""
+
+import os
+
+import torch
+
+try:
+    from . import _C  # noqa: F401  (its import registers the operators)
+except ImportError as error:
+    raise ImportError(
+        f"tvmf_ext: the compiled library cannot be loaded ({error}). Build it with `pip install .` "
+        "in a checkout of tvmf_ext (in a checkout that you import from: `pip install -e .`), with "
+        f"torch >= 2.11; this is torch {torch.__version__} in {os.path.dirname(torch.__file__)}."
+    ) from error
+
+_row_statistics = torch.ops.tvmf_ext.row_statistics.default
+_row_statistics_backward = torch.ops.tvmf_ext.row_statistics_backward.default
+_cross_entropy = torch.ops.tvmf_ext.cross_entropy.default
+_cross_entropy_backward = torch.ops.tvmf_ext.cross_entropy_backward.default
+
+# The head's arguments come first in every operator, in this order:
+#   input, weight, target, kappa, kappa_value, scale, scale_value, softplus_scale, bias, prior,
+#   class_weight, ignore_index
+# then the operator's own: with_sum, kept or label_smoothing, reduction, kept.
+_HEAD = 12
+_DIFFERENTIABLE = ((0, 1), (1, 2), (3, 4), (5, 8), (8, 16))  # position, bit of `wanted`
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, losses and accumulations for features of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _no_kernel(input):
+    raise NotImplementedError(
+        f"tvmf_ext has CPU kernels only as yet, got an input on {input.device}. Move the head's "
+        "tensors to the CPU, or use the eager functions of tvmf_ext.reference."
+    )
+
+
+def _cuda_not_implemented(*args):
+    _no_kernel(next(a for a in args if isinstance(a, torch.Tensor) and a.is_cuda))
+
+
+for _name in ("row_statistics", "cross_entropy"):
+    torch.library.register_kernel(f"tvmf_ext::{_name}", "cuda")(_cuda_not_implemented)
+
+
+def _fake_saved(input, weight, kept):
+    """The size is csrc/ops.h's SavedLayout."""
+    N, C = input.shape[0], weight.shape[0]
+    size = (2 * N + C + 15) // 16 * 16 + N * kept
+    return input.new_empty(size, dtype=compute_dtype(input.dtype))
+
+
+@torch.library.register_fake("tvmf_ext::row_statistics")
+def _(input, weight, target, *args):
+    if input.device.type == "cuda":
+        _no_kernel(input)
+    with_sum, kept = args[-2:]
+    N, dtype = input.shape[0], compute_dtype(input.dtype)
+    lse, target_logit = (input.new_empty(N, dtype=dtype) for _ in range(2))
+    total = input.new_empty(N if with_sum else 0, dtype=dtype)
+    rank = input.new_empty(N, dtype=torch.int64)
+    return lse, target_logit, total, rank, _fake_saved(input, weight, kept)
+
+
+@torch.library.register_fake("tvmf_ext::cross_entropy")
+def _(input, weight, target, *args):
+    if input.device.type == "cuda":
+        _no_kernel(input)
+    _, reduction, kept = args[-3:]
+    shape = (input.shape[0],) if reduction == 0 else ()
+    loss = input.new_empty(shape, dtype=compute_dtype(input.dtype))
+    return loss, _fake_saved(input, weight, kept)
+
+
+def _fake_gradients(head, wanted):
+    return tuple(
+        torch.empty_like(head[position], memory_format=torch.contiguous_format)
+        if wanted & bit
+        else head[0].new_empty(0)
+        for position, bit in _DIFFERENTIABLE
+    )
+
+
+@torch.library.register_fake("tvmf_ext::row_statistics_backward")
+def _(grad_lse, grad_target, grad_sum, *args):
+    return _fake_gradients(args[:_HEAD], args[-1])
+
+
+@torch.library.register_fake("tvmf_ext::cross_entropy_backward")
+def _(grad_loss, *args):
+    return _fake_gradients(args[:_HEAD], args[-1])
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A backward operator under `create_graph=True`: its own gradient is an error."""
+
+    @staticmethod
+    def forward(ctx, operator, *args):
+        return operator(*args)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "tvmf_ext: the t-vMF head is differentiable once; for second derivatives use the eager "
+            "functions of tvmf_ext.reference"
+        )
+
+
+def _call_once(operator, *args):
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _OnceDifferentiable.apply(operator, *args)
+    return operator(*args)
+
+
+class _Function(torch.autograd.Function):
+    """One operator and its gradient. Not `torch.library.register_autograd`, whose way through the
+    dispatcher takes longer than the whole of a small head."""
+
+    @staticmethod
+    def backward_arguments(ctx):
+        """The head's arguments as the forward operator had them, `saved`, and `wanted`."""
+        input, weight, target, kappa, scale, bias, prior, class_weight, saved = ctx.saved_tensors
+        kappa_value, scale_value, softplus_scale, ignore_index = ctx.constants
+        needs = ctx.needs_input_grad
+        wanted = needs[0] + 2 * needs[1] + 4 * needs[3] + 8 * needs[5] + 16 * needs[8]
+        head = (input, weight, target, kappa, kappa_value, scale, scale_value, softplus_scale,
+                bias, prior, class_weight, ignore_index)  # fmt: skip
+        return head, saved, wanted
+
+    @staticmethod
+    def save(ctx, head, saved):
+        (input, weight, target, kappa, kappa_value, scale, scale_value, softplus_scale,
+         bias, prior, class_weight, ignore_index) = head  # fmt: skip
+        ctx.constants = (kappa_value, scale_value, softplus_scale, ignore_index)
+        ctx.save_for_backward(input, weight, target, kappa, scale, bias, prior, class_weight, saved)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def input_gradients(gradients, wanted):
+        """Gradients in the order of the head's arguments."""
+        input, weight, kappa, scale, bias = (
+            gradient if wanted & 1 << bit else None for bit, gradient in enumerate(gradients)
+        )
+        return input, weight, None, kappa, None, scale, None, None, bias, None, None, None
+
+
+class _RowStatistics(_Function):
+    @staticmethod
+    def forward(ctx, *args):
+        output = _row_statistics(*args)
+        ctx.kept = args[-1]
+        _Function.save(ctx, args[:_HEAD], output[-1])
+        ctx.mark_non_differentiable(output[-2])
+        return output[:-1]
+
+    @staticmethod
+    def backward(ctx, grad_lse, grad_target, grad_sum, *_):
+        head, saved, wanted = _Function.backward_arguments(ctx)
+        grads = (grad_lse, grad_target, grad_sum)
+        args = (*grads, *head, ctx.kept, saved, wanted)
+        gradients = _call_once(_row_statistics_backward, *args)
+        return *_Function.input_gradients(gradients, wanted), None, None
+
+
+class _CrossEntropy(_Function):
+    @staticmethod
+    def forward(ctx, *args):
+        loss, saved = _cross_entropy(*args)
+        ctx.options = args[_HEAD:]
+        _Function.save(ctx, args[:_HEAD], saved)
+        return (loss,)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        head, saved, wanted = _Function.backward_arguments(ctx)
+        args = (grad_loss, *head, *ctx.options, saved, wanted)
+        gradients = _call_once(_cross_entropy_backward, *args)
+        return *_Function.input_gradients(gradients, wanted), None, None, None
+
+
+row_statistics = _RowStatistics.apply
+cross_entropy = _CrossEntropy.apply
