@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
@@ -49,12 +50,28 @@ std::string device(const Tensor& tensor) {
   return "another device";
 }
 
+// As Python spells it.
+const char* dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    default: return torch::headeronly::toString(tensor.scalar_type());
+  }
+}
+
 void check_tensor(const char* name, const Tensor& tensor, const Tensor& input) {
-  const ScalarType dtype = tensor.scalar_type();
-  TVMF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                 dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-             name, " must be float16, bfloat16, float32 or float64, got ",
-             torch::headeronly::toString(dtype));
+  const ScalarType type = tensor.scalar_type();
+  TVMF_CHECK(type == ScalarType::Float || type == ScalarType::Double ||
+                 type == ScalarType::BFloat16 || type == ScalarType::Half,
+             name, " must be float16, bfloat16, float32 or float64, got ", dtype(tensor));
   TVMF_CHECK(tensor.is_cpu() == input.is_cpu() && tensor.get_device() == input.get_device(), name,
              " must be on the input's device, ", device(input), ", got ", device(tensor));
 }
@@ -78,8 +95,7 @@ Head checked(Tensor input, Tensor weight, Tensor target, OptionalTensor kappa, d
   TVMF_CHECK(target.dim() == 1, "target must have shape [N], got ", shape(target));
   check_tensor("input", input, input);
   check_tensor("linear_weight", weight, input);
-  TVMF_CHECK(target.scalar_type() == ScalarType::Long, "target must be int64, got ",
-             torch::headeronly::toString(target.scalar_type()));
+  TVMF_CHECK(target.scalar_type() == ScalarType::Long, "target must be int64, got ", dtype(target));
   TVMF_CHECK(target.is_cpu() == input.is_cpu() && target.get_device() == input.get_device(),
              "target must be on the input's device, ", device(input), ", got ", device(target));
   TVMF_CHECK(input.size(1) == weight.size(1),
@@ -100,8 +116,10 @@ Head checked(Tensor input, Tensor weight, Tensor target, OptionalTensor kappa, d
     TVMF_CHECK(scale->dim() == 0 || (scale->dim() == 1 && scale->size(0) == 1),
                "scale must have shape [] or [1], got ", shape(*scale));
   }
-  TVMF_CHECK(kappa || kappa_value > -0.5, "kappa must be > -1/2, got ", kappa_value);
-  TVMF_CHECK(scale || scale_value > 0, "scale must be > 0, got ", scale_value);
+  TVMF_CHECK(kappa || (kappa_value > -0.5 && std::isfinite(kappa_value)),
+             "kappa must be finite and > -1/2, got ", kappa_value);
+  TVMF_CHECK(scale || (scale_value > 0 && std::isfinite(scale_value)),
+             "scale must be finite and > 0, got ", scale_value);
   return {input,       weight,         target, kappa, kappa_value,  scale,
           scale_value, softplus_scale, bias,   prior, class_weight, ignore_index};
 }

@@ -56,7 +56,11 @@ def _kept(input, linear_weight, *others):
 
 def _head(input, linear_weight, target, kappa, scale, linear_bias, prior, weight, ignore_index):
     """The operators' common arguments, and the number of classes to keep."""
-    if input.dtype == torch.float32 and torch.is_autocast_enabled(input.device.type):
+    if (
+        input.dtype == torch.float32
+        and (input.is_cpu or input.is_cuda)  # other devices may not know of autocast
+        and torch.is_autocast_enabled(input.device.type)
+    ):
         input = input.to(torch.get_autocast_dtype(input.device.type))
     kappa_tensor = kappa if isinstance(kappa, torch.Tensor) else None
     softplus_scale = isinstance(scale, SoftplusScale)

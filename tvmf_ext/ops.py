@@ -50,6 +50,16 @@ for _name in ("row_statistics", "cross_entropy"):
     torch.library.register_kernel(f"tvmf_ext::{_name}", "cuda")(_cuda_not_implemented)
 
 
+def _check_device(input, *others):
+    if input.is_cuda:
+        _no_kernel(input)
+    for other in others:
+        if other.device != input.device:
+            raise ValueError(
+                f"all tensors must be on the input's device, {input.device}, got {other.device}"
+            )
+
+
 def _fake_saved(input, weight, kept):
     """The size is csrc/ops.h's SavedLayout."""
     N, C = input.shape[0], weight.shape[0]
@@ -59,8 +69,7 @@ def _fake_saved(input, weight, kept):
 
 @torch.library.register_fake("tvmf_ext::row_statistics")
 def _(input, weight, target, *args):
-    if input.device.type == "cuda":
-        _no_kernel(input)
+    _check_device(input, weight, target)
     with_sum, kept = args[-2:]
     N, dtype = input.shape[0], compute_dtype(input.dtype)
     lse, target_logit = (input.new_empty(N, dtype=dtype) for _ in range(2))
@@ -71,8 +80,7 @@ def _(input, weight, target, *args):
 
 @torch.library.register_fake("tvmf_ext::cross_entropy")
 def _(input, weight, target, *args):
-    if input.device.type == "cuda":
-        _no_kernel(input)
+    _check_device(input, weight, target)
     _, reduction, kept = args[-3:]
     shape = (input.shape[0],) if reduction == 0 else ()
     loss = input.new_empty(shape, dtype=compute_dtype(input.dtype))
