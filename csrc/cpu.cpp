@@ -79,7 +79,7 @@ Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   std::array<int64_t, 2> strides{1, 1};
   if (sizes.size() == 2) strides[0] = std::max<int64_t>(sizes[1], 1);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle));
@@ -105,6 +105,14 @@ Tensor populated(const Tensor& tensor) {
     });
 #endif
   return tensor;
+}
+
+// Operators that torch/csrc/stable/ops.h of torch 2.11 does not wrap; all return one tensor.
+template <class... Args>
+Tensor call_dispatcher(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Tensor to_dtype(const Tensor& tensor, ScalarType dtype) {
@@ -141,12 +149,7 @@ void matmul(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b) {
       }
     return;
   }
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a.tensor()),
-                                    torch::stable::detail::from(b.tensor()),
-                                    torch::stable::detail::from(out.tensor())};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference and drops it
+  call_dispatcher("aten::mm", "out", a.tensor(), b.tensor(), out.tensor());
 }
 
 // The rows of a tensor in the compute dtype with unit column stride: a view where it already is
@@ -392,7 +395,8 @@ void target_scores(const Problem<T>& problem, const Matrix<T>& x, Rows<T>& weigh
       const Tensor index = torch::stable::from_blob(
           row.data() + begin, sizes, strides,
           torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Long);
-      gathered = to_dtype(torch::stable::index_select(head.weight, 0, index), kDtype<T>);
+      gathered = to_dtype(call_dispatcher("aten::index_select", "", head.weight, int64_t(0), index),
+                          kDtype<T>);
       w = {data<T>(gathered), count, D, D};
       for (int64_t i = 0; i < count; ++i) row[begin + i] = i;
     }
