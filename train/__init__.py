@@ -1,0 +1,1 @@
+"""The training driver: `python -m train` from the root of a checkout."""
