@@ -64,15 +64,18 @@ struct Simd {
     return v;
   }
 
+  // 1 / k!
+  static constexpr T taylor(int k) { return k == 0 ? T(1) : taylor(k - 1) / k; }
+
   // exp(x) for x <= 88: x = n ln 2 + r, then Taylor's series of exp(r) on |r| <= ln(2)/2.
   static inline Vec exp(Vec x) {
     using L = Lanes<T>;
-    constexpr T kRound =
-        T(3) * (int64_t(1) << (L::kMantissa - 1));  // adding it rounds to an integer
+    // Adding it rounds to an integer.
+    constexpr T kRound = T(3) * (int64_t(1) << (L::kMantissa - 1));
     const Vec n = (x * T(1.4426950408889634) + kRound) - kRound;
     const Vec r = (x - n * L::kLn2High) - n * L::kLn2Low;
-    Vec series = r * (T(1) / L::kExpTerms) + T(1);
-    for (int k = L::kExpTerms - 1; k >= 1; --k) series = series * (r * (T(1) / k)) + T(1);
+    Vec series = Vec{} + taylor(L::kExpTerms);
+    for (int k = L::kExpTerms - 1; k >= 0; --k) series = series * r + taylor(k);
     const Int exponent = (__builtin_convertvector(n, Int) + L::kExponentBias) << L::kMantissa;
     return x < L::kExpMin ? Vec{} : series * std::bit_cast<Vec>(exponent);
   }
