@@ -1,0 +1,19 @@
+"""Fixtures that the tests share; the problems, the oracle and the error rule are in problem.py."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# `--hypothesis-profile=explore` looks further than the same examples every time.
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fixed", max_examples=60, derandomize=True, database=None, **_common)
+settings.register_profile("explore", max_examples=2000, **_common)
+settings.load_profile("fixed")
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the test's end puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,261 @@
+"""Seeded problems, their float64 oracle, and the error rule: a fused result may be twice as far
+from the oracle as eager PyTorch in the same compute dtype, plus a few roundings."""
+
+import torch
+import torch.nn.functional as F
+
+import tvmf_ext
+from tvmf_ext import reference
+from tvmf_ext.functional import SoftplusScale
+
+DIFFERENTIABLE = ("input", "linear_weight", "kappa", "scale", "linear_bias")
+LOGITS = ("input", "linear_weight", "kappa", "scale", "linear_bias", "prior")
+# What a result may be off where eager PyTorch happens to be exact: a few roundings.
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
+
+
+def compute_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def make_problem(
+    N,
+    C,
+    D,
+    *,
+    dtype=torch.float32,
+    weight_dtype=None,
+    kappa=16.0,
+    scale=8.0,
+    bias=False,
+    prior=False,
+    class_weight=False,
+    ignored=0.0,
+    seed=0,
+    **options,
+):
+    """Arguments of `tvmf_cross_entropy`; `kappa` and `scale` may name the shape of a tensor.
+
+    Some features lie near their class, as in training, so that probabilities of all sizes occur.
+    """
+    g = torch.Generator().manual_seed(seed)
+    weight_dtype = weight_dtype or dtype
+    target = torch.randint(C, (N,), generator=g)
+    weight = torch.randn(C, D, generator=g)
+    input = torch.randn(N, D, generator=g) + 2 * torch.rand(N, 1, generator=g) * weight[target]
+    target[torch.rand(N, generator=g) < ignored] = options.get("ignore_index", -100)
+    shapes = {"[]": (), "[1]": (1,), "[C]": (C,)}
+    if kappa in shapes:
+        kappa = torch.rand(shapes[kappa], generator=g).mul(20).to(weight_dtype)
+    if scale in shapes:
+        scale = torch.rand(shapes[scale], generator=g).mul(8).add(4).to(weight_dtype)
+    elif scale == "softplus":
+        scale = SoftplusScale(torch.randn(1, generator=g).to(weight_dtype))
+    problem = {
+        "input": input.to(dtype),
+        "linear_weight": weight.to(weight_dtype),
+        "target": target,
+        "kappa": kappa,
+        "scale": scale,
+        **options,
+    }
+    if bias:
+        problem["linear_bias"] = torch.randn(C, generator=g).mul(0.3).to(weight_dtype)
+    if prior:
+        problem["prior"] = torch.rand(C, generator=g).add(0.01).log().to(weight_dtype)
+    if class_weight:
+        problem["weight"] = torch.rand(C, generator=g).add(0.1).to(weight_dtype)
+    return problem
+
+
+def statistics_arguments(problem):
+    """The arguments that `row_statistics` has of those of `tvmf_cross_entropy`."""
+    return {k: v for k, v in problem.items() if k not in ("reduction", "label_smoothing")}
+
+
+def to_dtype(problem, dtype):
+    """The same values with every floating-point tensor in another dtype."""
+
+    def convert(value):
+        if isinstance(value, SoftplusScale):
+            return SoftplusScale(value.s.to(dtype))
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
+
+    return {name: convert(value) for name, value in problem.items()}
+
+
+def leaves_of(problem):
+    """The problem on fresh leaves, of the same memory and strides, and those leaves by name."""
+    problem, leaves = dict(problem), {}
+    for name in DIFFERENTIABLE:
+        value = problem.get(name)
+        softplus = isinstance(value, SoftplusScale)
+        value = value.s if softplus else value
+        if isinstance(value, torch.Tensor):
+            leaf = leaves[name] = value.detach().requires_grad_()
+            problem[name] = SoftplusScale(leaf) if softplus else leaf
+    return problem, leaves
+
+
+def differentiable(result):
+    """A loss, or lse, target and sum of row statistics, by name."""
+    if isinstance(result, torch.Tensor):
+        return {"loss": result}
+    return dict(zip(("lse", "target", "sum"), result, strict=False))
+
+
+def upstream_of(outputs, seed=1):
+    """A gradient for each output, no two elements alike; None in its place leaves an output out."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in outputs.values()]
+
+
+def gradients_of(outputs, upstream, tensors):
+    pairs = [
+        (t, g.to(t.dtype)) for t, g in zip(outputs.values(), upstream, strict=True) if g is not None
+    ]
+    return torch.autograd.grad([t for t, _ in pairs], tensors, [g for _, g in pairs])
+
+
+def evaluate(function, problem, upstream=None):
+    """Outputs and the leaves' gradients, by name."""
+    problem, leaves = leaves_of(problem)
+    outputs = differentiable(function(**problem))
+    upstream = upstream_of(outputs) if upstream is None else upstream
+    gradients = gradients_of(outputs, upstream, list(leaves.values()))
+    return {name: t.detach() for name, t in outputs.items()}, dict(
+        zip(leaves, gradients, strict=True)
+    )
+
+
+def eager(function):
+    """The function of `tvmf_ext.reference` that one of `tvmf_ext` is compared to."""
+    plain = getattr(reference, function.__name__)
+
+    def call(**problem):
+        if isinstance(problem["scale"], SoftplusScale):
+            problem["scale"] = F.softplus(problem["scale"].s) + 1
+        return plain(**problem)
+
+    return call
+
+
+def oracle(function, problem, upstream=None):
+    """`evaluate` in float64, and the sizes of what is summed to make each result.
+
+    A sum is no better than its terms, so the size is their norm: for input and weight by row; for
+    kappa as if the cosines were 0, since `1 - c^2` cancels; for a loss that of the rows' lse.
+    """
+    problem, leaves = leaves_of(to_dtype(problem, torch.float64))
+    x, w, target = problem["input"], problem["linear_weight"], problem["target"]
+    # One kappa, scale and bias per logit, which have the terms as their gradients.
+    spread, terms = dict(problem), {}
+    for name in ("kappa", "scale", "linear_bias"):
+        value = leaves.get(name, torch.zeros(1).double().requires_grad_())
+        if name in leaves or name == "linear_bias":
+            terms[name] = value.expand(len(x), len(w))
+            softplus = isinstance(problem.get(name), SoftplusScale)
+            spread[name] = SoftplusScale(terms[name]) if softplus else terms[name]
+    outputs = differentiable(eager(function)(**spread))
+    upstream = upstream_of(outputs) if upstream is None else upstream
+    gradients = gradients_of(outputs, upstream, [*leaves.values(), *terms.values()])
+    exact = dict(zip(leaves, gradients, strict=False))
+    terms = dict(zip(terms, gradients[len(leaves) :], strict=True))
+
+    with torch.no_grad():
+        kappa, unit_x, unit_w = problem["kappa"], F.normalize(x), F.normalize(w)
+        d = 1 + kappa * (1 - unit_x @ unit_w.T)
+        dphi = terms["linear_bias"]  # the bias is added to phi
+        t = dphi * (1 + 2 * kappa) / d**2
+        size = {
+            "input": (t @ unit_w).norm(dim=1).maximum(t.norm(dim=1)),
+            "linear_weight": (t.T @ unit_x).norm(dim=1).maximum(t.norm(dim=0)),
+            "kappa": (dphi / d**2).norm(),
+        }
+        for name, rows in (("input", x), ("linear_weight", w)):
+            size[name] /= rows.norm(dim=1).clamp_min(1e-12)
+        size |= {name: terms[name].norm() for name in terms if name != "kappa"}
+        logits = eager(tvmf_ext.tvmf_logits)(**{k: problem[k] for k in LOGITS if k in problem})
+        omega = problem.get("weight", torch.ones_like(logits[0]))
+        size["sum"] = (omega * logits).norm()
+        valid = target != problem.get("ignore_index", -100)
+        omega = omega[torch.where(valid, target, 0)] * valid
+        mean = problem.get("reduction", "mean") == "mean"
+        size["loss"] = (omega * logits.logsumexp(1)).norm() / (omega.sum() if mean else 1)
+    return {name: t.detach() for name, t in outputs.items()}, exact, size
+
+
+def error(got, exact, size=0.0, rows=False):
+    """The relative error in norm, of the whole tensor or the largest of a row."""
+    assert got.shape == exact.shape
+    shape = (len(got), -1) if rows else (1, -1)
+    got, exact = got.double().reshape(shape), exact.double().reshape(shape)
+    size = torch.as_tensor(size).double()
+    size = exact.norm(dim=1).clamp_min(size if rows else size.norm())
+    difference = (got - exact).norm(dim=1)
+    return torch.where(difference == 0, 0, difference / size).max().item()
+
+
+def rounding(dtype, exact):
+    """The relative error in norm of rounding to `dtype`, which below its smallest normal number
+    is absolute."""
+    info = torch.finfo(dtype)
+    absolute = info.smallest_normal * info.eps / 2 * exact.numel() ** 0.5
+    return info.eps / 2 + absolute / max(exact.norm().item(), info.smallest_normal)
+
+
+def check(function, problem, upstream=None, rows=False, tolerance=None):
+    """The error rule for `tvmf_cross_entropy` or `row_statistics`, and shapes and dtypes.
+
+    With `rows` it holds for each row of the gradients of input and weight by itself.
+    """
+    dtype = compute_dtype(problem["input"].dtype)
+    tolerance = tolerance or TOLERANCE[dtype]
+    if function is tvmf_ext.row_statistics:
+        problem = statistics_arguments(problem)
+    outputs, gradients = evaluate(function, problem, upstream)
+    plain_outputs, plain = evaluate(eager(function), to_dtype(problem, dtype), upstream)
+    exact_outputs, exact, size = oracle(function, problem, upstream)
+    _, leaves = leaves_of(problem)
+    for name, got in outputs.items():
+        assert got.dtype == dtype
+        scale = size.get(name, 0.0)
+        fused = error(got, exact_outputs[name], scale)
+        bound = 2 * error(plain_outputs[name], exact_outputs[name], scale) + tolerance
+        assert fused <= bound, f"{name} is off by {fused:.1e}, allowed are {bound:.1e}"
+    for name, got in gradients.items():
+        assert got.dtype == leaves[name].dtype
+        by_row = rows and got.dim() == 2
+        fused = error(got, exact[name], size[name], by_row)
+        bound = 2 * error(plain[name], exact[name], size[name], by_row) + tolerance
+        bound += rounding(got.dtype, exact[name])
+        assert fused <= bound, f"d{name} is off by {fused:.1e}, allowed are {bound:.1e}"
+
+
+def check_rank(problem):
+    """Ranks are those of the oracle, but for classes within rounding of the target's score."""
+    problem = statistics_arguments(problem)
+    rank = tvmf_ext.row_statistics(**problem).rank
+    exact = to_dtype(problem, torch.float64)
+    exact = {name: exact[name] for name in LOGITS if name in exact} | {"scale": 1, "prior": None}
+    score = reference.tvmf_logits(**exact)
+    valid = problem["target"] != problem.get("ignore_index", -100)
+    of_target = score.gather(1, torch.where(valid, problem["target"], 0)[:, None])
+    others = torch.ones_like(score, dtype=torch.bool).scatter(
+        1, torch.where(valid, problem["target"], 0)[:, None], False
+    )
+    margin = 1e-5 if compute_dtype(problem["input"].dtype) == torch.float32 else 1e-13
+    fewest = (others & (score > of_target + margin)).sum(1)
+    most = (others & (score > of_target - margin)).sum(1)
+    assert rank.dtype == torch.int64
+    assert (rank[~valid] == -1).all()
+    assert ((fewest <= rank) & (rank <= most))[valid].all()
+
+
+def assert_same_bits(one, other):
+    """Two results of `evaluate` are equal to the bit, and NaN where the other is."""
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, equal_nan=True)

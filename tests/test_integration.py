@@ -1,0 +1,261 @@
+"""Autocast, torch.compile, fake tensors, operator checks, and how the operators meet autograd."""
+
+import pytest
+import torch
+from problem import assert_same_bits, error, evaluate, leaves_of, make_problem, statistics_arguments
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from tvmf_ext import (
+    TvMFLoss,
+    cross_entropy_from_statistics,
+    functional,
+    row_statistics,
+    tvmf_cross_entropy,
+    tvmf_logits,
+)
+
+OPERATORS = pytest.mark.parametrize("operator", [tvmf_cross_entropy, row_statistics])
+OPS = torch.ops.tvmf_ext
+
+
+def full_problem(N=6, C=40, D=130, **options):
+    options = {"dtype": torch.float32, "kappa": "[C]", "scale": "softplus"} | options
+    return make_problem(
+        N, C, D, bias=True, prior=True, class_weight=True, ignored=0.2, label_smoothing=0.1,
+        reduction="none", **options,
+    )  # fmt: skip
+
+
+def head_arguments(problem):
+    """The operators' common arguments, in the order of their schema."""
+    scale = problem["scale"]
+    return [
+        problem["input"],
+        problem["linear_weight"],
+        problem["target"],
+        problem["kappa"] if isinstance(problem["kappa"], torch.Tensor) else None,
+        0.0 if isinstance(problem["kappa"], torch.Tensor) else problem["kappa"],
+        scale.s if isinstance(scale, functional.SoftplusScale) else None,
+        1.0 if isinstance(scale, functional.SoftplusScale) else scale,
+        isinstance(scale, functional.SoftplusScale),
+        problem.get("linear_bias"),
+        problem.get("prior"),
+        problem.get("weight"),
+        problem.get("ignore_index", -100),
+    ]
+
+
+def operator_calls(problem, kept):
+    """The four operators, each with arguments as autograd would pass them."""
+    head, N = head_arguments(problem), len(problem["input"])
+    optional = sum(bit for bit, position in ((4, 3), (8, 5), (16, 8)) if head[position] is not None)
+    *_, saved = OPS.row_statistics(*head, True, kept)
+    grads = [torch.randn(N, dtype=saved.dtype) for _ in range(3)]
+    yield OPS.row_statistics.default, (*head, True, kept)
+    yield OPS.row_statistics.default, (*head, False, kept)
+    for wanted in (3 + optional, 1, 2):
+        yield OPS.row_statistics_backward.default, (*grads, *head, kept, saved, wanted)
+    yield (
+        OPS.row_statistics_backward.default,
+        (grads[0], None, None, *head, kept, saved, 3 + optional),
+    )
+    for reduction in (0, 1, 2):
+        loss, saved = OPS.cross_entropy(*head, 0.1, reduction, kept)
+        yield OPS.cross_entropy.default, (*head, 0.1, reduction, kept)
+        grad = torch.randn_like(loss)
+        yield (
+            OPS.cross_entropy_backward.default,
+            (grad, *head, 0.1, reduction, kept, saved, 3 + optional),
+        )
+
+
+PROBLEMS = {
+    "every tensor": ({}, 16),
+    "floats": ({"kappa": 16.0, "scale": 2.0}, 0),
+    "bfloat16 features": ({"dtype": torch.bfloat16, "weight_dtype": torch.float32}, 48),
+    "float64": ({"dtype": torch.float64}, 48),
+    "half-precision vectors, no rows": ({"N": 0, "dtype": torch.float16}, 48),
+}
+
+
+@pytest.mark.parametrize(("options", "kept"), PROBLEMS.values(), ids=PROBLEMS)
+def test_opcheck_of_all_four_operators(options, kept):
+    problem = full_problem(**options)
+    for operator, arguments in operator_calls(problem, kept):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize(("options", "kept"), PROBLEMS.values(), ids=PROBLEMS)
+def test_fake_tensors_have_the_real_shapes_dtypes_and_strides(options, kept):
+    for operator, arguments in operator_calls(full_problem(**options), kept):
+        with FakeTensorMode() as mode:
+            fake = operator(*(
+                mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments
+            ))  # fmt: skip
+        for one, other in zip(operator(*arguments), fake, strict=True):
+            assert (one.shape, one.dtype, one.stride(), one.device) == (
+                other.shape, other.dtype, other.stride(), other.device,
+            )  # fmt: skip
+
+
+@OPERATORS
+def test_fake_cuda_tensors_have_no_kernel_yet(operator):
+    with FakeTensorMode():
+        try:
+            tensors = [torch.empty(4, 8, device="cuda"), torch.empty(5, 8, device="cuda")]
+        except (AssertionError, RuntimeError):
+            pytest.skip("this torch makes no cuda tensors")
+        target = torch.empty(4, dtype=torch.int64, device="cuda")
+        with pytest.raises(NotImplementedError, match=r"CPU kernels only.*cuda"):
+            operator(*tensors, target)
+
+
+@OPERATORS
+def test_meta_tensors_give_meta_results(operator):
+    arguments = [torch.empty(4, 8, device="meta"), torch.empty(5, 8, device="meta")]
+    result = operator(*arguments, torch.empty(4, dtype=torch.int64, device="meta"))
+    for tensor in [result] if isinstance(result, torch.Tensor) else result:
+        assert tensor.is_meta
+
+
+def compiled(function, **options):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, **options)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@OPERATORS
+def test_compiled_in_one_graph_equals_eager(operator, dynamic):
+    function = compiled(operator, dynamic=dynamic, backend="aot_eager")
+    problem = full_problem()
+    for N, C in ((6, 40), (9, 53)) if dynamic else ((6, 40),):
+        problem = full_problem(N=N, C=C)
+        if operator is row_statistics:
+            problem = statistics_arguments(problem)
+        assert_same_bits(evaluate(function, problem), evaluate(operator, problem))
+    with torch.no_grad():
+        assert torch.equal(function(**problem)[0], operator(**problem)[0])
+
+
+def test_dynamic_shapes_do_not_compile_again():
+    counter = CompileCounterWithBackend("aot_eager")
+    function = compiled(tvmf_cross_entropy, dynamic=True, backend=counter)
+    counts = []
+    for N, C, D in ((6, 40, 130), (9, 53, 140), (50, 700, 200)):
+        evaluate(function, make_problem(N, C, D))
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
+
+
+def test_compiled_under_autocast_equals_eager():
+    function, problem = compiled(tvmf_cross_entropy, backend="aot_eager"), full_problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(evaluate(function, problem), evaluate(tvmf_cross_entropy, problem))
+
+
+def test_a_training_step_through_inductor_equals_eager():
+    """A layer, the head, and a z-loss from its statistics in one compiled function."""
+    torch.manual_seed(0)
+    head = TvMFLoss(130, 40, kappa=16.0, bias=True, label_smoothing=0.1)
+    layer = torch.nn.Linear(20, 130)
+    input, target = torch.randn(6, 20), torch.arange(6)
+    parameters = [*layer.parameters(), *head.parameters()]
+
+    def step(input, target):
+        statistics = head.row_statistics(layer(input), target)
+        z_loss = 1e-3 * statistics.lse.square().mean()
+        return head.loss(statistics, target) + z_loss + head(layer(input), target)
+
+    loss, like = compiled(step)(input, target), step(input, target)
+    assert error(loss.detach(), like.detach()) <= 2e-6
+    gradients = [torch.autograd.grad(t, parameters) for t in (loss, like)]
+    for one, other in zip(*gradients, strict=True):
+        assert error(one, other) <= 1e-5
+
+
+@OPERATORS
+def test_autocast_rounds_float32_features_as_linear_would(operator):
+    problem = make_problem(12, 40, 24, kappa="[C]", scale="[]", bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, gradients = evaluate(operator, problem)
+    rounded = problem | {"input": problem["input"].bfloat16()}
+    like_outputs, like = evaluate(operator, rounded)
+    like["input"] = like["input"].float()
+    assert_same_bits((outputs, gradients), (like_outputs, like))
+    assert all(t.dtype == torch.float32 for t in [*outputs.values(), *gradients.values()])
+
+
+def test_autocast_leaves_other_features_alone():
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        problem = make_problem(12, 40, 24, dtype=dtype)
+        expected = tvmf_cross_entropy(**problem)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(tvmf_cross_entropy(**problem), expected)
+
+
+def test_autocast_keeps_losses_and_logits_in_float32():
+    problem = make_problem(12, 40, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        statistics = row_statistics(**problem)
+        loss = cross_entropy_from_statistics(statistics, problem["target"], num_classes=40)
+        assert loss.dtype == torch.float32
+        assert error(loss, tvmf_cross_entropy(**problem)) <= 1e-6
+        logits = tvmf_logits(problem["input"], problem["linear_weight"])
+        assert logits.dtype == torch.float32
+    assert torch.equal(logits, tvmf_logits(problem["input"], problem["linear_weight"]))
+
+
+def test_no_gradient_is_recorded_where_none_is_wanted():
+    problem, _ = leaves_of(make_problem(5, 7, 3, kappa="[]"))
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert tvmf_cross_entropy(**problem).grad_fn is None
+            assert row_statistics(**problem).lse.grad_fn is None
+    assert tvmf_cross_entropy(**make_problem(5, 7, 3)).grad_fn is None
+    statistics = row_statistics(**problem)
+    assert not statistics.rank.requires_grad
+    assert statistics.lse.requires_grad
+
+
+def test_statistics_that_are_not_used_cost_no_gradient_and_no_error():
+    problem, leaves = leaves_of(make_problem(5, 7, 3, kappa="[]"))
+    for name in ("lse", "target", "sum"):
+        output = getattr(row_statistics(**problem), name)
+        gradients = torch.autograd.grad(output.sum(), list(leaves.values()))
+        assert all(g.isfinite().all() for g in gradients)
+
+
+def test_gradients_accumulate_and_flow_on_through_other_operators():
+    problem = make_problem(8, 10, 6)
+    features = problem["input"].clone().requires_grad_()
+    weight = problem["linear_weight"].clone().requires_grad_()
+    target = problem["target"]
+    for _ in range(2):
+        tvmf_cross_entropy(features.tanh() * 2, weight, target).backward()
+    once = torch.autograd.grad(
+        tvmf_cross_entropy(features.tanh() * 2, weight, target), (features, weight)
+    )
+    assert torch.equal(features.grad, 2 * once[0])
+    assert torch.equal(weight.grad, 2 * once[1])
+
+
+def test_features_that_are_the_weight_get_both_gradients():
+    both = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    target = torch.arange(6).flip(0)
+    (together,) = torch.autograd.grad(tvmf_cross_entropy(both, both, target), both)
+    other = both.detach().clone().requires_grad_()
+    apart = torch.autograd.grad(tvmf_cross_entropy(both, other, target), (both, other))
+    assert error(together, sum(apart)) <= 1e-6
+
+
+def test_checkpointing_and_saved_tensor_hooks_give_the_same_gradients():
+    problem, leaves = leaves_of(make_problem(8, 40, 130, kappa="[]", scale="[1]"))
+    expected = torch.autograd.grad(tvmf_cross_entropy(**problem), list(leaves.values()))
+    recomputed = checkpoint(tvmf_cross_entropy, use_reentrant=False, **problem)
+    with torch.autograd.graph.save_on_cpu():
+        packed = tvmf_cross_entropy(**problem)
+    for loss in (recomputed, packed):
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
