@@ -381,7 +381,10 @@ void target_scores(const Problem<T>& problem, const Matrix<T>& x, Rows<T>& weigh
                    T* product, T* score) {
   constexpr int64_t kGather = 256;
   const auto& k = tile_kernels<T>();
-  const auto& [head, N, C, D, plan, terms, label] = problem;
+  const int64_t N = problem.N, C = problem.C, D = problem.D;
+  const Head& head = problem.head;
+  const Terms<T>& terms = problem.terms;
+  const std::vector<int64_t>& label = problem.label;
   std::vector<int64_t> row(N);
   for (int64_t begin = 0; begin < N; begin += kGather) {
     const int64_t count = std::min(kGather, N - begin);
@@ -418,7 +421,11 @@ template <class T>
 void row_statistics(const Problem<T>& problem, bool with_sum, int64_t kept, T* saved, T* target,
                     T* sum, int64_t* rank) {
   const auto& k = tile_kernels<T>();
-  const auto& [head, N, C, D, plan, terms, label] = problem;
+  const int64_t N = problem.N, C = problem.C;
+  const Head& head = problem.head;
+  const CpuPlan& plan = problem.plan;
+  const Terms<T>& terms = problem.terms;
+  const std::vector<int64_t>& label = problem.label;
   const SavedLayout layout(N, C, kept);
   T *lse = saved + layout.lse, *x_rnorm = saved + layout.x_rnorm;
   T* weight_rnorm = saved + layout.weight_rnorm;
@@ -507,7 +514,11 @@ Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int
                                   const std::vector<T>& grad_lse, const std::vector<T>& grad_target,
                                   const std::vector<T>& grad_sum, bool with_sum, int64_t wanted) {
   const auto& k = tile_kernels<T>();
-  const auto& [head, N, C, D, plan, terms, label] = problem;
+  const int64_t N = problem.N, C = problem.C, D = problem.D;
+  const Head& head = problem.head;
+  const CpuPlan& plan = problem.plan;
+  const Terms<T>& terms = problem.terms;
+  const std::vector<int64_t>& label = problem.label;
   const SavedLayout layout(N, C, kept);
   const T *lse = saved + layout.lse, *x_rnorm = saved + layout.x_rnorm;
   const T* weight_rnorm = saved + layout.weight_rnorm;
