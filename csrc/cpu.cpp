@@ -427,7 +427,8 @@ void row_statistics(const Problem<T>& problem, bool with_sum, int64_t kept, T* s
   const Terms<T>& terms = problem.terms;
   const std::vector<int64_t>& label = problem.label;
   const SavedLayout layout(N, C, kept);
-  T *lse = saved + layout.lse, *x_rnorm = saved + layout.x_rnorm;
+  T *saved_max = saved + layout.max, *saved_sum_exp = saved + layout.sum_exp;
+  T *target_product = saved + layout.target_product, *x_rnorm = saved + layout.x_rnorm;
   T* weight_rnorm = saved + layout.weight_rnorm;
   if (N == 0) {
     std::fill(saved, saved + layout.size, T(0));
@@ -439,11 +440,12 @@ void row_statistics(const Problem<T>& problem, bool with_sum, int64_t kept, T* s
   rnorm(x, x_rnorm);
 
   const int64_t stripes = ceil_div(plan.class_block, plan.stripe);
-  std::vector<T> target_product(N), target_score(N);
+  std::fill(weight_rnorm + C, saved + layout.product, T(0));
+  std::vector<T> target_score(N);
   std::vector<T> running_max(N, -std::numeric_limits<T>::infinity()), running_sum_exp(N);
   std::vector<T> part_max(stripes * N), part_sum_exp(stripes * N), part_sum(stripes * N);
   std::vector<int64_t> part_rank(stripes * N), column(N);
-  target_scores(problem, x, weight, x_rnorm, target_product.data(), target_score.data());
+  target_scores(problem, x, weight, x_rnorm, target_product, target_score.data());
   std::fill(target, target + N, T(0));
   std::fill(sum, sum + (with_sum ? N : 0), T(0));
   std::fill(rank, rank + N, 0);
@@ -472,6 +474,10 @@ void row_statistics(const Problem<T>& problem, bool with_sum, int64_t kept, T* s
                 rows, cols);
     });
 
+    // Padding scores above a target of NaN or -inf.
+    for (int64_t n = 0; n < N; ++n)
+      if (!(target_score[n] >= -kPaddingLogit<T>)) rank[n] -= block.ld - block.count;
+
     // Merge the stripes into the running statistics, always in the order of classes.
     for (int64_t stripe = 0; stripe < tasks.stripes; ++stripe) {
       for (int64_t n = 0; n < N; ++n) {
@@ -487,7 +493,8 @@ void row_statistics(const Problem<T>& problem, bool with_sum, int64_t kept, T* s
     }
   }
   for (int64_t n = 0; n < N; ++n) {
-    lse[n] = running_max[n] + std::log(running_sum_exp[n]);
+    saved_max[n] = running_max[n];
+    saved_sum_exp[n] = running_sum_exp[n];
     rank[n] = label[n] < 0 ? -1 : std::min(rank[n], C - 1);
   }
 }
@@ -520,7 +527,7 @@ Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int
   const Terms<T>& terms = problem.terms;
   const std::vector<int64_t>& label = problem.label;
   const SavedLayout layout(N, C, kept);
-  const T *lse = saved + layout.lse, *x_rnorm = saved + layout.x_rnorm;
+  const T *target_product = saved + layout.target_product, *x_rnorm = saved + layout.x_rnorm;
   const T* weight_rnorm = saved + layout.weight_rnorm;
   const bool class_sums = (wanted & kBias) || (wanted & kKappa);
   const bool weight_direct = head.weight.scalar_type() == kDtype<T>;
@@ -536,6 +543,9 @@ Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int
   if (N == 0) {
     for (Tensor* gradient : {&out.weight, &out.kappa, &out.scale, &out.bias})
       torch::stable::zero_(*gradient);
+    if (wanted & kKappa) out.kappa = to_dtype(out.kappa, head.kappa->scalar_type());
+    if (wanted & kScale) out.scale = to_dtype(out.scale, head.scale->scalar_type());
+    if (wanted & kBias) out.bias = to_dtype(out.bias, head.bias->scalar_type());
     out.input = to_dtype(out.input, head.input.scalar_type());
     return out;
   }
@@ -567,6 +577,8 @@ Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int
 
     // Differentiate: the tile t_nc r_n q_c, and its sums along rows and columns.
     block_labels(label, block, column.data());
+    for (int64_t n = 0; !block.kept && n < N; ++n)
+      if (column[n] >= 0) grad[n * block.ld + column[n]] = target_product[n];
     std::fill(col_dot.begin(), col_dot.end(), T(0));
     std::fill(col_bias.begin(), col_bias.end(), T(0));
     std::fill(col_kappa.begin(), col_kappa.end(), T(0));
@@ -575,10 +587,11 @@ Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int
     const Tasks tasks{N, block.ld, plan};
     tasks.run([&](int64_t group, int64_t stripe, Range rows, Range cols) {
       const int64_t col = group * plan.class_block;
-      k.backward({product, grad, block.ld, x_rnorm, column.data(), lse, grad_lse.data(),
-                  grad_target.data(), grad_sum.data(), class_terms, scale,
-                  &part_row_dot[stripe * N], &part_row_scale[stripe * N], &col_dot[col],
-                  class_sums ? &col_bias[col] : nullptr, class_sums ? &col_kappa[col] : nullptr},
+      k.backward({product, grad, block.ld, x_rnorm, column.data(), saved + layout.max,
+                  saved + layout.sum_exp, grad_lse.data(), grad_target.data(), grad_sum.data(),
+                  class_terms, scale, &part_row_dot[stripe * N], &part_row_scale[stripe * N],
+                  &col_dot[col], class_sums ? &col_bias[col] : nullptr,
+                  class_sums ? &col_kappa[col] : nullptr},
                  rows, cols);
     });
     for (int64_t stripe = 0; stripe < tasks.stripes; ++stripe) {
@@ -674,13 +687,15 @@ Loss cross_entropy(const Head& head, const LossOptions& options, int64_t kept) {
   row_statistics(problem, with_sum, kept, data<T>(saved), target.data(), sum.data(), rank.data());
 
   const LossTerms<T> terms(problem, options);
-  const T* lse = data<T>(saved);
+  const SavedLayout layout(N, problem.C, kept);
+  const T *max = data<T>(saved) + layout.max, *sum_exp = data<T>(saved) + layout.sum_exp;
   double total = 0;
   for (int64_t n = 0; n < N; ++n) {
     double row = 0;
+    const double log_sum = std::log(double(sum_exp[n]));
     if (const int64_t y = problem.label[n]; y >= 0) {
-      row = terms.keep * problem.terms.omega[y] * (double(lse[n]) - target[n]);
-      if (with_sum) row += terms.smooth_total * lse[n] - terms.smooth * sum[n];
+      row = terms.keep * problem.terms.omega[y] * (max[n] - target[n] + log_sum);
+      if (with_sum) row += terms.smooth_total * (max[n] + log_sum) - terms.smooth * sum[n];
     }
     total += row;
     if (!reduced) data<T>(loss)[n] = T(row);
@@ -742,7 +757,9 @@ RowStatistics cpu_row_statistics(const Head& head, bool with_sum, int64_t kept) 
                       empty({with_sum ? N : 0}, kDtype<T>), empty({N}, ScalarType::Long), saved};
     row_statistics(problem, with_sum, kept, data<T>(saved), data<T>(out.target), data<T>(out.sum),
                    data<int64_t>(out.rank));
-    std::copy_n(data<T>(saved), N, data<T>(out.lse));
+    const SavedLayout layout(N, problem.C, kept);
+    const T *max = data<T>(saved) + layout.max, *sum_exp = data<T>(saved) + layout.sum_exp;
+    for (int64_t n = 0; n < N; ++n) data<T>(out.lse)[n] = max[n] + std::log(sum_exp[n]);
     return out;
   });
 }

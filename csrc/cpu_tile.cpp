@@ -181,8 +181,9 @@ void backward_row(const BackwardTile<T>& tile, int64_t n, Range cols) {
   using Vec = typename S::Vec;
   const T* product = tile.product + n * tile.ld;
   T* grad = tile.grad + n * tile.ld;
-  const T x_rnorm = tile.x_rnorm[n], lse = tile.lse[n];
+  const T x_rnorm = tile.x_rnorm[n], max = tile.max[n];
   const T a = tile.grad_lse[n], b = tile.grad_target[n], s = kOmega ? tile.grad_sum[n] : T(0);
+  const T a_over_sum = a / tile.sum_exp[n];
   if (a == 0 && b == 0 && s == 0) {  // an ignored row
     for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) S::store(grad + c, Vec{});
     tile.row_dot[n] = tile.row_scale[n] = 0;
@@ -193,14 +194,14 @@ void backward_row(const BackwardTile<T>& tile, int64_t n, Range cols) {
   typename S::Int index = S::iota() + typename Lanes<T>::Bits(cols.begin);
   Vec row_dot{}, row_scale{};
   for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
-    // Recompute the probability from the product and the row's lse.
+    // Recompute the logit from the product, to the bit as the forward pass had it.
     const Vec rnorm = S::load(tile.terms.weight_rnorm + c) * x_rnorm;
     const Vec cosine = clamp_cosine(S::load(product + c) * rnorm);
     const auto sim = similarity_with_gradient(cosine, S::load(tile.terms.kappa + c));
     const Vec logit = sim.phi * tile.scale + S::load(tile.terms.offset + c);
 
     // g = dL/dlogit, t = dL/dcosine
-    Vec g = S::exp(logit - lse) * a;
+    Vec g = S::exp(logit - max) * a_over_sum;
     g = index == label ? g + b : g;
     index += typename Lanes<T>::Bits(S::kLanes);
     if constexpr (kOmega) g += S::load(tile.terms.omega + c) * s;

@@ -51,14 +51,18 @@ struct Loss {
 // One buffer in the compute dtype: a single allocation, and a single tensor for autograd to hold.
 struct SavedLayout {
   SavedLayout(int64_t N, int64_t C, int64_t kept)
-      : x_rnorm(N),
-        weight_rnorm(2 * N),
-        product(round_up(2 * N + C, kPad)),
+      : sum_exp(N),
+        target_product(2 * N),
+        x_rnorm(3 * N),
+        weight_rnorm(4 * N),
+        product(round_up(4 * N + C, kPad)),
         size(product + N * kept) {}
-  int64_t lse = 0;       // [N]
-  int64_t x_rnorm;       // [N]
-  int64_t weight_rnorm;  // [C]
-  int64_t product;       // [N * kept]  <x_n, w_c> of the first classes, tile after tile
+  int64_t max = 0;         // [N]  largest logit
+  int64_t sum_exp;         // [N]  sum exp(logit - max): lse itself would lose the small losses
+  int64_t target_product;  // [N]  <x_n, w_y>
+  int64_t x_rnorm;         // [N]
+  int64_t weight_rnorm;    // [C], then zeros
+  int64_t product;         // [N * kept]  <x_n, w_c> of the first classes, tile after tile
   int64_t size;
 };
 

@@ -46,7 +46,8 @@ struct BackwardTile {
   int64_t ld;
   const T* x_rnorm;      // [N]
   const int64_t* label;  // [N]
-  const T* lse;          // [N]
+  const T* max;          // [N]  largest logit
+  const T* sum_exp;      // [N]  sum exp(logit - max)
   const T* grad_lse;     // [N]
   const T* grad_target;  // [N]
   const T* grad_sum;     // [N]; read if terms.omega

@@ -27,10 +27,11 @@ struct Similarity {
   V phi, dphi_dcosine, dphi_dkappa;
 };
 
+// Rounded as the phi of similarity_with_gradient is: both passes see the same logit.
 template <class V>
 TVMF_HOST_DEVICE V similarity(V cosine, V kappa) {
   const V u = 1 - cosine;
-  return (1 - u * (1 + kappa)) / (1 + kappa * u);
+  return (1 - u * (1 + kappa)) * (1 / (1 + kappa * u));
 }
 
 template <class V>

@@ -61,7 +61,7 @@ def operator_calls(problem, kept):
         OPS.row_statistics_backward.default,
         (grads[0], None, None, *head, kept, saved, 3 + optional),
     )
-    for reduction in (0, 1, 2):
+    for reduction in (0, 1, 2) if N else (0, 2):  # opcheck takes the NaN of a mean for an error
         loss, saved = OPS.cross_entropy(*head, 0.1, reduction, kept)
         yield OPS.cross_entropy.default, (*head, 0.1, reduction, kept)
         grad = torch.randn_like(loss)

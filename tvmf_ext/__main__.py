@@ -15,8 +15,8 @@ def self_check() -> tuple[float, float]:
     target = torch.randint(1000, (64,), generator=generator)
 
     def evaluate(function, dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in (input, weight, torch.tensor(16.0))]
-        loss = function(leaves[0], leaves[1], target, kappa=16.0, scale=leaves[2])
+        leaves = [t.to(dtype).requires_grad_() for t in (input, weight)]
+        loss = function(*leaves, target, kappa=16.0, scale=16.0)
         return loss, *torch.autograd.grad(loss, leaves)
 
     exact = evaluate(reference.tvmf_cross_entropy, torch.float64)

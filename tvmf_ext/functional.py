@@ -179,8 +179,11 @@ def cross_entropy_from_statistics(
     """
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    lse, target_logit, total, _ = statistics
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     valid = target != ignore_index
+    # NaN in an ignored row must not reach the sum.
+    lse, target_logit, total = (torch.where(valid, t, 0) for t in statistics[:3])
     row_weight = valid.to(lse.dtype)
     total_weight = num_classes
     if weight is not None:
@@ -214,6 +217,10 @@ def tvmf_logits(
         cosine = F.linear(
             F.normalize(input.to(dtype), dim=1), F.normalize(linear_weight.to(dtype), dim=1)
         ).clamp(-1, 1)
+        kappa, scale, linear_bias, prior = (
+            t.to(dtype) if isinstance(t, torch.Tensor) else t
+            for t in (kappa, scale, linear_bias, prior)
+        )
         gap = 1 - cosine
         score = (1 - gap * (1 + kappa)) / (1 + kappa * gap)
         if linear_bias is not None:

@@ -14,6 +14,7 @@ from .functional import (
     tvmf_cross_entropy,
     tvmf_logits,
 )
+from .ops import compute_dtype
 
 
 class TvMFLoss(nn.Module):
@@ -59,7 +60,9 @@ class TvMFLoss(nn.Module):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         options = {"device": device, "dtype": dtype}
-        kappa = torch.as_tensor(kappa, **options).reshape(-1)
+        # A copy on the CPU: it can be checked there, whatever the device, and is no one else's.
+        kappa = torch.as_tensor(kappa, dtype=dtype or torch.get_default_dtype(), device="cpu")
+        kappa = kappa.detach().clone().reshape(-1)
         if kappa.numel() not in (1, num_classes):
             raise ValueError(f"kappa must have 1 or C = {num_classes} values, got {kappa.numel()}")
         if not (kappa > -0.5).all():
@@ -80,7 +83,7 @@ class TvMFLoss(nn.Module):
             self.bias = nn.Parameter(torch.empty(num_classes, **options))
         else:
             self.register_parameter("bias", None)
-        self.register_buffer("kappa", kappa)
+        self.register_buffer("kappa", kappa.to(self.weight.device))
         # Not part of the state: they belong to the data, and a checkpoint of the paper has neither.
         self.register_buffer("class_weight", weight, persistent=False)
         self.register_buffer("prior", prior, persistent=False)
@@ -122,7 +125,9 @@ class TvMFLoss(nn.Module):
 
     def logits(self, input: torch.Tensor) -> torch.Tensor:
         """Logits `[N, C]` for inference; `softmax` of them are the class probabilities."""
-        return tvmf_logits(input, self.weight, **self._head(self.scale))
+        # As in the kernels: not in the parameter's own dtype where that is shorter.
+        scale = F.softplus(self.s_.to(compute_dtype(input.dtype))) + 1
+        return tvmf_logits(input, self.weight, **self._head(scale))
 
     def row_statistics(self, input: torch.Tensor, target: torch.Tensor) -> RowStatistics:
         """`lse, target, sum, rank` of each row: the loss's parts, and the training error free."""
@@ -149,7 +154,7 @@ class TvMFLoss(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # The paper's cosine head stores no kappa: it is this head at kappa 0.
-        if prefix + "weight" in state_dict and not self.kappa.any():
+        if prefix + "weight" in state_dict and not self.kappa.is_meta and not self.kappa.any():
             state_dict.setdefault(prefix + "kappa", self.kappa.detach().clone())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -54,7 +54,7 @@ def _check_device(input, *others):
     if input.is_cuda:
         _no_kernel(input)
     for other in others:
-        if other.device != input.device:
+        if isinstance(other, torch.Tensor) and other.device != input.device:
             raise ValueError(
                 f"all tensors must be on the input's device, {input.device}, got {other.device}"
             )
@@ -63,13 +63,13 @@ def _check_device(input, *others):
 def _fake_saved(input, weight, kept):
     """The size is csrc/ops.h's SavedLayout."""
     N, C = input.shape[0], weight.shape[0]
-    size = (2 * N + C + 15) // 16 * 16 + N * kept
+    size = (4 * N + C + 15) // 16 * 16 + N * kept
     return input.new_empty(size, dtype=compute_dtype(input.dtype))
 
 
 @torch.library.register_fake("tvmf_ext::row_statistics")
 def _(input, weight, target, *args):
-    _check_device(input, weight, target)
+    _check_device(input, weight, target, *args)
     with_sum, kept = args[-2:]
     N, dtype = input.shape[0], compute_dtype(input.dtype)
     lse, target_logit = (input.new_empty(N, dtype=dtype) for _ in range(2))
@@ -80,7 +80,7 @@ def _(input, weight, target, *args):
 
 @torch.library.register_fake("tvmf_ext::cross_entropy")
 def _(input, weight, target, *args):
-    _check_device(input, weight, target)
+    _check_device(input, weight, target, *args)
     _, reduction, kept = args[-3:]
     shape = (input.shape[0],) if reduction == 0 else ()
     loss = input.new_empty(shape, dtype=compute_dtype(input.dtype))
@@ -187,6 +187,8 @@ class _CrossEntropy(_Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
+        if grad_loss is None:
+            return (None,) * (_HEAD + 3)
         head, saved, wanted = _Function.backward_arguments(ctx)
         args = (grad_loss, *head, *ctx.options, saved, wanted)
         gradients = _call_once(_cross_entropy_backward, *args)
