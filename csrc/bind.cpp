@@ -50,7 +50,7 @@ std::string device(const Tensor& tensor) {
   return "another device";
 }
 
-// As Python spells it.
+// As Python spells it, for what is likely to be passed by mistake.
 const char* dtype(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Bool: return "bool";

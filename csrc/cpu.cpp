@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -218,18 +219,26 @@ struct Terms {
         omega(head.class_weight, 1) {
     for (int64_t c = 0; c < kappa.size(); ++c)
       if (kappa[c] <= T(-0.5))
-        throw std::invalid_argument("kappa must be > -1/2, got " + std::to_string(kappa[c]) +
-                                    (kappa.size() > 1 ? " for class " + std::to_string(c) : ""));
+        refuse("kappa must be > -1/2", kappa[c],
+               kappa.size() > 1 ? " for class " + std::to_string(c) : "");
     scale = PerClass<T>(head.scale, head.scale_value)[0];
     if (head.softplus_scale) {
       dscale = T(1) / (T(1) + std::exp(-scale));
       scale = std::max(scale, T(0)) + std::log1p(std::exp(-std::abs(scale))) + T(1);
     }
-    if (scale <= 0) throw std::invalid_argument("scale must be > 0, got " + std::to_string(scale));
+    if (scale <= 0) refuse("scale must be > 0", scale, "");
   }
   PerClass<T> kappa, bias, prior, omega;
   T scale;
   T dscale = 1;  // its derivative by what is given
+
+ private:
+  [[noreturn]] static void refuse(const char* wanted, T got, const std::string& where) {
+    std::ostringstream text;
+    text << wanted << ", got " << got << where << " in "
+         << (sizeof(T) == 4 ? "float32" : "float64");
+    throw std::invalid_argument(text.str());
+  }
 };
 
 // Class terms of one block, padded to whole vectors.
@@ -252,8 +261,8 @@ class BlockTerms {
       omega[i] = terms_.omega[c];
     }
     for (int64_t i = count; i < ld; ++i) {
-      rnorm[i] = kappa[i] = omega[i] = 0;
-      bias[i] = offset[i] = -kPaddingLogit<T>;
+      rnorm[i] = kappa[i] = bias[i] = omega[i] = 0;
+      offset[i] = -std::numeric_limits<T>::infinity();
     }
     return {rnorm, kappa, bias, offset, with_omega_ ? omega : nullptr};
   }
@@ -468,15 +477,11 @@ void row_statistics(const Problem<T>& problem, bool with_sum, int64_t kept, T* s
         block_terms.fill(block.begin, block.count, block.ld, weight_rnorm);
     const Tasks tasks{N, block.ld, plan};
     tasks.run([&](int64_t, int64_t stripe, Range rows, Range cols) {
-      k.forward({product, block.ld, x_rnorm, column.data(), target_score.data(), class_terms,
-                 terms.scale, &part_max[stripe * N], &part_sum_exp[stripe * N],
+      k.forward({product, block.ld, block.count, x_rnorm, column.data(), target_score.data(),
+                 class_terms, terms.scale, &part_max[stripe * N], &part_sum_exp[stripe * N],
                  &part_sum[stripe * N], &part_rank[stripe * N], target},
                 rows, cols);
     });
-
-    // Padding scores above a target of NaN or -inf.
-    for (int64_t n = 0; n < N; ++n)
-      if (!(target_score[n] >= -kPaddingLogit<T>)) rank[n] -= block.ld - block.count;
 
     // Merge the stripes into the running statistics, always in the order of classes.
     for (int64_t stripe = 0; stripe < tasks.stripes; ++stripe) {

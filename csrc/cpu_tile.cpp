@@ -140,7 +140,7 @@ void forward_row(const ForwardTile<T>& tile, int64_t n, Range cols) {
   // First pass: logits, their maximum, and how many classes score at or below the target.
   Vec largest = Vec{} - std::numeric_limits<T>::infinity();
   Vec sum{};
-  typename S::Int at_or_below{};
+  typename S::Int at_or_below{}, index = S::iota() + typename Lanes<T>::Bits(cols.begin);
   for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
     const Vec rnorm = S::load(tile.terms.weight_rnorm + c) * x_rnorm;
     const Vec cosine = clamp_cosine(S::load(product + c) * rnorm);
@@ -148,8 +148,10 @@ void forward_row(const ForwardTile<T>& tile, int64_t n, Range cols) {
     const Vec logit = phi * tile.scale + S::load(tile.terms.offset + c);
     S::store(logits + (c - cols.begin), logit);
     largest = logit > largest ? logit : largest;
-    at_or_below += (phi + S::load(tile.terms.bias + c)) <= target_score;
-    if constexpr (kOmega) sum += S::load(tile.terms.omega + c) * logit;
+    const typename S::Int padding = index >= typename Lanes<T>::Bits(tile.count);
+    index += typename Lanes<T>::Bits(S::kLanes);
+    at_or_below += ((phi + S::load(tile.terms.bias + c)) <= target_score) | padding;
+    if constexpr (kOmega) sum += padding ? Vec{} : S::load(tile.terms.omega + c) * logit;
   }
 
   // Second pass: exponentials against the maximum; all logits -inf leaves a sum of zero.

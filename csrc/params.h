@@ -7,7 +7,7 @@
 namespace tvmf {
 
 // Per-class terms of one block. `ld` is the block's width rounded up to whole vectors; the padding
-// holds weight_rnorm 0 and bias, offset -kPaddingLogit, so that it adds nothing to any statistic.
+// holds offset -inf, which no exponential sees, and else 0.
 template <class T>
 struct ClassTerms {
   const T* weight_rnorm;  // [ld]  q_c = 1 / max(|w_c|, eps)
@@ -17,15 +17,12 @@ struct ClassTerms {
   const T* omega;         // [ld]  class weight, or null where `sum` is not wanted
 };
 
-// Finite, so that omega = 0 times a padded logit is 0 and not NaN.
-template <class T>
-constexpr T kPaddingLogit = T(1e37);
-
 // One tile of the forward pass: partial statistics over columns [col_begin, col_end).
 template <class T>
 struct ForwardTile {
   const T* product;  // [N, ld]  <x_n, w_c>
   int64_t ld;
+  int64_t count;          // classes, the columns before the padding
   const T* x_rnorm;       // [N]
   const int64_t* label;   // [N]  column of the target in this block; outside [0, ld) if not here
   const T* target_score;  // [N]  phi + bias of the target

@@ -225,3 +225,40 @@ def test_a_refused_call_leaves_the_next_one_unharmed():
     with pytest.raises(IndexError):
         tvmf_cross_entropy(**problem | {"target": torch.full((N,), C)})
     assert torch.equal(evaluate(tvmf_cross_entropy, problem)[0]["loss"], expected)
+
+
+@pytest.mark.parametrize("name", ["input", "linear_weight", "target", "kappa", "weight"])
+def test_what_is_not_a_tensor_is_refused_by_name_and_type(name):
+    problem = {"input": zeros(N, D), "linear_weight": zeros(C, D), "target": torch.arange(N) % C}
+    with pytest.raises(TypeError, match=rf"^{name} must be .*, got list$"):
+        tvmf_cross_entropy(**(problem | {name: [1.0]}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kappa": torch.inf}, "kappa must be finite and > -1/2, got inf"),
+        ({"kappa": torch.ones(5, requires_grad=True)}, "kappa must not require grad"),
+        ({"weight": torch.ones(5, dtype=torch.int64)}, "weight must have a floating-point dtype"),
+        ({"prior": torch.ones(5, requires_grad=True)}, "prior must not require grad"),
+    ],
+)
+def test_a_head_refuses_what_its_function_would_refuse_later(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TvMFLoss(3, 5, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kappa": -1.0}, "kappa must be > -1/2, got -1.0"),
+        ({"scale": -1.0}, "scale must be > 0, got -1.0"),
+        ({"kappa": zeros(N, 1)}, "kappa must have shape .* got"),
+        ({"linear_bias": zeros(N, 1)}, "linear_bias must have shape .* got"),
+        ({"input": zeros(N, D, 1)}, "input must have shape .* got"),
+        ({"input": zeros(N, D, dtype=torch.int64)}, "input must be float16.* got torch.int64"),
+    ],
+)
+def test_logits_refuse_what_the_loss_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tvmf_logits(**({"input": zeros(N, D), "linear_weight": zeros(C, D)} | arguments))

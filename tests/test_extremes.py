@@ -263,3 +263,15 @@ def test_large_logits_neither_overflow_nor_underflow():
     )
     assert loss.isfinite().all()
     assert error(loss, exact, 5000.0) <= 1e-6
+
+
+@pytest.mark.parametrize("C", [5, 16, 300])
+def test_classes_that_a_prior_rules_out_leave_no_trace(C):
+    problem = make_problem(6, C, 20)
+    rows = row_statistics(**problem, prior=torch.full((C,), -torch.inf))
+    assert (rows.lse == -torch.inf).all()
+    low = row_statistics(**problem, prior=torch.full((C,), -1e38))
+    assert torch.equal(low.lse, torch.full((6,), -1e38))
+    assert torch.equal(low.rank, row_statistics(**problem).rank)
+    bias = row_statistics(**problem, linear_bias=torch.full((C,), -torch.inf))
+    assert (bias.rank == 0).all()

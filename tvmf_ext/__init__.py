@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .functional import (
     RowStatistics,
+    SoftplusScale,
     cross_entropy_from_statistics,
     row_statistics,
     tvmf_cross_entropy,
@@ -19,6 +20,7 @@ except PackageNotFoundError:  # imported from a checkout that was built by hand
 
 __all__ = [
     "RowStatistics",
+    "SoftplusScale",
     "TvMFLoss",
     "build_info",
     "cross_entropy_from_statistics",

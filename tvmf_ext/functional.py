@@ -54,8 +54,25 @@ def _kept(input, linear_weight, *others):
     return 16 * min((linear_weight.shape[0] + 15) // 16, budget)
 
 
+def _number(name, value):
+    if isinstance(value, (int, float)):
+        return float(value)
+    raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+
+
+def _check_constant(name, value):
+    """`weight` or `prior`; their shape and dtype are the operator's to check."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require grad: the head has no gradient for it")
+
+
 def _head(input, linear_weight, target, kappa, scale, linear_bias, prior, weight, ignore_index):
     """The operators' common arguments, and the number of classes to keep."""
+    for name, value in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if (
         input.dtype == torch.float32
         and (input.is_cpu or input.is_cuda)  # other devices may not know of autocast
@@ -68,16 +85,16 @@ def _head(input, linear_weight, target, kappa, scale, linear_bias, prior, weight
         scale = scale.s
     scale_tensor = scale if isinstance(scale, torch.Tensor) else None
     for name, constant in (("weight", weight), ("prior", prior)):
-        if constant is not None and constant.requires_grad:
-            raise ValueError(f"{name} must not require grad: the head has no gradient for it")
+        if constant is not None:
+            _check_constant(name, constant)
     head = (
         input,
         linear_weight,
         target,
         kappa_tensor,
-        0.0 if kappa_tensor is not None else float(kappa),
+        0.0 if kappa_tensor is not None else _number("kappa", kappa),
         scale_tensor,
-        1.0 if scale_tensor is not None else float(scale),
+        1.0 if scale_tensor is not None else _number("scale", scale),
         softplus_scale,
         linear_bias,
         prior,
@@ -198,12 +215,44 @@ def cross_entropy_from_statistics(
     return loss.sum() / row_weight.sum() if reduction == "mean" else loss.sum()
 
 
+def _check_logits(input, linear_weight, kappa, scale, linear_bias, prior):
+    for name, value, shape in (
+        ("input", input, "[N, D]"),
+        ("linear_weight", linear_weight, "[C, D]"),
+    ):
+        if value.dim() != 2:
+            raise ValueError(f"{name} must have shape {shape}, got {list(value.shape)}")
+        if not value.is_floating_point():
+            raise ValueError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}"
+            )
+    if input.shape[1] != linear_weight.shape[1]:
+        raise ValueError(
+            "input [N, D] and linear_weight [C, D] must agree in D, got "
+            f"{list(input.shape)} and {list(linear_weight.shape)}"
+        )
+    C = linear_weight.shape[0]
+    for name, value, allowed in (
+        ("kappa", kappa, ((), (1,), (C,))),
+        ("scale", scale, ((), (1,))),
+        ("linear_bias", linear_bias, ((C,),)),
+        ("prior", prior, ((C,),)),
+    ):
+        if isinstance(value, torch.Tensor) and tuple(value.shape) not in allowed:
+            wanted = " or ".join(str(list(shape)) for shape in allowed)
+            raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}")
+    if not isinstance(kappa, torch.Tensor) and not kappa > -0.5:
+        raise ValueError(f"kappa must be > -1/2, got {kappa}")
+    if not isinstance(scale, torch.Tensor) and not scale > 0:
+        raise ValueError(f"scale must be > 0, got {scale}")
+
+
 def tvmf_logits(
     input: torch.Tensor,
     linear_weight: torch.Tensor,
     *,
     kappa: float | torch.Tensor = 16.0,
-    scale: float | torch.Tensor = 1.0,
+    scale: float | torch.Tensor | SoftplusScale = 1.0,
     linear_bias: torch.Tensor | None = None,
     prior: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -212,6 +261,10 @@ def tvmf_logits(
     Arguments as in `tvmf_cross_entropy`. Made of PyTorch's operators, with their gradients; the
     cosine is never rounded below float32, where `kappa` would multiply its error.
     """
+    if isinstance(scale, SoftplusScale):
+        # As in the kernels: not in the parameter's own dtype where that is shorter.
+        scale = F.softplus(scale.s.to(ops.compute_dtype(input.dtype))) + 1
+    _check_logits(input, linear_weight, kappa, scale, linear_bias, prior)
     dtype = ops.compute_dtype(input.dtype)
     with torch.autocast(input.device.type, enabled=False):
         cosine = F.linear(

@@ -14,7 +14,6 @@ from .functional import (
     tvmf_cross_entropy,
     tvmf_logits,
 )
-from .ops import compute_dtype
 
 
 class TvMFLoss(nn.Module):
@@ -60,18 +59,29 @@ class TvMFLoss(nn.Module):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         options = {"device": device, "dtype": dtype}
+        if isinstance(kappa, torch.Tensor) and kappa.requires_grad:
+            raise ValueError(
+                "kappa must not require grad: the module does not learn it; tvmf_cross_entropy does"
+            )
         # A copy on the CPU: it can be checked there, whatever the device, and is no one else's.
         kappa = torch.as_tensor(kappa, dtype=dtype or torch.get_default_dtype(), device="cpu")
         kappa = kappa.detach().clone().reshape(-1)
         if kappa.numel() not in (1, num_classes):
             raise ValueError(f"kappa must have 1 or C = {num_classes} values, got {kappa.numel()}")
-        if not (kappa > -0.5).all():
-            raise ValueError(f"kappa must be > -1/2, got {kappa.min().item()}")
+        refused = kappa[~((kappa > -0.5) & kappa.isfinite())]
+        if len(refused):
+            raise ValueError(f"kappa must be finite and > -1/2, got {refused[0].item():g}")
         for name, values in (("weight", weight), ("prior", prior)):
-            if values is not None and values.shape != (num_classes,):
+            if values is None:
+                continue
+            if values.shape != (num_classes,):
                 raise ValueError(
                     f"{name} must have shape [C] = [{num_classes}], got {list(values.shape)}"
                 )
+            if not values.is_floating_point():
+                raise ValueError(f"{name} must have a floating-point dtype, got {values.dtype}")
+            if values.requires_grad:
+                raise ValueError(f"{name} must not require grad: the head does not learn it")
         self.in_features = in_features
         self.num_classes = num_classes
         self.ignore_index = ignore_index
@@ -102,10 +112,10 @@ class TvMFLoss(nn.Module):
         """The factor of the similarity in the logit, `softplus(s_) + 1`, `[1]`."""
         return F.softplus(self.s_) + 1
 
-    def _head(self, scale):
+    def _head(self):
         return {
             "kappa": self.kappa,
-            "scale": scale,
+            "scale": SoftplusScale(self.s_),
             "linear_bias": self.bias,
             "prior": self.prior,
         }
@@ -120,14 +130,12 @@ class TvMFLoss(nn.Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            **self._head(SoftplusScale(self.s_)),
+            **self._head(),
         )
 
     def logits(self, input: torch.Tensor) -> torch.Tensor:
         """Logits `[N, C]` for inference; `softmax` of them are the class probabilities."""
-        # As in the kernels: not in the parameter's own dtype where that is shorter.
-        scale = F.softplus(self.s_.to(compute_dtype(input.dtype))) + 1
-        return tvmf_logits(input, self.weight, **self._head(scale))
+        return tvmf_logits(input, self.weight, **self._head())
 
     def row_statistics(self, input: torch.Tensor, target: torch.Tensor) -> RowStatistics:
         """`lse, target, sum, rank` of each row: the loss's parts, and the training error free."""
@@ -137,7 +145,7 @@ class TvMFLoss(nn.Module):
             target,
             weight=self.class_weight,
             ignore_index=self.ignore_index,
-            **self._head(SoftplusScale(self.s_)),
+            **self._head(),
         )
 
     def loss(self, statistics: RowStatistics, target: torch.Tensor) -> torch.Tensor:

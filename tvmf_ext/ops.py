@@ -9,7 +9,7 @@ import os
 import torch
 
 try:
-    from . import _C  # noqa: F401  (its import registers the operators)
+    import tvmf_ext._C  # noqa: F401  (its import registers the operators)
 except ImportError as error:
     raise ImportError(
         f"tvmf_ext: the compiled library cannot be loaded ({error}). Build it with `pip install .` "
