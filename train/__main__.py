@@ -45,12 +45,21 @@ def evaluate(net, head, data: LongTailed, device) -> dict[str, float | None]:
     return error_report(predicted.cpu() != data.test_labels, data.test_labels, data.counts)
 
 
+def make_directory(config: Config) -> None:
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainError(
+            f"--out: got {config.out} ({error.strerror}), wanted a directory to write to"
+        ) from error
+
+
 def run(config: Config, data: LongTailed, resume: bool = False) -> dict[str, dict]:
     """Trains one head in both stages; returns {"stage1": report, "stage2": report}."""
     device = torch.device("cpu")  # the head's kernels are for the CPU as yet
     path = config.out / CHECKPOINT
     saved = load_checkpoint(path, config) if resume else None
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_directory(config)
     seed_everything(config.seed)
 
     images, labels = data.train_images.to(device), data.train_labels.to(device)
@@ -148,6 +157,7 @@ def main() -> None:
     runs = [config]
     if config.baseline and config.head != "softmax":
         runs.append(dataclasses.replace(config, head="softmax", out=config.out / "baseline"))
+    make_directory(config)
     if not config.resume:  # what an older run left there must not be taken for this one's
         for each in runs:
             for name in (CHECKPOINT, "result.json"):
