@@ -141,8 +141,8 @@ def untouched(size):
 @pytest.mark.parametrize("name", ["input", "linear_weight"])
 def test_rows_beyond_2_to_the_31_elements(name):
     problem = make_problem(*((5000, 600, 20) if name == "input" else (600, 5000, 20)))
-    far = untouched(5000 * 450_000).view(5000, -1)[:, 7:27]
-    assert far[4999].storage_offset() > 2**31
+    far = untouched(5000 * 600_000).view(5000, -1)[:, 7:27]
+    assert far[4096].storage_offset() > 2**31  # where the last block begins, or one before it
     far.copy_(problem[name])
     problem[name] = far
     check(tvmf_cross_entropy, problem)
