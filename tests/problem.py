@@ -145,7 +145,8 @@ def oracle(function, problem, upstream=None):
     """`evaluate` in float64, and the sizes of what is summed to make each result.
 
     A sum is no better than its terms, so the size is their norm: for input and weight by row; for
-    kappa as if the cosines were 0, since `1 - c^2` cancels; for a loss that of the rows' lse.
+    kappa as if the cosines were 0, since `1 - c^2` cancels; for a loss that of the rows' lse, and
+    for lse, which is the largest logit and a logarithm, that of the logit.
     """
     problem, leaves = leaves_of(to_dtype(problem, torch.float64))
     x, w, target = problem["input"], problem["linear_weight"], problem["target"]
@@ -179,6 +180,7 @@ def oracle(function, problem, upstream=None):
         logits = eager(tvmf_ext.tvmf_logits)(**{k: problem[k] for k in LOGITS if k in problem})
         omega = problem.get("weight", torch.ones_like(logits[0]))
         size["sum"] = (omega * logits).norm()
+        size["lse"] = logits.amax(1).norm()
         valid = target != problem.get("ignore_index", -100)
         omega = omega[torch.where(valid, target, 0)] * valid
         mean = problem.get("reduction", "mean") == "mean"
