@@ -292,12 +292,25 @@ std::vector<Block> blocks_of(int64_t C, int64_t kept, int64_t class_block) {
   return blocks;
 }
 
-// Rows of X times rows of a block: product[n, i] = <x_n, w_{begin + i}>, padding zero.
+// The column of each row's target in the block, or -1.
+void block_labels(const std::vector<int64_t>& label, const Block& block, int64_t* out) {
+  for (size_t n = 0; n < label.size(); ++n) {
+    const int64_t column = label[n] - block.begin;
+    out[n] = column >= 0 && column < block.count ? column : -1;
+  }
+}
+
+// Rows of X times rows of a block: product[n, i] = <x_n, w_{begin + i}>, padding zero. The target's
+// is the one that its score came from, in both passes: a probability near 1 leaves only its bits.
 template <class T>
-void block_product(const Matrix<T>& x, const Matrix<T>& weight, const Block& block, T* product) {
+void block_product(const Matrix<T>& x, const Matrix<T>& weight, const Block& block,
+                   const int64_t* column, const T* target_product, T* product) {
   matmul<T>({product, x.rows, block.count, block.ld}, x, weight.transposed());
-  for (int64_t n = 0; n < x.rows; ++n)
-    std::fill(product + n * block.ld + block.count, product + (n + 1) * block.ld, T(0));
+  for (int64_t n = 0; n < x.rows; ++n) {
+    T* row = product + n * block.ld;
+    std::fill(row + block.count, row + block.ld, T(0));
+    if (column[n] >= 0) row[column[n]] = target_product[n];
+  }
 }
 
 // Row and column partition of a tile into tasks.
@@ -374,14 +387,6 @@ struct Problem {
   Terms<T> terms;
   std::vector<int64_t> label;
 };
-
-// The column of each row's target in the block, or -1.
-void block_labels(const std::vector<int64_t>& label, const Block& block, int64_t* out) {
-  for (size_t n = 0; n < label.size(); ++n) {
-    const int64_t column = label[n] - block.begin;
-    out[n] = column >= 0 && column < block.count ? column : -1;
-  }
-}
 
 // Per row the product with its target's weight and the score phi + bias, known before the blocks
 // are, so that ranks need one pass.
@@ -467,10 +472,8 @@ void row_statistics(const Problem<T>& problem, bool with_sum, int64_t kept, T* s
     rnorm(w, weight_rnorm + block.begin);
     if (!block.kept && !scratch) scratch = empty({N * plan.class_block}, kDtype<T>);
     T* product = block.kept ? saved + layout.product + N * block.begin : data<T>(*scratch);
-    block_product(x, w, block, product);
     block_labels(label, block, column.data());
-    for (int64_t n = 0; n < N; ++n)
-      if (column[n] >= 0) product[n * block.ld + column[n]] = target_product[n];
+    block_product(x, w, block, column.data(), target_product, product);
 
     // Reduce: partial statistics of each stripe of columns.
     const ClassTerms<T> class_terms =
@@ -521,6 +524,15 @@ Tensor empty_gradient(const Head& head, const std::optional<Tensor>& of, bool wa
   return empty(of->sizes(), dtype);
 }
 
+// Each wanted gradient in its tensor's dtype; the weight's is made in it.
+Gradients in_own_dtypes(const Head& head, Gradients out, int64_t wanted) {
+  if (wanted & kInput) out.input = to_dtype(out.input, head.input.scalar_type());
+  if (wanted & kKappa) out.kappa = to_dtype(out.kappa, head.kappa->scalar_type());
+  if (wanted & kScale) out.scale = to_dtype(out.scale, head.scale->scalar_type());
+  if (wanted & kBias) out.bias = to_dtype(out.bias, head.bias->scalar_type());
+  return out;
+}
+
 template <class T>
 Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int64_t kept,
                                   const std::vector<T>& grad_lse, const std::vector<T>& grad_target,
@@ -535,10 +547,10 @@ Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int
   const T *target_product = saved + layout.target_product, *x_rnorm = saved + layout.x_rnorm;
   const T* weight_rnorm = saved + layout.weight_rnorm;
   const bool class_sums = (wanted & kBias) || (wanted & kKappa);
-  const bool weight_direct = head.weight.scalar_type() == kDtype<T>;
+  const ScalarType weight_dtype = head.weight.scalar_type();
+  const bool weight_direct = weight_dtype == kDtype<T>;
   const T scale = terms.scale;
 
-  const ScalarType weight_dtype = head.weight.scalar_type();
   Gradients out{empty_gradient(head, head.input, wanted & kInput, kDtype<T>),
                 populated(empty_gradient(head, head.weight, wanted & kWeight, weight_dtype)),
                 empty_gradient(head, head.kappa, wanted & kKappa, kDtype<T>),
@@ -548,11 +560,7 @@ Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int
   if (N == 0) {
     for (Tensor* gradient : {&out.weight, &out.kappa, &out.scale, &out.bias})
       torch::stable::zero_(*gradient);
-    if (wanted & kKappa) out.kappa = to_dtype(out.kappa, head.kappa->scalar_type());
-    if (wanted & kScale) out.scale = to_dtype(out.scale, head.scale->scalar_type());
-    if (wanted & kBias) out.bias = to_dtype(out.bias, head.bias->scalar_type());
-    out.input = to_dtype(out.input, head.input.scalar_type());
-    return out;
+    return in_own_dtypes(head, out, wanted);
   }
   T *grad_kappa = data<T>(out.kappa), *grad_bias = data<T>(out.bias);
   double total_kappa = 0, total_scale = 0;
@@ -574,16 +582,11 @@ Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int
   for (const Block& block : blocks_of(C, kept, plan.class_block)) {
     // Multiply again where the forward pass did not keep the products.
     const Matrix<T> w = weight.block(block.begin, block.count);
-    const T* product = grad;
-    if (block.kept)
-      product = saved + layout.product + N * block.begin;
-    else
-      block_product(x, w, block, grad);
+    const T* product = block.kept ? saved + layout.product + N * block.begin : grad;
+    block_labels(label, block, column.data());
+    if (!block.kept) block_product(x, w, block, column.data(), target_product, grad);
 
     // Differentiate: the tile t_nc r_n q_c, and its sums along rows and columns.
-    block_labels(label, block, column.data());
-    for (int64_t n = 0; !block.kept && n < N; ++n)
-      if (column[n] >= 0) grad[n * block.ld + column[n]] = target_product[n];
     std::fill(col_dot.begin(), col_dot.end(), T(0));
     std::fill(col_bias.begin(), col_bias.end(), T(0));
     std::fill(col_kappa.begin(), col_kappa.end(), T(0));
@@ -657,14 +660,10 @@ Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int
       k.project(x.data + begin * x.row_stride, x.row_stride, &row_dot[begin], end - begin, D,
                 data<T>(grad_input) + begin * D, D);
     });
-    out.input = to_dtype(grad_input, head.input.scalar_type());
   }
   if ((wanted & kKappa) && terms.kappa.size() == 1) grad_kappa[0] = T(total_kappa);
   if (wanted & kScale) data<T>(out.scale)[0] = T(total_scale * terms.dscale);
-  if (wanted & kKappa) out.kappa = to_dtype(out.kappa, head.kappa->scalar_type());
-  if (wanted & kScale) out.scale = to_dtype(out.scale, head.scale->scalar_type());
-  if (wanted & kBias) out.bias = to_dtype(out.bias, head.bias->scalar_type());
-  return out;
+  return in_own_dtypes(head, out, wanted);
 }
 
 // The loss per row is (1 - e) omega_y (lse - target) + e / C (lse sum_c omega_c - sum).

@@ -17,7 +17,7 @@ struct ClassTerms {
   const T* omega;         // [ld]  class weight, or null where `sum` is not wanted
 };
 
-// One tile of the forward pass: partial statistics over columns [col_begin, col_end).
+// One tile of the forward pass: partial statistics over a Range of its columns.
 template <class T>
 struct ForwardTile {
   const T* product;  // [N, ld]  <x_n, w_c>

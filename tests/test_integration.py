@@ -3,6 +3,7 @@
 import pytest
 import torch
 from problem import assert_same_bits, error, evaluate, leaves_of, make_problem, statistics_arguments
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -84,7 +85,7 @@ PROBLEMS = {
 def test_opcheck_of_all_four_operators(options, kept):
     problem = full_problem(**options)
     for operator, arguments in operator_calls(problem, kept):
-        torch.library.opcheck(operator, arguments)
+        library.opcheck(operator, arguments)
 
 
 @pytest.mark.parametrize(("options", "kept"), PROBLEMS.values(), ids=PROBLEMS)

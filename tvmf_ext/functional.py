@@ -49,9 +49,15 @@ def _kept(input, linear_weight, *others):
     if not (input.requires_grad or linear_weight.requires_grad
             or any(t is not None and t.requires_grad for t in others)):  # fmt: skip
         return 0
-    itemsize = 8 if input.dtype == torch.float64 else 4
-    budget = _KEEP_BYTES // (itemsize * 16) // max(input.shape[0], 1)
+    budget = _KEEP_BYTES // (ops.compute_dtype(input.dtype).itemsize * 16) // max(input.shape[0], 1)
     return 16 * min((linear_weight.shape[0] + 15) // 16, budget)
+
+
+def check_loss_options(reduction, label_smoothing):
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
 def _number(name, value):
@@ -168,12 +174,12 @@ def tvmf_cross_entropy(
         Under autocast float32 features are rounded to its dtype, as for `torch.nn.Linear`.
 
     Raises:
+        TypeError: an argument that is neither a tensor nor what may stand for one.
         ValueError: a shape, dtype, device or value other than the above.
         IndexError: a target outside [0, C) that is not ignore_index.
         NotImplementedError: a tensor on a device without kernels.
     """
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    check_loss_options(reduction, label_smoothing)
     head, kept = _head(
         input, linear_weight, target, kappa, scale, linear_bias, prior, weight, ignore_index
     )
@@ -192,12 +198,11 @@ def cross_entropy_from_statistics(
 ) -> torch.Tensor:
     """`tvmf_cross_entropy` from row statistics that are there already, `[]` or `[N]`.
 
-    `weight` and `ignore_index` must be those that the statistics were made with.
+    `target` is `[N]`, int64, and `weight` `[C]`; it and `ignore_index` must be those that the
+    statistics were made with. `lse - target` is a difference of rounded numbers: losses far below
+    `lse` itself are exact only from `tvmf_cross_entropy`.
     """
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_loss_options(reduction, label_smoothing)
     valid = target != ignore_index
     # NaN in an ignored row must not reach the sum.
     lse, target_logit, total = (torch.where(valid, t, 0) for t in statistics[:3])

@@ -9,6 +9,7 @@ from torch import nn
 from .functional import (
     RowStatistics,
     SoftplusScale,
+    check_loss_options,
     cross_entropy_from_statistics,
     row_statistics,
     tvmf_cross_entropy,
@@ -54,10 +55,7 @@ class TvMFLoss(nn.Module):
             raise ValueError(
                 f"in_features and num_classes must be at least 1, got {in_features}, {num_classes}"
             )
-        if reduction not in ("none", "mean", "sum"):
-            raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+        check_loss_options(reduction, label_smoothing)
         options = {"device": device, "dtype": dtype}
         if isinstance(kappa, torch.Tensor) and kappa.requires_grad:
             raise ValueError(

@@ -7,6 +7,7 @@
 import os
 
 import torch
+from torch import library
 
 try:
     import tvmf_ext._C  # noqa: F401  (its import registers the operators)
@@ -47,7 +48,7 @@ def _cuda_not_implemented(*args):
 
 
 for _name in ("row_statistics", "cross_entropy"):
-    torch.library.register_kernel(f"tvmf_ext::{_name}", "cuda")(_cuda_not_implemented)
+    library.register_kernel(f"tvmf_ext::{_name}", "cuda")(_cuda_not_implemented)
 
 
 def _check_device(input, *others):
@@ -67,7 +68,7 @@ def _fake_saved(input, weight, kept):
     return input.new_empty(size, dtype=compute_dtype(input.dtype))
 
 
-@torch.library.register_fake("tvmf_ext::row_statistics")
+@library.register_fake("tvmf_ext::row_statistics")
 def _(input, weight, target, *args):
     _check_device(input, weight, target, *args)
     with_sum, kept = args[-2:]
@@ -78,7 +79,7 @@ def _(input, weight, target, *args):
     return lse, target_logit, total, rank, _fake_saved(input, weight, kept)
 
 
-@torch.library.register_fake("tvmf_ext::cross_entropy")
+@library.register_fake("tvmf_ext::cross_entropy")
 def _(input, weight, target, *args):
     _check_device(input, weight, target, *args)
     _, reduction, kept = args[-3:]
@@ -96,12 +97,12 @@ def _fake_gradients(head, wanted):
     )
 
 
-@torch.library.register_fake("tvmf_ext::row_statistics_backward")
+@library.register_fake("tvmf_ext::row_statistics_backward")
 def _(grad_lse, grad_target, grad_sum, *args):
     return _fake_gradients(args[:_HEAD], args[-1])
 
 
-@torch.library.register_fake("tvmf_ext::cross_entropy_backward")
+@library.register_fake("tvmf_ext::cross_entropy_backward")
 def _(grad_loss, *args):
     return _fake_gradients(args[:_HEAD], args[-1])
 
@@ -128,7 +129,7 @@ def _call_once(operator, *args):
 
 
 class _Function(torch.autograd.Function):
-    """One operator and its gradient. Not `torch.library.register_autograd`, whose way through the
+    """One operator and its gradient. Not one registered with the operator, whose way through the
     dispatcher takes longer than the whole of a small head."""
 
     @staticmethod
