@@ -10,8 +10,8 @@ from . import ops
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 # Products that the forward pass keeps for the backward pass, in bytes; with the working tiles the
-# extra memory stays under 64 MB whatever C is. Below this many features a product is recomputed
-# faster than it is written and read.
+# extra memory stays under 64 MB whatever C is. Below this many features a product costs about as
+# little to recompute as to write and read, by count.
 _KEEP_BYTES = 40 * 1024 * 1024
 _KEEP_MIN_FEATURES = 128
 
