@@ -98,7 +98,7 @@ def measure(shape, names, seconds, progress):
     times = {name: [] for name in runs}
     task = progress.add_task(f"{N} x {C} x {D}", total=seconds)
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times["fused"]) < 5:
+    while times and (time.perf_counter() - start < seconds or len(next(iter(times.values()))) < 5):
         for name, run in runs.items():
             begin = time.perf_counter()
             result = run()
