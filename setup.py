@@ -21,7 +21,8 @@ class CMakeBuild(build_ext):
                 "without --no-build-isolation."
             ) from error
         output = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        build = Path(self.build_temp).resolve()
+        # One folder for every environment: kernels, which know nothing of torch, compile once.
+        build = ROOT / "build" / "cmake"
         configure = [
             "cmake", "-S", ROOT, "-B", build, "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",

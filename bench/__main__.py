@@ -4,6 +4,9 @@ Every variant computes the loss and its gradients by features, weight and scale 
 tensors. Variants take turns, so that a slow moment of the machine falls on all of them; figures are
 medians, with the ratio to the fused head. `products` is the three bare matrix products of such a
 step: the floor of any implementation that is made of library products.
+
+`--device cuda` measures a GPU with CUDA events. `--dtype bfloat16` is for features of that dtype
+with a float32 weight, which eager PyTorch rounds first.
 """
 
 import argparse
@@ -25,23 +28,29 @@ from tvmf_ext import reference
 
 ROOT = Path(__file__).parent.parent
 SHAPES = [(256, 1000, 512), (256, 8142, 2048), (256, 21841, 768), (256, 100000, 512)]
+CUDA_SHAPES = [(256, 1000, 512), (256, 8142, 2048), (1024, 21841, 768), (256, 100000, 512)]
 SMALL = (1, 8, 8)
 VARIANTS = ("fused", "eager", "compile", "products")
 MARKERS = ("<!-- bench -->", "<!-- /bench -->")
 
 
-def problem(N, C, D):
+def problem(N, C, D, device, dtype):
     """Features and weights like those of a trained net, that is with targets that stand out."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(C, D, generator=generator)
     target = torch.randint(C, (N,), generator=generator)
     input = 0.5 * weight[target] + torch.randn(N, D, generator=generator)
+    input, weight, target = input.to(device, dtype), weight.to(device), target.to(device)
     return input.requires_grad_(), weight.requires_grad_(), target
+
+
+def eager(input, weight, target, **options):
+    return reference.tvmf_cross_entropy(input, weight.to(input.dtype), target, **options)
 
 
 def step(function, input, weight, target):
     """A function of no arguments that returns loss and gradients."""
-    scale = torch.tensor(16.0, requires_grad=True)
+    scale = torch.tensor(16.0, device=input.device, requires_grad=True)
     leaves = (input, weight, scale)
 
     def run():
@@ -52,8 +61,8 @@ def step(function, input, weight, target):
 
 
 def products(input, weight):
-    x, w = input.detach(), weight.detach()
-    gradient = torch.randn(x.shape[0], w.shape[0])
+    x, w = input.detach(), weight.detach().to(input.dtype)
+    gradient = torch.randn(x.shape[0], w.shape[0]).to(x)
 
     def run():
         return x @ w.t(), gradient @ w, gradient.t() @ x
@@ -66,22 +75,36 @@ def error(got, wanted):
     return max(((g - w).norm() / w.norm()).item() for g, w in zip(got, wanted, strict=True))
 
 
-def measure(shape, names, seconds, progress):
+def seconds_of(run, device):
+    """Of one call; its result is freed outside."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        result = run()
+        return time.perf_counter() - begin, result
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    result = run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3, result
+
+
+def measure(shape, names, seconds, progress, device, dtype):
     """Seconds per call of each variant, in turns; a wrong one is reported and not timed."""
     N, C, D = shape
-    tensors = problem(N, C, D)
+    tensors = problem(N, C, D, device, dtype)
     functions = {
         "fused": tvmf_ext.tvmf_cross_entropy,
-        "eager": reference.tvmf_cross_entropy,
-        "compile": torch.compile(reference.tvmf_cross_entropy, dynamic=False),
+        "eager": eager,
+        "compile": torch.compile(eager, dynamic=False),
     }
     runs = {
         name: products(*tensors[:2]) if name == "products" else step(functions[name], *tensors)
         for name in names
     }
     exact_tensors = [t.detach().double().requires_grad_() for t in tensors[:2]]
-    exact = step(reference.tvmf_cross_entropy, *exact_tensors, tensors[2])()
-    eager_error = error(step(reference.tvmf_cross_entropy, *tensors)(), exact)
+    exact = step(eager, *exact_tensors, tensors[2])()
+    eager_error = error(step(eager, *tensors)(), exact)
     results = {}
     for name in list(runs):
         got = runs[name]()  # warms up, too
@@ -100,9 +123,8 @@ def measure(shape, names, seconds, progress):
     start = time.perf_counter()
     while times and (time.perf_counter() - start < seconds or len(next(iter(times.values()))) < 5):
         for name, run in runs.items():
-            begin = time.perf_counter()
-            result = run()
-            times[name].append(time.perf_counter() - begin)
+            taken, result = seconds_of(run, device)
+            times[name].append(taken)
             del result  # freeing it is nobody's time
         progress.update(task, completed=time.perf_counter() - start)
     progress.remove_task(task)
@@ -183,6 +205,8 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seconds", type=float, default=10, help="of measurement per shape")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
     parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
     args = parser.parse_args()
@@ -190,11 +214,18 @@ def main():
         parser.error(f"--shape wants positive N C D, got {args.shape}")
     if args.seconds <= 0 or args.threads < 1:
         parser.error(f"--seconds and --threads want > 0, got {args.seconds}, {args.threads}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda wants a GPU, got none")
+    if args.readme and (args.device, args.dtype) != ("cpu", "float32"):
+        parser.error(f"--readme wants cpu and float32, got {args.device} and {args.dtype}")
+    cuda = args.device == "cuda"
     names = [name for name in VARIANTS if name in {"fused", *args.variants}]
-    shapes = [tuple(args.shape)] if args.shape else [*SHAPES, SMALL]
+    shapes = [tuple(args.shape)] if args.shape else CUDA_SHAPES if cuda else [*SHAPES, SMALL]
 
     report = {
         "variants": names,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "dtype": args.dtype,
         "cpu": hardware(),
         "isa": tvmf_ext.build_info().cpu,
         "threads": args.threads,
@@ -208,7 +239,8 @@ def main():
     with Progress(console=console, transient=True) as progress:
         for shape in shapes:
             torch.set_num_threads(1 if shape == SMALL else args.threads)
-            results = measure(shape, names, args.seconds, progress)
+            dtype = getattr(torch, args.dtype)
+            results = measure(shape, names, args.seconds, progress, args.device, dtype)
             report["cases"].append({"shape": shape, "results": results})
 
     head, rows = rows_of(report)

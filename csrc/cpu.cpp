@@ -75,16 +75,8 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// A contiguous CPU tensor. The shim itself: the dispatcher's route costs more than a small head.
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  std::array<int64_t, 2> strides{1, 1};
-  if (sizes.size() == 2) strides[0] = std::max<int64_t>(sizes[1], 1);
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
 }
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -114,11 +106,6 @@ Tensor call_dispatcher(const char* name, const char* overload, const Args&... ar
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor to_dtype(const Tensor& tensor, ScalarType dtype) {
-  if (tensor.scalar_type() == dtype) return tensor;
-  return torch::stable::to(tensor, dtype);
 }
 
 // A strided view of memory: rows x cols, element (i, j) at data[i * row_stride + j * col_stride].

@@ -1,8 +1,10 @@
 // The operators between bind.cpp, which checks, and the kernels: one struct per call.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 
@@ -11,8 +13,6 @@
 namespace tvmf {
 
 using torch::stable::Tensor;
-
-enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // z_nc = scale (phi(cosine(x_n, w_c); kappa_c) + bias_c) + prior_c
 struct Head {
@@ -28,11 +28,7 @@ struct Head {
   std::optional<Tensor> prior;         // [C]
   std::optional<Tensor> class_weight;  // [C]
   int64_t ignore_index;
-};
-
-struct LossOptions {
-  double label_smoothing;
-  Reduction reduction;
+  bool allow_tf32;  // float32 products on CUDA may be rounded to TF32
 };
 
 struct RowStatistics {
@@ -46,24 +42,6 @@ struct RowStatistics {
 struct Loss {
   Tensor loss;  // [] or, unreduced, [N]
   Tensor saved;
-};
-
-// One buffer in the compute dtype: a single allocation, and a single tensor for autograd to hold.
-struct SavedLayout {
-  SavedLayout(int64_t N, int64_t C, int64_t kept)
-      : sum_exp(N),
-        target_product(2 * N),
-        x_rnorm(3 * N),
-        weight_rnorm(4 * N),
-        product(round_up(4 * N + C, kPad)),
-        size(product + N * kept) {}
-  int64_t max = 0;         // [N]  largest logit
-  int64_t sum_exp;         // [N]  sum exp(logit - max): lse itself would lose the small losses
-  int64_t target_product;  // [N]  <x_n, w_y>
-  int64_t x_rnorm;         // [N]
-  int64_t weight_rnorm;    // [C], then zeros
-  int64_t product;         // [N * kept]  <x_n, w_c> of the first classes, tile after tile
-  int64_t size;
 };
 
 enum GradBits : int64_t { kInput = 1, kWeight = 2, kKappa = 4, kScale = 8, kBias = 16 };
@@ -82,5 +60,49 @@ Loss cpu_cross_entropy(const Head& head, const LossOptions& options, int64_t kep
 Gradients cpu_cross_entropy_backward(const Head& head, const LossOptions& options,
                                      const Tensor& saved, int64_t kept, const Tensor& grad_loss,
                                      int64_t wanted);
+
+RowStatistics cuda_row_statistics(const Head& head, bool with_sum, int64_t kept);
+Gradients cuda_row_statistics_backward(const Head& head, const Tensor& saved, int64_t kept,
+                                       const std::optional<Tensor>& grad_lse,
+                                       const std::optional<Tensor>& grad_target,
+                                       const std::optional<Tensor>& grad_sum, int64_t wanted);
+
+Loss cuda_cross_entropy(const Head& head, const LossOptions& options, int64_t kept);
+Gradients cuda_cross_entropy_backward(const Head& head, const LossOptions& options,
+                                      const Tensor& saved, int64_t kept, const Tensor& grad_loss,
+                                      int64_t wanted);
+
+// The device as plan_cuda wants it; an error for one that the kernels do not run on.
+const Gpu& cuda_gpu(int32_t device);
+
+// What a CUDA plan is told of `kept`: all products or none.
+constexpr int64_t cuda_kept(int64_t C, int64_t kept) {
+  return kept >= C && kept % kPad == 0 ? kept : 0;
+}
+
+// The dtype in which the CUDA kernels read the weight; where it is another, a copy is made.
+constexpr DType cuda_weight_dtype(DType x, DType weight) {
+  if (weight == x || size_of(x) > 2) return x;
+  return DType::kFloat32;
+}
+
+inline Tensor to_dtype(const Tensor& tensor, torch::headeronly::ScalarType dtype) {
+  if (tensor.scalar_type() == dtype) return tensor;
+  return torch::stable::to(tensor, dtype);
+}
+
+// A contiguous tensor. The shim itself: the dispatcher's route costs more than a small head.
+inline Tensor empty_on(int32_t device_type, int32_t device_index,
+                       torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       torch::headeronly::ScalarType dtype) {
+  std::array<int64_t, 2> strides{1, 1};
+  if (sizes.size() == 2) strides[0] = std::max<int64_t>(sizes[1], 1);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      device_index, &handle));
+  return Tensor(handle);
+}
 
 }  // namespace tvmf

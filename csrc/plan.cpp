@@ -2,12 +2,261 @@
 
 namespace tvmf {
 
-CpuPlan plan_cpu(int64_t N, int64_t C, int64_t D, int64_t element_size) {
+CpuPlan plan_cpu(int64_t N, int64_t C, int64_t, int64_t element_size) {
   // 2 MiB of tile: the L2 of one core. Fewer than 256 classes would starve the matrix product,
   // more than 4096 add nothing to its speed.
   const int64_t tile = (int64_t(2) << 20) / element_size / std::max<int64_t>(N, 1);
   const int64_t block = std::clamp<int64_t>(tile / kPad * kPad, 256, 4096);
   return {std::min(block, round_up(C, kPad)), 32, 512};
+}
+
+namespace {
+
+constexpr int64_t kMiB = int64_t(1) << 20;
+
+// Rates are dense peaks of the vendors' datasheets, times what mma.sync and copies are known to
+// reach of them; of the H200 the copy's 4.3 TB/s was measured.
+constexpr Gpu kGpus[] = {
+    // name, SMs, shared per block, per SM, L2, HBM, L2 rate, f16, bf16, tf32, f32, f64, launch
+    {"A100",
+     108,
+     166912,
+     167936,
+     40 * kMiB,
+     1.3e12,
+     3.5e12,
+     {250e12, 250e12, 125e12, 15e12, 8e12},
+     3e-6},
+    {"L40S",
+     142,
+     101376,
+     102400,
+     96 * kMiB,
+     0.75e12,
+     4e12,
+     {290e12, 290e12, 145e12, 60e12, 1e12},
+     3e-6},
+    {"H100",
+     132,
+     232448,
+     233472,
+     50 * kMiB,
+     3.0e12,
+     5.5e12,
+     {600e12, 600e12, 300e12, 45e12, 25e12},
+     3e-6},
+    {"H200",
+     132,
+     232448,
+     233472,
+     50 * kMiB,
+     4.3e12,
+     5.5e12,
+     {600e12, 600e12, 300e12, 45e12, 25e12},
+     3e-6},
+    {"B200",
+     148,
+     232448,
+     233472,
+     126 * kMiB,
+     6.5e12,
+     8e12,
+     {700e12, 700e12, 350e12, 50e12, 25e12},
+     3e-6},
+};
+
+// Offsets of what is taken one after another, each on a 256-byte boundary.
+struct Cursor {
+  int64_t at = 0;
+  int64_t take(int64_t bytes) {
+    const int64_t here = at;
+    at += round_up(bytes, 256);
+    return here;
+  }
+};
+
+int64_t accumulator_size(const CudaPlan& plan) { return plan.math == Math::kF64 ? 8 : 4; }
+
+// Bytes that a chunk has in the L2 cache for each of its classes: gradient tile and weights.
+int64_t cached_bytes(const CudaProblem& p) { return p.N * size_of(p.x) + p.D * size_of(p.weight); }
+int64_t cache_of(const Gpu& gpu) { return gpu.l2 * 7 / 10; }
+
+// The classes of a chunk: what it has in the cache stays there, its part of the workspace is
+// bounded, and its blocks are whole waves.
+int64_t chunk_of(const CudaProblem& p, int64_t acc, const Gpu& gpu) {
+  const int64_t row_groups = ceil_div(p.N, kGradientRows);
+  const int64_t bytes = p.N * size_of(p.x) + p.N * acc * kRowParts / kClassTile +
+                        row_groups * (3 * acc + 16 / kClassTile + 1);
+  const int64_t chunk = std::min(cache_of(gpu) / cached_bytes(p), 28 * kMiB / bytes);
+  const int64_t wave = gpu.sms * kClassTile;
+  const int64_t whole = chunk > wave ? chunk / wave * wave : chunk / kClassTile * kClassTile;
+  return std::min(std::max(whole, kClassTile), round_up(p.C, kClassTile));
+}
+
+// Parts that bring `blocks` up to two a multiprocessor, at most `most`.
+int64_t parts(int64_t blocks, int64_t most, const Gpu& gpu) {
+  return std::clamp<int64_t>(2 * gpu.sms / std::max<int64_t>(blocks, 1), 1, most);
+}
+
+// Bytes between L2 and the multiprocessors are counted in sectors of 32 bytes, as the emulator
+// does: one for each scattered access, and two elements of 2 bytes side by side leave half of one
+// unused.
+void count(CudaPlan& plan, const Gpu& gpu) {
+  const CudaProblem& p = plan.problem;
+  const double N = double(p.N), C = double(p.C), D = double(p.D), kept = double(p.kept);
+  const double x = double(size_of(p.x)), w = double(size_of(p.weight)), sector = 32;
+  const double acc = double(accumulator_size(plan)), x_pair = std::max(x, 4.0);
+  const double w_pair = std::max(w, 4.0), chunks = double(plan.chunks);
+  const auto tiles = [](int64_t size, int64_t tile) { return double(ceil_div(size, tile)); };
+  const double splits = double(plan.class_splits), input_splits = double(plan.input_splits);
+  const auto seconds = [&](double flops, double hbm, double l2, double launches) {
+    return std::max({flops / gpu.flop_rate[int(plan.math)], hbm / gpu.hbm_rate, l2 / gpu.l2_rate}) +
+           launches * gpu.launch_seconds;
+  };
+
+  plan.forward_launches = 3;
+  plan.forward_flops = 2 * N * C * D;
+  // Blocks that run together walk the same classes: weights cross HBM once for each wave of them.
+  const double waves = tiles(plan.row_tiles * plan.class_splits, 2 * gpu.sms);
+  plan.forward_hbm = waves * C * D * w + N * D * x + N * kept * acc;
+  const double prepare = N * D * (x + w) + 6 * N * sector;
+  const double statistics = tiles(p.C, plan.tile) * N * D * x + tiles(p.N, plan.tile) * C * D * w +
+                            N * kept * acc + splits * N * (5 * acc + 12) + C * acc + N * sector;
+  const double finish_rows = splits * N * (3 * acc + 4) + N * (4 * acc + 8);
+  plan.forward_l2 = prepare + statistics + finish_rows;
+  plan.forward_seconds = seconds(plan.forward_flops, plan.forward_hbm, plan.forward_l2, 3);
+
+  plan.backward_launches = plan.latency ? 4 : 2 + 3 * plan.chunks;
+  // Blocks that share a weight gradient on the latency path each make the gradient tile.
+  const double makers = plan.latency ? double(plan.feature_splits) : 1;
+  plan.backward_flops = (kept > 0 ? 4 : 4 + 2 * makers) * N * C * D;
+  // The weights are read for the cosines, the projection and the features' gradient: once from HBM
+  // if the chunk stays in the cache.
+  const bool cached = cached_bytes(p) * plan.chunk <= cache_of(gpu);
+  const double reads = cached ? 1 : kept > 0 ? 2 : 3;
+  plan.backward_hbm =
+      C * D * (reads * w + w) + N * D * (x + x) + N * kept * acc + (cached ? 0 : 2 * N * C * x);
+  const double class_tiles = tiles(p.C, kClassTile), parts = double(kRowParts);
+  const double row_terms = double(round_up(8 * int64_t(acc) + 8, 16)) / 16 * sector;
+  const double cosines =
+      kept > 0 ? N * C * acc : class_tiles * N * D * x + tiles(p.N, kGradientRows) * C * D * w;
+  const double gradient = makers * (cosines + class_tiles * parts * N * row_terms) +
+                          N * C * x_pair + class_tiles * parts * N * acc * (2 - 1 / chunks);
+  const double weight = class_tiles * N * D * x + C * D * (w_pair + w_pair) +
+                        (plan.resident ? 0 : tiles(p.D, kFeatureTile) * N * C * x);
+  const double input = tiles(p.D, plan.input_tile) * N * C * x +
+                       tiles(p.N, plan.input_tile) * C * D * w +
+                       input_splits * N * D * acc * (2 * chunks - 1);
+  const double slots = double(plan.chunk / kClassTile * kRowParts);
+  const double finish =
+      input_splits * N * D * acc + N * D * (x + x) + slots * N * sector + 24 * N * sector;
+  plan.backward_l2 = 10 * N * sector + gradient + weight + input + finish;
+  plan.backward_seconds = seconds(plan.backward_flops, plan.backward_hbm, plan.backward_l2,
+                                  double(plan.backward_launches));
+}
+
+}  // namespace
+
+const Gpu* find_gpu(const std::string& name) {
+  for (const Gpu& gpu : kGpus)
+    if (name == gpu.name) return &gpu;
+  return nullptr;
+}
+
+std::string gpu_names() {
+  std::string names;
+  for (const Gpu& gpu : kGpus) names += (names.empty() ? "" : ", ") + std::string(gpu.name);
+  return names;
+}
+
+ForwardWorkspace::ForwardWorkspace(const CudaPlan& plan) {
+  const int64_t N = plan.problem.N, acc = accumulator_size(plan), runs = plan.class_splits * N;
+  Cursor cursor;
+  label = cursor.take(N * 8);
+  target_score = cursor.take(N * acc);
+  target = cursor.take(N * acc);
+  max = cursor.take(runs * acc);
+  sum_exp = cursor.take(runs * acc);
+  sum = cursor.take(plan.problem.with_sum ? runs * acc : 0);
+  rank = cursor.take(runs * 4);
+  size = cursor.at;
+}
+
+BackwardWorkspace::BackwardWorkspace(const CudaPlan& plan) {
+  const CudaProblem& p = plan.problem;
+  const int64_t acc = accumulator_size(plan);
+  const int64_t slots = plan.latency ? plan.feature_splits : plan.row_groups;
+  Cursor cursor;
+  rows = cursor.take(p.N * round_up(8 * acc + 8, 16));
+  gain = cursor.take(2 * acc);
+  grad = cursor.take(p.N * plan.chunk * size_of(p.x));
+  row_dot = cursor.take(plan.chunk / kClassTile * kRowParts * p.N * acc);
+  col_sums = cursor.take(slots * 3 * plan.chunk * acc);
+  dx = cursor.take(plan.input_splits * p.N * p.D * acc);
+  totals = cursor.take(plan.chunk / kClassTile * plan.row_groups * 2 * 8);
+  size = cursor.at;
+}
+
+namespace {
+
+// Few launches, or many chunks.
+CudaPlan plan_path(const CudaProblem& p, bool latency, const Gpu& gpu) {
+  CudaPlan plan{};
+  plan.problem = p;
+  plan.math = math_of(p.x, p.allow_tf32);
+  const int64_t acc = accumulator_size(plan), step = kStepBytes / size_of(p.x);
+  const bool tensor_cores = plan.math != Math::kF32 && plan.math != Math::kF64;
+  const auto tiles_of = [](int64_t rows, int64_t cols, int64_t tile) {
+    return ceil_div(rows, tile) * ceil_div(cols, tile);
+  };
+
+  // Large tiles load half the bytes, but only where there are enough of them for every SM.
+  const bool large = tensor_cores && tiles_of(p.N, p.C, kLargeTile) >= gpu.sms;
+  plan.tile = large ? kLargeTile : kSmallTile;
+  plan.row_tiles = ceil_div(p.N, plan.tile);
+  const int64_t class_tiles = ceil_div(p.C, plan.tile);
+  plan.tiles_per_split = ceil_div(class_tiles, parts(plan.row_tiles, class_tiles, gpu));
+  plan.class_splits = ceil_div(class_tiles, plan.tiles_per_split);
+
+  // The gradient tile of all rows stays in shared memory where two blocks still fit on an SM, one
+  // waiting while the other multiplies, or where there is but one for each. Without it a latency
+  // path needs a block for every SM: blocks that share a weight gradient must have the tile.
+  const int64_t all_tiles = ceil_div(p.C, kClassTile);
+  const int64_t resident_bytes = round_up(p.N, kGradientRows) * kClassTile * size_of(p.x);
+  const int64_t block_bytes = gradient_shared_bytes(plan.math) + resident_bytes;
+  const bool fits = block_bytes <= gpu.shared_per_block &&
+                    (all_tiles <= gpu.sms || 2 * (block_bytes + 1024) <= gpu.shared_per_sm);
+  plan.latency = latency && (fits || (p.N <= 1024 && all_tiles >= gpu.sms));
+  plan.resident = plan.latency && fits;
+  plan.chunk = plan.latency ? round_up(p.C, kClassTile) : chunk_of(p, acc, gpu);
+  plan.chunks = ceil_div(p.C, plan.chunk);
+  const int64_t chunk_tiles = plan.chunk / kClassTile;
+  const int64_t feature_tiles = ceil_div(p.D, kFeatureTile);
+  // Each of them makes it: worth it where the products need only be loaded.
+  const bool shared = !plan.latency || (plan.resident && p.kept > 0);
+  plan.feature_splits = parts(chunk_tiles, shared ? feature_tiles : 1, gpu);
+  plan.row_groups = plan.latency ? 1 : parts(chunk_tiles, ceil_div(p.N, kGradientRows), gpu);
+
+  const int64_t steps = ceil_div(plan.chunk, step);
+  const int64_t most_input = std::clamp<int64_t>(
+      std::min(steps / 4, 16 * kMiB / std::max<int64_t>(p.N * p.D * acc, 1)), 1, 65535);
+  const int64_t large_tiles = tiles_of(p.N, p.D, kLargeTile);
+  plan.input_tile = tensor_cores && large_tiles * most_input >= gpu.sms ? kLargeTile : kSmallTile;
+  plan.input_splits = parts(tiles_of(p.N, p.D, plan.input_tile), most_input, gpu);
+
+  plan.saved = SavedLayout(p.N, p.C, p.kept).size * acc;
+  plan.forward_workspace = ForwardWorkspace(plan).size;
+  plan.backward_workspace = BackwardWorkspace(plan).size;
+  count(plan, gpu);
+  return plan;
+}
+
+}  // namespace
+
+CudaPlan plan_cuda(const CudaProblem& problem, const Gpu& gpu) {
+  constexpr int64_t kBudget = 64 * kMiB;
+  const CudaPlan few = plan_path(problem, problem.N * problem.C * 4 <= kBudget, gpu);
+  return few.backward_workspace <= kBudget ? few : plan_path(problem, false, gpu);
 }
 
 }  // namespace tvmf

@@ -4,14 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 
 namespace tvmf {
-
-struct CpuPlan {
-  int64_t class_block;  // classes per matrix product: multiple of kPad, the N x block tile in L2
-  int64_t row_group;    // rows per task
-  int64_t stripe;       // classes per task: logits and class terms stay in L1
-};
 
 // Row strides of product tiles are multiples of this: whole 64-byte vectors of float and double.
 constexpr int64_t kPad = 16;
@@ -23,6 +18,128 @@ constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
   return (value + divisor - 1) / divisor;
 }
 
+enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
+struct LossOptions {
+  double label_smoothing;
+  Reduction reduction;
+};
+
+// One buffer in the compute dtype: a single allocation, and a single tensor for autograd to hold.
+struct SavedLayout {
+  SavedLayout(int64_t N, int64_t C, int64_t kept)
+      : sum_exp(N),
+        target_product(2 * N),
+        x_rnorm(3 * N),
+        weight_rnorm(4 * N),
+        product(round_up(4 * N + C, kPad)),
+        size(product + N * kept) {}
+  int64_t max = 0;         // [N]  largest logit
+  int64_t sum_exp;         // [N]  sum exp(logit - max): lse itself would lose the small losses
+  int64_t target_product;  // [N]  <x_n, w_y>
+  int64_t x_rnorm;         // [N]
+  int64_t weight_rnorm;    // [C], then zeros
+  int64_t product;  // [N * kept]  <x_n, w_c> of the first classes: on the CPU tile after tile, on a
+                    // GPU [N, kept] and of all classes or none
+  int64_t size;
+};
+
+struct CpuPlan {
+  int64_t class_block;  // classes per matrix product: multiple of kPad, the N x block tile in L2
+  int64_t row_group;    // rows per task
+  int64_t stripe;       // classes per task: logits and class terms stay in L1
+};
+
 CpuPlan plan_cpu(int64_t N, int64_t C, int64_t D, int64_t element_size);
+
+enum class DType : int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// How two operands are multiplied: on tensor cores but for the last two.
+enum class Math : int32_t { kF16, kBf16, kTf32, kF32, kF64 };
+
+constexpr Math math_of(DType x, bool allow_tf32) {
+  switch (x) {
+    case DType::kFloat16: return Math::kF16;
+    case DType::kBFloat16: return Math::kBf16;
+    case DType::kFloat32: return allow_tf32 ? Math::kTf32 : Math::kF32;
+    default: return Math::kF64;
+  }
+}
+
+// What a plan needs to know of a GPU; the rates are what kernels reach, for the prediction only.
+struct Gpu {
+  const char* name;
+  int64_t sms;
+  int64_t shared_per_block, shared_per_sm;  // bytes
+  int64_t l2;                               // bytes
+  double hbm_rate, l2_rate;                 // bytes/s
+  double flop_rate[5];                      // by Math
+  double launch_seconds;                    // from one kernel's end to the next one's start
+};
+
+// "H200", "H100", "A100", ...; null if there is none of that name.
+const Gpu* find_gpu(const std::string& name);
+std::string gpu_names();
+
+struct CudaProblem {
+  int64_t N, C, D;
+  DType x, weight;
+  bool allow_tf32;
+  int64_t kept;  // C or more where the forward pass keeps all products, else 0
+  bool with_sum;
+};
+
+struct CudaPlan {
+  CudaProblem problem;
+  Math math;
+  bool latency;  // few launches: one chunk, whose gradient tile and weight gradient are one launch
+
+  // row_statistics: blocks of tile x tile cosines; grid [row_tiles, class_splits].
+  int64_t tile, row_tiles, class_splits, tiles_per_split;
+
+  // class_gradient: blocks of 64 classes; `chunk` classes a launch.
+  int64_t chunk, chunks;
+  bool resident;           // the block's gradient tile of all rows stays in shared memory
+  int64_t row_groups;      // blocks that share a class tile's rows; 1 on the latency path
+  int64_t feature_splits;  // blocks that share a class tile's weight gradient
+
+  // input_gradient: blocks of input_tile x input_tile; grid [row tiles, feature tiles, splits].
+  int64_t input_tile, input_splits;
+
+  // What it costs, by count.
+  int64_t forward_launches, backward_launches;
+  int64_t forward_workspace, backward_workspace, saved;  // bytes
+  double forward_flops, backward_flops;
+  double forward_hbm, backward_hbm;  // bytes
+  double forward_l2, backward_l2;    // bytes that tiles load
+  double forward_seconds, backward_seconds;
+};
+
+// Where things lie in the workspaces, in bytes; the shapes stand where forward.cu and backward.cu
+// take them out.
+struct ForwardWorkspace {
+  explicit ForwardWorkspace(const CudaPlan& plan);
+  int64_t label, target_score, target, max, sum_exp, sum, rank, size;
+};
+
+struct BackwardWorkspace {
+  explicit BackwardWorkspace(const CudaPlan& plan);
+  int64_t rows, gain, grad, row_dot, col_sums, dx, totals, size;
+};
+
+// A block's tile sizes, known to the kernels too.
+constexpr int64_t kLargeTile = 128, kSmallTile = 64, kClassTile = 64, kFeatureTile = 128,
+                  kGradientRows = 128;
+constexpr int64_t kRowParts = 4;  // partial row sums of a class tile's gradient: one a warp column
+constexpr int64_t kStepBytes = 64;  // of a feature row in one step of the main loop
+
+// Shared memory of class_gradient without its resident tile.
+constexpr int64_t gradient_shared_bytes(Math math) { return math == Math::kF64 ? 55872 : 52544; }
+
+CudaPlan plan_cuda(const CudaProblem& problem, const Gpu& gpu);
 
 }  // namespace tvmf

@@ -22,6 +22,15 @@ TVMF_HOST_DEVICE V clamp_cosine(V cosine) {
   return cosine < -1 ? V{} - 1 : cosine;
 }
 
+// On a GPU float32 takes the special-function unit's reciprocal: off by one rounding, not by half.
+template <class V>
+TVMF_HOST_DEVICE V reciprocal(V v) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(V) == 4) return __fdividef(1.0f, v);
+#endif
+  return 1 / v;
+}
+
 template <class V>
 struct Similarity {
   V phi, dphi_dcosine, dphi_dkappa;
@@ -31,13 +40,13 @@ struct Similarity {
 template <class V>
 TVMF_HOST_DEVICE V similarity(V cosine, V kappa) {
   const V u = 1 - cosine;
-  return (1 - u * (1 + kappa)) * (1 / (1 + kappa * u));
+  return (1 - u * (1 + kappa)) * reciprocal(1 + kappa * u);
 }
 
 template <class V>
 TVMF_HOST_DEVICE Similarity<V> similarity_with_gradient(V cosine, V kappa) {
   const V u = 1 - cosine;
-  const V inv_d = 1 / (1 + kappa * u);
+  const V inv_d = reciprocal(1 + kappa * u);
   return {(1 - u * (1 + kappa)) * inv_d, (1 + 2 * kappa) * inv_d * inv_d,
           -(1 + cosine) * u * inv_d * inv_d};
 }

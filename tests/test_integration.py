@@ -12,6 +12,7 @@ from tvmf_ext import (
     TvMFLoss,
     cross_entropy_from_statistics,
     functional,
+    ops,
     row_statistics,
     tvmf_cross_entropy,
     tvmf_logits,
@@ -45,6 +46,7 @@ def head_arguments(problem):
         problem.get("prior"),
         problem.get("weight"),
         problem.get("ignore_index", -100),
+        False,
     ]
 
 
@@ -101,16 +103,74 @@ def test_fake_tensors_have_the_real_shapes_dtypes_and_strides(options, kept):
             )  # fmt: skip
 
 
+def fake_cuda(arguments):
+    """The arguments as fake CUDA tensors; for a mode that is active."""
+    try:
+        return [
+            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
+            if isinstance(a, torch.Tensor)
+            else a
+            for a in arguments
+        ]
+    except (AssertionError, RuntimeError):
+        pytest.skip("this torch makes no cuda tensors")
+
+
+def test_fake_cuda_tensors_give_fake_cuda_results():
+    for operator, arguments in operator_calls(full_problem(), 48):
+        with FakeTensorMode():
+            fake = operator(*fake_cuda(arguments))
+        for one, other in zip(operator(*arguments), fake, strict=True):
+            assert (one.shape, one.dtype, one.stride()) == (
+                other.shape, other.dtype, other.stride(),
+            )  # fmt: skip
+            assert other.is_cuda
+
+
 @OPERATORS
-def test_fake_cuda_tensors_have_no_kernel_yet(operator):
+def test_fake_tensors_on_two_devices_are_refused(operator):
     with FakeTensorMode():
-        try:
-            tensors = [torch.empty(4, 8, device="cuda"), torch.empty(5, 8, device="cuda")]
-        except (AssertionError, RuntimeError):
-            pytest.skip("this torch makes no cuda tensors")
-        target = torch.empty(4, dtype=torch.int64, device="cuda")
-        with pytest.raises(NotImplementedError, match=r"CPU kernels only.*cuda"):
-            operator(*tensors, target)
+        input, weight = fake_cuda([torch.empty(4, 8), torch.empty(5, 8)])
+        with pytest.raises(ValueError, match=r"input's device, cuda:0, got cpu"):
+            operator(input, weight, torch.empty(4, dtype=torch.int64))
+
+
+@pytest.mark.skipif(ops.HAS_CUDA, reason="this build has CUDA kernels")
+def test_a_build_without_cuda_says_so():
+    with (
+        FakeTensorMode(),
+        pytest.raises(NotImplementedError, match=r"no CUDA kernels, got .* cuda:0.*TVMF_CUDA=1"),
+    ):
+        ops._no_cuda_kernels(*fake_cuda([torch.empty(4, 8), None]))
+
+
+@pytest.fixture
+def matmul():
+    """torch's settings for CUDA products, put back at the end."""
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    yield setting
+    torch.set_float32_matmul_precision("highest")
+    setting.fp32_precision = before
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_setting_of_tf32_is_read_however_it_was_made(matmul):
+    for value in ("tf32", "ieee"):
+        matmul.fp32_precision = value
+        assert functional.cuda_allows_tf32() == (value == "tf32")
+    for value in ("high", "highest"):
+        torch.set_float32_matmul_precision(value)
+        assert functional.cuda_allows_tf32() == (value == "high")
+    matmul.fp32_precision = "tf32"  # while the older setting is still at "highest"
+    assert functional.cuda_allows_tf32()
+
+
+def test_compiled_code_follows_the_setting_of_tf32(matmul):
+    function = compiled(lambda x: x + functional.cuda_allows_tf32(), backend="eager")
+    for value in ("tf32", "ieee", "tf32"):
+        matmul.fp32_precision = value
+        assert function(torch.zeros(())) == (value == "tf32")
 
 
 @OPERATORS

@@ -277,6 +277,18 @@ def test_products_are_kept_only_for_a_backward_pass():
         assert functional._kept(x, w) == 0
 
 
+def test_cuda_keeps_all_products_or_none():
+    def keep(*problem):
+        return functional.products_to_keep(*problem, cuda=True)
+
+    assert keep(256, 8142, 2048, torch.bfloat16) == 8144
+    assert keep(256, 65536, 64, torch.float32) == 65536
+    assert keep(256, 65537, 64, torch.float32) == 0
+    assert keep(256, 65536, 64, torch.float64) == 0
+    assert keep(256, 1000, 63, torch.float32) == 0
+    assert keep(0, 1000, 64, torch.float32) == 1008
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("class_weight", [False, True])
@@ -374,7 +386,7 @@ def test_no_uninitialised_memory_reaches_a_result(kept, monkeypatch):
     """Memory of all sizes that was just given back, full of NaN, is what the next call gets."""
     problem = make_problem(7, 50, 13, kappa="[C]", scale="softplus", bias=True, label_smoothing=0.1)
     head = [problem[name] for name in ("input", "linear_weight", "target", "kappa")]
-    head += [0.0, problem["scale"].s, 1.0, True, problem["linear_bias"], None, None, -100]
+    head += [0.0, problem["scale"].s, 1.0, True, problem["linear_bias"], None, None, -100, False]
     monkeypatch.setattr(functional, "_KEEP_MIN_FEATURES", 1)
     monkeypatch.setattr(functional, "_KEEP_BYTES", 7 * 4 * kept)
     statistics = statistics_arguments(problem)

@@ -25,6 +25,7 @@ from train.data import DATASETS, LongTailed, balanced_over_classes, balanced_ove
 from train.metrics import GROUPS, error_report
 from train.model import NETS, make_head
 from train.rng import seed_everything, set_rng
+from tvmf_ext import build_info
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # the paper's
 REACH = 2  # pixels: augmentation moves an image by up to this much
@@ -56,7 +57,7 @@ def make_directory(config: Config) -> None:
 
 def run(config: Config, data: LongTailed, resume: bool = False) -> dict[str, dict]:
     """Trains one head in both stages; returns {"stage1": report, "stage2": report}."""
-    device = torch.device("cpu")  # the head's kernels are for the CPU as yet
+    device = torch.device("cuda" if build_info().cuda and torch.cuda.is_available() else "cpu")
     path = config.out / CHECKPOINT
     saved = load_checkpoint(path, config) if resume else None
     make_directory(config)

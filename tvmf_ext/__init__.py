@@ -12,6 +12,7 @@ from .functional import (
 )
 from .info import build_info
 from .modules import TvMFLoss
+from .planning import CpuPlan, CudaPlan, plan
 
 try:
     __version__ = version("tvmf_ext")
@@ -19,11 +20,14 @@ except PackageNotFoundError:  # imported from a checkout that was built by hand
     __version__ = "0+unknown"
 
 __all__ = [
+    "CpuPlan",
+    "CudaPlan",
     "RowStatistics",
     "SoftplusScale",
     "TvMFLoss",
     "build_info",
     "cross_entropy_from_statistics",
+    "plan",
     "row_statistics",
     "tvmf_cross_entropy",
     "tvmf_logits",

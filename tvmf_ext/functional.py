@@ -9,11 +9,13 @@ from . import ops
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
-# Products that the forward pass keeps for the backward pass, in bytes; with the working tiles the
-# extra memory stays under 64 MB whatever C is. Below this many features a product costs about as
-# little to recompute as to write and read, by count.
+# Products that the forward pass keeps for the backward pass, in bytes. On the CPU, with the working
+# tiles, the extra memory stays under 64 MB whatever C is; below this many features a product costs
+# about as little to recompute as to write and read, by count. On CUDA all are kept, or none.
 _KEEP_BYTES = 40 * 1024 * 1024
 _KEEP_MIN_FEATURES = 128
+_CUDA_KEEP_BYTES = 64 * 1024 * 1024
+_CUDA_KEEP_MIN_FEATURES = 64
 
 
 class RowStatistics(NamedTuple):
@@ -40,17 +42,37 @@ class SoftplusScale(NamedTuple):
     s: torch.Tensor
 
 
-def _kept(input, linear_weight, *others):
-    """Classes, in steps of 16, whose products the forward pass keeps; 0 without a backward."""
-    if not torch.is_grad_enabled() or input.dim() != 2 or linear_weight.dim() != 2:
+def products_to_keep(N, C, D, dtype, cuda):
+    """Classes, in steps of 16, whose products a forward pass keeps for a backward pass."""
+    fewest = _CUDA_KEEP_MIN_FEATURES if cuda else _KEEP_MIN_FEATURES
+    if fewest > D:
         return 0
-    if input.shape[1] < _KEEP_MIN_FEATURES:
+    itemsize, every = ops.compute_dtype(dtype).itemsize, (C + 15) // 16 * 16
+    if cuda:
+        return every if N * C * itemsize <= _CUDA_KEEP_BYTES else 0
+    return min(every, 16 * (_KEEP_BYTES // (itemsize * 16) // max(N, 1)))
+
+
+def _kept(input, linear_weight, *others):
+    """What a forward pass keeps; nothing where no backward pass will come."""
+    if not torch.is_grad_enabled() or input.dim() != 2 or linear_weight.dim() != 2:
         return 0
     if not (input.requires_grad or linear_weight.requires_grad
             or any(t is not None and t.requires_grad for t in others)):  # fmt: skip
         return 0
-    budget = _KEEP_BYTES // (ops.compute_dtype(input.dtype).itemsize * 16) // max(input.shape[0], 1)
-    return 16 * min((linear_weight.shape[0] + 15) // 16, budget)
+    (N, D), C = input.shape, linear_weight.shape[0]
+    return products_to_keep(N, C, D, input.dtype, input.is_cuda)
+
+
+def cuda_allows_tf32():
+    """torch's own setting for float32 products; the older `allow_tf32` raises where a user of the
+    newer one is looked at."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# A constant to torch.compile, which compiles again when the setting changes. This is what
+# torch.compiler.assume_constant_result does, without loading the compiler.
+cuda_allows_tf32._dynamo_marked_constant = True
 
 
 def check_loss_options(reduction, label_smoothing):
@@ -106,6 +128,7 @@ def _head(input, linear_weight, target, kappa, scale, linear_bias, prior, weight
         prior,
         weight,
         ignore_index,
+        input.is_cuda and input.dtype == torch.float32 and cuda_allows_tf32(),
     )
     return head, _kept(input, linear_weight, kappa_tensor, scale_tensor, linear_bias)
 
@@ -176,8 +199,12 @@ def tvmf_cross_entropy(
     Raises:
         TypeError: an argument that is neither a tensor nor what may stand for one.
         ValueError: a shape, dtype, device or value other than the above.
-        IndexError: a target outside [0, C) that is not ignore_index.
+        IndexError: a target outside [0, C) that is not ignore_index. On CUDA, where nothing waits
+            for the device, that row's loss is NaN, and a later call on the device raises.
         NotImplementedError: a tensor on a device without kernels.
+
+    On CUDA the values of tensors, `kappa`'s and `scale`'s too, are not looked at; float32 products
+    are rounded to TF32 where `torch.backends.cuda.matmul.fp32_precision` is `"tf32"`.
     """
     check_loss_options(reduction, label_smoothing)
     head, kept = _head(

@@ -25,9 +25,9 @@ _cross_entropy_backward = torch.ops.tvmf_ext.cross_entropy_backward.default
 
 # The head's arguments come first in every operator, in this order:
 #   input, weight, target, kappa, kappa_value, scale, scale_value, softplus_scale, bias, prior,
-#   class_weight, ignore_index
+#   class_weight, ignore_index, allow_tf32
 # then the operator's own: with_sum, kept or label_smoothing, reduction, kept.
-_HEAD = 12
+_HEAD = 13
 _DIFFERENTIABLE = ((0, 1), (1, 2), (3, 4), (5, 8), (8, 16))  # position, bit of `wanted`
 
 
@@ -36,24 +36,25 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _no_kernel(input):
+# Whether this build has CUDA kernels, wherever it runs now.
+HAS_CUDA = "cuda_archs=;" not in torch.ops.tvmf_ext.build_info()
+
+
+def _no_cuda_kernels(*args):
+    device = next(a.device for a in args if isinstance(a, torch.Tensor) and a.is_cuda)
     raise NotImplementedError(
-        f"tvmf_ext has CPU kernels only as yet, got an input on {input.device}. Move the head's "
-        "tensors to the CPU, or use the eager functions of tvmf_ext.reference."
+        f"this build of tvmf_ext has no CUDA kernels, got a tensor on {device}. Rebuild it where "
+        "nvcc is found (TVMF_CUDA=1 demands it), move the head's tensors to the CPU, or use the "
+        "eager functions of tvmf_ext.reference."
     )
 
 
-def _cuda_not_implemented(*args):
-    _no_kernel(next(a for a in args if isinstance(a, torch.Tensor) and a.is_cuda))
-
-
-for _name in ("row_statistics", "cross_entropy"):
-    library.register_kernel(f"tvmf_ext::{_name}", "cuda")(_cuda_not_implemented)
+if not HAS_CUDA:
+    for _name in ("row_statistics", "cross_entropy"):
+        library.register_kernel(f"tvmf_ext::{_name}", "cuda")(_no_cuda_kernels)
 
 
 def _check_device(input, *others):
-    if input.is_cuda:
-        _no_kernel(input)
     for other in others:
         if isinstance(other, torch.Tensor) and other.device != input.device:
             raise ValueError(
@@ -62,7 +63,7 @@ def _check_device(input, *others):
 
 
 def _fake_saved(input, weight, kept):
-    """The size is csrc/ops.h's SavedLayout."""
+    """The size is csrc/plan.h's SavedLayout."""
     N, C = input.shape[0], weight.shape[0]
     size = (4 * N + C + 15) // 16 * 16 + N * kept
     return input.new_empty(size, dtype=compute_dtype(input.dtype))
@@ -136,18 +137,18 @@ class _Function(torch.autograd.Function):
     def backward_arguments(ctx):
         """The head's arguments as the forward operator had them, `saved`, and `wanted`."""
         input, weight, target, kappa, scale, bias, prior, class_weight, saved = ctx.saved_tensors
-        kappa_value, scale_value, softplus_scale, ignore_index = ctx.constants
+        kappa_value, scale_value, softplus_scale, ignore_index, allow_tf32 = ctx.constants
         needs = ctx.needs_input_grad
         wanted = needs[0] + 2 * needs[1] + 4 * needs[3] + 8 * needs[5] + 16 * needs[8]
         head = (input, weight, target, kappa, kappa_value, scale, scale_value, softplus_scale,
-                bias, prior, class_weight, ignore_index)  # fmt: skip
+                bias, prior, class_weight, ignore_index, allow_tf32)  # fmt: skip
         return head, saved, wanted
 
     @staticmethod
     def save(ctx, head, saved):
         (input, weight, target, kappa, kappa_value, scale, scale_value, softplus_scale,
-         bias, prior, class_weight, ignore_index) = head  # fmt: skip
-        ctx.constants = (kappa_value, scale_value, softplus_scale, ignore_index)
+         bias, prior, class_weight, ignore_index, allow_tf32) = head  # fmt: skip
+        ctx.constants = (kappa_value, scale_value, softplus_scale, ignore_index, allow_tf32)
         ctx.save_for_backward(input, weight, target, kappa, scale, bias, prior, class_weight, saved)
         ctx.set_materialize_grads(False)
 
@@ -157,7 +158,7 @@ class _Function(torch.autograd.Function):
         input, weight, kappa, scale, bias = (
             gradient if wanted & 1 << bit else None for bit, gradient in enumerate(gradients)
         )
-        return input, weight, None, kappa, None, scale, None, None, bias, None, None, None
+        return input, weight, None, kappa, None, scale, None, None, bias, *(None,) * 4
 
 
 class _RowStatistics(_Function):

@@ -1,0 +1,404 @@
+// Forward pass in three launches: norms and target products of the rows; tiles of cosines to online
+// row statistics, one partial result for each run of classes; their merge in order, and the loss.
+#include <cmath>
+
+#include "epilogue.cuh"
+#include "mainloop.cuh"
+
+namespace tvmf {
+namespace {
+
+template <class T>
+struct ForwardParams {
+  CudaHead head;
+  LossOptions options;
+  CudaStatistics out;
+  SavedLayout layout;
+  T* saved;      // SavedLayout
+  int64_t kept;  // row stride of the saved products, or 0
+  bool with_sum;
+  int64_t tiles_per_split, splits;
+
+  int64_t* label;   // [N]  -1: ignored, -2: names no class
+  T* target_score;  // [N]  phi + bias of the target
+  T* target;        // [N]  logit of the target
+  T* max;           // [splits, N]
+  T* sum_exp;       // [splits, N]
+  T* sum;           // [splits, N], or null
+  int* rank;        // [splits, N]
+};
+
+// A run of a line's elements as numbers, at most 16 bytes; what lies beyond the line is 0.
+template <int kCount, class Acc, class T>
+__device__ __forceinline__ void load_run(const Operand<T>& operand, int64_t line, int64_t first,
+                                         Acc (&out)[kCount]) {
+  struct Run {
+    T element[kCount];
+  };
+  const T* from = operand.data + line * operand.line_stride + first * operand.element_stride;
+  if (operand.vectors && first + kCount <= operand.elements) {
+    const Run run = load_as<Run>(from);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) out[k] = to_number<Acc>(run.element[k]);
+  } else {
+    for (int k = 0; k < kCount; ++k)
+      out[k] =
+          first + k < operand.elements ? to_number<Acc>(from[k * operand.element_stride]) : Acc(0);
+  }
+}
+
+constexpr int kPrepareThreads = 256;
+
+// One warp a row: its norm, its product with its target's weight, and that class's score.
+template <Math kMath, class W>
+__global__ void __launch_bounds__(kPrepareThreads)
+    prepare_rows(const __grid_constant__ ForwardParams<typename MathTraits<kMath>::Acc> p) {
+  using X = typename MathTraits<kMath>::X;
+  using T = typename MathTraits<kMath>::Acc;
+  constexpr int kRun = 16 / (sizeof(W) > sizeof(X) ? sizeof(W) : sizeof(X));
+  const CudaHead& head = p.head;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t n = int64_t(blockIdx.x) * (kPrepareThreads / kWarp) + threadIdx.x / kWarp;
+  if (n >= head.N) return;
+  const auto x = Operand<X>::of(head.x.data, head.x.row_stride, head.x.col_stride, head.N, head.D);
+  const auto weight = Operand<W>::of(head.weight.data, head.weight.row_stride,
+                                     head.weight.col_stride, head.C, head.D);
+
+  const int64_t y = head.target[n * head.target_stride];
+  const bool ignored = y == head.ignore_index, valid = !ignored && y >= 0 && y < head.C;
+  T x_squares = 0, w_squares = 0, product = 0;
+  for (int64_t k = lane * kRun; k < head.D; k += kWarp * kRun) {
+    T xs[kRun], ws[kRun] = {};
+    load_run(x, n, k, xs);
+    if (valid) load_run(weight, y, k, ws);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const T xi = as_operand<kMath>(xs[i]), wi = as_operand<kMath>(ws[i]);
+      x_squares = fma(xi, xi, x_squares);
+      w_squares = fma(wi, wi, w_squares);
+      product = fma(xi, wi, product);
+    }
+  }
+  x_squares = warp_sum(x_squares);
+  w_squares = warp_sum(w_squares);
+  product = warp_sum(product);
+  if (lane != 0) return;
+
+  const T x_rnorm = rnorm_of(x_squares);
+  T score = 0;
+  if (valid) {
+    const T cosine = cosine_of(product, x_rnorm, rnorm_of(w_squares));
+    score = similarity(cosine, value_at<T>(head.kappa, y)) + value_at<T>(head.bias, y);
+  }
+  // The context must survive a wrong label: its row is NaN, and the host finds the flag.
+  const bool wrong = !ignored && !valid;
+  if (wrong) raise_flag(head.bad_label);
+  p.saved[p.layout.x_rnorm + n] = x_rnorm;
+  p.saved[p.layout.target_product + n] = product;
+  p.label[n] = valid ? y : ignored ? -1 : -2;
+  p.target_score[n] = score;
+  p.target[n] = wrong ? T(NAN) : T(0);
+}
+
+template <Math kMath, class W, class Shape>
+struct StatisticsPlan {
+  using X = typename MathTraits<kMath>::X;
+  using T = typename MathTraits<kMath>::Acc;
+  using LayoutX = OperandTile<X, Shape::kRows, kMath, false>;
+  using LayoutW = OperandTile<W, Shape::kCols, kMath, false>;
+  static constexpr int kStageBytes = LayoutX::kBytes + LayoutW::kBytes;
+  static_assert(Shape::kThreads == 2 * Shape::kCols, "two threads square a class's weights");
+
+  struct Tail {
+    ClassTile<T, Shape::kCols> classes;
+    RowTile<T, Shape::kRows> rows;
+    StatisticTile<T, Shape::kRows> statistics[Shape::kWarpsCol];
+  };
+  static constexpr int kStagesBytes = kStages<kMath, W> * kStageBytes;
+  static constexpr int kBytes = kStagesBytes + int(sizeof(Tail));
+};
+
+// A block has kRows rows and walks a run of class tiles; blocks of the same run read the same
+// weights at about the same time, so that these cross HBM once.
+template <Math kMath, class W, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 2)
+    row_statistics(const __grid_constant__ ForwardParams<typename MathTraits<kMath>::Acc> p) {
+  using Plan = StatisticsPlan<kMath, W, Shape>;
+  using X = typename Plan::X;
+  using T = typename Plan::T;
+  using LayoutX = typename Plan::LayoutX;
+  using LayoutW = typename Plan::LayoutW;
+  constexpr int kRowsPerLane = 2 * Shape::kFragsRow;
+  unsigned char* smem = static_cast<unsigned char*>(simt::shared_memory());
+  auto& tail = *reinterpret_cast<typename Plan::Tail*>(smem + Plan::kStagesBytes);
+  const CudaHead& head = p.head;
+  const Lane lane = Lane::of<Shape>();
+  const int64_t first_row = int64_t(blockIdx.x) * Shape::kRows;
+  const int64_t first_tile = int64_t(blockIdx.y) * p.tiles_per_split;
+  const int64_t all_tiles = (head.C + Shape::kCols - 1) / Shape::kCols;
+  const int64_t left = all_tiles - first_tile;
+  const int tiles = int(left < p.tiles_per_split ? left : p.tiles_per_split);
+  const auto x = Operand<X>::of(head.x.data, head.x.row_stride, head.x.col_stride, head.N, head.D);
+  const auto weight = Operand<W>::of(head.weight.data, head.weight.row_stride,
+                                     head.weight.col_stride, head.C, head.D);
+  const T scale = Scale<T>::of(head).value;
+
+  // Fetch the rows' terms, and start their statistics.
+  for (int i = threadIdx.x; i < Shape::kRows; i += Shape::kThreads) {
+    const int64_t n = first_row + i;
+    const bool inside = n < head.N;
+    tail.rows.rnorm[i] = inside ? p.saved[p.layout.x_rnorm + n] : T(0);
+    tail.rows.target_product[i] = inside ? p.saved[p.layout.target_product + n] : T(0);
+    tail.rows.target_score[i] = inside ? p.target_score[n] : T(0);
+    tail.rows.label[i] = inside ? p.label[n] : -1;
+    for (auto& statistics : tail.statistics) {
+      statistics.max[i] = kLowest<T>;
+      statistics.sum_exp[i] = statistics.sum[i] = 0;
+      statistics.rank[i] = 0;
+    }
+  }
+
+  T acc[Shape::kFragsRow][Shape::kFragsCol][4];
+  clear(acc);
+  T squares = 0;
+
+  const auto load = [&](int tile, int step, int stage) {
+    unsigned char* to = smem + stage * Plan::kStageBytes;
+    const int64_t d = int64_t(step) * kTileD<kMath>, c = (first_tile + tile) * Shape::kCols;
+    load_operand<LayoutX, Shape::kThreads>(x, first_row, d, to);
+    load_operand<LayoutW, Shape::kThreads>(weight, c, d, to + LayoutX::kBytes);
+  };
+  const auto start = [&](int tile) {
+    const int64_t c = (first_tile + tile) * Shape::kCols;
+    for (int i = threadIdx.x; i < Shape::kCols; i += Shape::kThreads)
+      tail.classes.set(i, ClassValues<T>::of(head, c + i, scale));
+  };
+  const auto multiply = [&](int, int stage) {
+    const unsigned char* x_smem = smem + stage * Plan::kStageBytes;
+    const unsigned char* w_smem = x_smem + LayoutX::kBytes;
+    multiply_stage<kMath, Shape, LayoutX, LayoutW>(x_smem, w_smem, lane, acc);
+    add_squares<kMath, LayoutW>(w_smem, squares);
+  };
+  const auto finish = [&](int tile) {
+    const int64_t first_class = (first_tile + tile) * Shape::kCols;
+
+    // Finish the weights' norms; the first row of blocks keeps them for the backward pass.
+    squares += __shfl_xor_sync(0xffffffff, squares, 1);
+    if (threadIdx.x % 2 == 0) {
+      const int col = threadIdx.x / 2;
+      const T rnorm = rnorm_of(squares);
+      tail.classes.rnorm[col] = rnorm;
+      if (blockIdx.x == 0 && first_class + col < head.C)
+        p.saved[p.layout.weight_rnorm + first_class + col] = rnorm;
+    }
+    squares = 0;
+    __syncthreads();
+
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) {
+      const int i = r / 2, half = r % 2 * 2, row_in_tile = lane.row<Shape>(i, r % 2);
+      const int64_t n = first_row + row_in_tile;
+      const int64_t label = tail.rows.label[row_in_tile] - first_class;
+      const T x_rnorm = tail.rows.rnorm[row_in_tile];
+      const T target_score = tail.rows.target_score[row_in_tile];
+
+      // Products to logits; the target's product is the one that the backward pass will see.
+      T tile_max = kLowest<T>, sum = 0;
+      int rank = 0;
+#pragma unroll
+      for (int j = 0; j < Shape::kFragsCol; ++j) {
+        const int col = lane.col<Shape>(j);
+        Pair<T> product{acc[i][j][half], acc[i][j][half + 1]};
+        if (label == col) product.low = tail.rows.target_product[row_in_tile];
+        if (label == col + 1) product.high = tail.rows.target_product[row_in_tile];
+        if (first_class + col < p.kept && n < head.N)
+          store_as(p.saved + p.layout.product + n * p.kept + first_class + col, product);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int c = col + e;
+          const T cosine =
+              cosine_of(e ? product.high : product.low, x_rnorm, tail.classes.rnorm[c]);
+          const T phi = similarity(cosine, tail.classes.kappa[c]);
+          const T logit = logit_of(scale, phi, tail.classes.offset[c]);
+          acc[i][j][half + e] = logit;
+          tile_max = larger(tile_max, logit);
+          if (first_class + c < head.C) {
+            // What is not below or equal is above: NaN too.
+            if (label != c && !(phi + tail.classes.bias[c] <= target_score)) ++rank;
+            if (p.with_sum) sum += tail.classes.omega[c] * logit;
+            if (label == c) p.target[n] = logit;
+          }
+        }
+      }
+
+      // Logits to the statistics of the tile, relative to the largest logit so far.
+      auto& statistics = tail.statistics[lane.warp_col];
+      const T first_max = lane.quad == 0 ? statistics.max[row_in_tile] : T(0);
+      const T old_max = __shfl_sync(0xffffffff, first_max, lane.lane & ~3);
+      const T max = larger(old_max, quad_max(tile_max));
+      T sum_exp = 0;
+#pragma unroll
+      for (int j = 0; j < Shape::kFragsCol; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) sum_exp += exp_of(acc[i][j][half + e] - max);
+      sum_exp = quad_sum(sum_exp);
+      rank = quad_sum(rank);
+      if (p.with_sum) sum = quad_sum(sum);
+      if (lane.quad == 0) {
+        statistics.max[row_in_tile] = max;
+        statistics.sum_exp[row_in_tile] =
+            statistics.sum_exp[row_in_tile] * exp_of(old_max - max) + sum_exp;
+        statistics.sum[row_in_tile] += sum;
+        statistics.rank[row_in_tile] += rank;
+      }
+    }
+    clear(acc);
+  };
+  const int steps = int((head.D + kTileD<kMath> - 1) / kTileD<kMath>);
+  pipeline<kStages<kMath, W>>(tiles, steps, load, start, multiply, finish);
+
+  // Merge the warps that have the same rows, in order.
+  __syncthreads();
+  for (int i = threadIdx.x; i < Shape::kRows; i += Shape::kThreads) {
+    const int64_t n = first_row + i;
+    if (n >= head.N) break;
+    T max = kLowest<T>, sum_exp = 0, sum = 0;
+    int rank = 0;
+    for (const auto& statistics : tail.statistics) max = larger(max, statistics.max[i]);
+    for (const auto& statistics : tail.statistics) {
+      sum_exp += statistics.sum_exp[i] * exp_of(statistics.max[i] - max);
+      sum += statistics.sum[i];
+      rank += statistics.rank[i];
+    }
+    const int64_t at = blockIdx.y * head.N + n;
+    p.max[at] = max;
+    p.sum_exp[at] = sum_exp;
+    p.rank[at] = rank;
+    if (p.with_sum) p.sum[at] = sum;
+  }
+}
+
+constexpr int kFinishThreads = 1024;
+
+// One block: merges each row's runs of classes in order, and sums the losses.
+//   loss_n = (1 - e) omega_y (lse - target) + e / C (lse sum_c omega_c - sum)
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_rows(const __grid_constant__ ForwardParams<T> p) {
+  double* smem = static_cast<double*>(simt::shared_memory());
+  const CudaHead& head = p.head;
+  const bool smoothed = p.out.loss && p.options.label_smoothing > 0;
+  const double keep = 1 - p.options.label_smoothing, smooth = p.options.label_smoothing / head.C;
+  double omega_sum = 0;
+  if (smoothed) {
+    for (int64_t c = threadIdx.x; c < head.C; c += kFinishThreads)
+      omega_sum += value_at<T>(head.class_weight, c);
+    omega_sum = block_sum(omega_sum, smem);
+  }
+
+  double total_loss = 0, total_weight = 0;
+  for (int64_t n = threadIdx.x; n < head.N; n += kFinishThreads) {
+    T max = kLowest<T>, sum_exp = 0, sum = 0;
+    int64_t rank = 0;
+    for (int64_t s = 0; s < p.splits; ++s) max = larger(max, p.max[s * head.N + n]);
+    for (int64_t s = 0; s < p.splits; ++s) {
+      const int64_t at = s * head.N + n;
+      sum_exp += p.sum_exp[at] * exp_of(p.max[at] - max);
+      rank += p.rank[at];
+      if (p.with_sum) sum += p.sum[at];
+    }
+    p.saved[p.layout.max + n] = max;
+    p.saved[p.layout.sum_exp + n] = sum_exp;
+    const int64_t label = p.label[n];
+    const T target = p.target[n];
+    const double log_sum = log(double(sum_exp));
+    if (p.out.lse) {
+      static_cast<T*>(p.out.lse)[n] = T(max + log_sum);
+      static_cast<T*>(p.out.target)[n] = target;
+      if (p.out.sum) static_cast<T*>(p.out.sum)[n] = sum;
+      p.out.rank[n] = label == -1 ? -1 : label == -2 || rank > head.C - 1 ? head.C - 1 : rank;
+    }
+    if (p.out.loss) {
+      double loss = 0;
+      if (label != -1) {
+        // max - target first: of a row that fits well it is exactly 0.
+        const double omega = label == -2 ? 1.0 : double(value_at<T>(head.class_weight, label));
+        loss = keep * omega * (double(max - target) + log_sum);
+        if (smoothed) loss += smooth * (omega_sum * (max + log_sum) - sum);
+        total_weight += omega;
+      }
+      if (p.options.reduction == Reduction::kNone)
+        static_cast<T*>(p.out.loss)[n] = T(loss);
+      else
+        total_loss += loss;
+    }
+  }
+  if (!p.out.loss || p.options.reduction == Reduction::kNone) return;
+  total_loss = block_sum(total_loss, smem);
+  total_weight = block_sum(total_weight, smem);
+  if (threadIdx.x == 0)
+    *static_cast<T*>(p.out.loss) =
+        T(p.options.reduction == Reduction::kMean ? total_loss / total_weight : total_loss);
+}
+
+template <Math kMath, class W, class Shape, class T>
+cudaError_t launch_statistics(const ForwardParams<T>& p, const CudaPlan& plan,
+                              cudaStream_t stream) {
+  const dim3 grid(unsigned(plan.row_tiles), unsigned(plan.class_splits));
+  return simt::launch(row_statistics<kMath, W, Shape>, grid, Shape::kThreads,
+                      StatisticsPlan<kMath, W, Shape>::kBytes, stream, p);
+}
+
+template <Math kMath, class W>
+cudaError_t forward(const CudaHead& head, const LossOptions& options, const CudaPlan& plan,
+                    const CudaStatistics& out, void* saved, void* workspace, cudaStream_t stream) {
+  using T = typename MathTraits<kMath>::Acc;
+  const ForwardWorkspace at(plan);
+  unsigned char* base = static_cast<unsigned char*>(workspace);
+  const auto in = [&](int64_t offset) { return reinterpret_cast<T*>(base + offset); };
+  const ForwardParams<T> p{head,
+                           options,
+                           out,
+                           SavedLayout(head.N, head.C, plan.problem.kept),
+                           static_cast<T*>(saved),
+                           plan.problem.kept,
+                           plan.problem.with_sum,
+                           plan.tiles_per_split,
+                           plan.class_splits,
+                           reinterpret_cast<int64_t*>(base + at.label),
+                           in(at.target_score),
+                           in(at.target),
+                           in(at.max),
+                           in(at.sum_exp),
+                           in(at.sum),
+                           reinterpret_cast<int*>(base + at.rank)};
+  constexpr int kRowsPerBlock = kPrepareThreads / kWarp;
+  cudaError_t error =
+      simt::launch(prepare_rows<kMath, W>, dim3(unsigned(ceil_div(head.N, kRowsPerBlock))),
+                   kPrepareThreads, 0, stream, p);
+  if (error != cudaSuccess) return error;
+  if constexpr (kTensorCores<kMath>) {
+    if (plan.tile == LargeTile::kRows)
+      error = launch_statistics<kMath, W, LargeTile>(p, plan, stream);
+    else
+      error = launch_statistics<kMath, W, SmallTile>(p, plan, stream);
+  } else {
+    error = launch_statistics<kMath, W, SmallTile>(p, plan, stream);
+  }
+  if (error != cudaSuccess) return error;
+  return simt::launch(finish_rows<T>, dim3(1), kFinishThreads, kFinishThreads / kWarp * 8, stream,
+                      p);
+}
+
+}  // namespace
+
+cudaError_t cuda_forward(const CudaHead& head, const LossOptions& options, const CudaPlan& plan,
+                         const CudaStatistics& out, void* saved, void* workspace,
+                         cudaStream_t stream) {
+  return with_math(plan, [&](auto math, auto weight) {
+    return forward<decltype(math)::value, decltype(weight)>(head, options, plan, out, saved,
+                                                            workspace, stream);
+  });
+}
+
+}  // namespace tvmf

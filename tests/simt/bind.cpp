@@ -1,0 +1,211 @@
+// Python's way to the emulated kernels: one forward and backward pass on NumPy arrays, all buffers
+// of exactly the extents that the operators have.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace tvmf;
+
+void bind_runtime(py::module_& module);
+void bind_faults(py::module_& module);
+
+namespace {
+
+// An array of 16-bit numbers comes as uint16; `dtype` says which they are.
+struct Typed {
+  py::array array;
+  DType dtype;
+};
+
+DType dtype_of(const std::string& name) {
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float64") return DType::kFloat64;
+  throw std::invalid_argument("dtype must be float16, bfloat16, float32 or float64, got " + name);
+}
+
+// (array, dtype name)
+Typed typed(const py::handle& pair) {
+  const auto tuple = pair.cast<py::tuple>();
+  return {tuple[0].cast<py::array>(), dtype_of(tuple[1].cast<std::string>())};
+}
+
+// The array's memory from its first element to its last, with its strides.
+void* copy_in(const char* name, const py::array& array) {
+  int64_t last = 0;
+  for (int i = 0; i < array.ndim(); ++i) last += (array.shape(i) - 1) * array.strides(i);
+  const size_t bytes = last + array.itemsize();
+  void* memory = simt::allocate(name, bytes);
+  std::memcpy(memory, array.data(), bytes);
+  return memory;
+}
+
+MatrixRef matrix(const char* name, const Typed& value) {
+  const int64_t size = size_of(value.dtype);
+  return {copy_in(name, value.array), value.dtype, value.array.strides(0) / size,
+          value.array.strides(1) / size};
+}
+
+// A number, (array of one value, dtype) or (array of one value per row, dtype).
+VectorRef vector(const char* name, const py::dict& from, const char* key, double absent) {
+  if (!from.contains(key) || from[key].is_none()) return {nullptr, DType::kFloat32, 0, absent};
+  const py::handle value = from[key];
+  if (py::isinstance<py::float_>(value)) return {nullptr, DType::kFloat32, 0, value.cast<double>()};
+  const Typed t = typed(value);
+  const int64_t stride = t.array.ndim() ? t.array.strides(0) / size_of(t.dtype) : 0;
+  return {copy_in(name, t.array), t.dtype, stride, 0};
+}
+
+py::array copy_out(const void* memory, DType dtype, std::vector<int64_t> shape) {
+  const py::dtype types[] = {py::dtype::of<uint16_t>(), py::dtype::of<uint16_t>(),
+                             py::dtype::of<float>(), py::dtype::of<double>()};
+  py::array out(types[int(dtype)], std::vector<py::ssize_t>(shape.begin(), shape.end()));
+  std::memcpy(out.mutable_data(), memory, out.nbytes());
+  return out;
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+Gpu gpu_of(const py::dict& args) {
+  Gpu gpu = *find_gpu("H200");
+  if (args.contains("sms")) gpu.sms = args["sms"].cast<int64_t>();
+  if (args.contains("shared_per_block"))
+    gpu.shared_per_block = args["shared_per_block"].cast<int64_t>();
+  if (args.contains("l2")) gpu.l2 = args["l2"].cast<int64_t>();
+  if (args.contains("shared_per_sm")) gpu.shared_per_sm = args["shared_per_sm"].cast<int64_t>();
+  return gpu;
+}
+
+// Outputs and gradients by name; `upstream` of the statistics (lse, target, sum) or of the loss.
+py::dict step(const py::dict& args) {
+  simt::release_all();
+  const Typed x = typed(args["input"]), w = typed(args["linear_weight"]);
+  const int64_t N = x.array.shape(0), D = x.array.shape(1), C = w.array.shape(0);
+  const DType compute = x.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const int64_t acc = size_of(compute);
+  const bool of_loss = args["of_loss"].cast<bool>();
+  const LossOptions options{args["label_smoothing"].cast<double>(),
+                            Reduction(args["reduction"].cast<int64_t>())};
+  const bool reduced = options.reduction != Reduction::kNone;
+
+  const auto target = args["target"].cast<py::array_t<int64_t>>();
+  int* bad_label = static_cast<int*>(simt::allocate("bad_label", sizeof(int)));
+  *bad_label = 0;
+  const CudaHead head{.N = N,
+                      .C = C,
+                      .D = D,
+                      .x = matrix("input", x),
+                      .weight = matrix("weight", w),
+                      .target = static_cast<int64_t*>(copy_in("target", target)),
+                      .target_stride = target.strides(0) / 8,
+                      .kappa = vector("kappa", args, "kappa", 0),
+                      .scale = vector("scale", args, "scale", 1),
+                      .bias = vector("bias", args, "linear_bias", 0),
+                      .prior = vector("prior", args, "prior", 0),
+                      .class_weight = vector("class_weight", args, "weight", 1),
+                      .softplus_scale = args["softplus_scale"].cast<bool>(),
+                      .ignore_index = args["ignore_index"].cast<int64_t>(),
+                      .bad_label = bad_label};
+  const bool with_sum = !of_loss || options.label_smoothing > 0;
+  const CudaPlan plan = plan_cuda({N, C, D, x.dtype, w.dtype, args["allow_tf32"].cast<bool>(),
+                                   args["kept"].cast<bool>() ? round_up(C, kPad) : 0, with_sum},
+                                  gpu_of(args));
+  py::dict out;
+  const auto output = [&](const char* name, int64_t count, int64_t size) {
+    return simt::allocate(name, count * size);
+  };
+  void* saved = output("saved", plan.saved, 1);
+  CudaStatistics statistics{};
+  if (of_loss) {
+    statistics.loss = output("loss", reduced ? 1 : N, acc);
+  } else {
+    statistics.lse = output("lse", N, acc);
+    statistics.target = output("target_logit", N, acc);
+    statistics.sum = output("sum", N, acc);
+    statistics.rank = static_cast<int64_t*>(output("rank", N, 8));
+  }
+  check(cuda_forward(head, options, plan, statistics, saved,
+                     output("forward_workspace", plan.forward_workspace, 1), nullptr));
+  if (of_loss) {
+    out["loss"] = copy_out(statistics.loss, compute,
+                           reduced ? std::vector<int64_t>{} : std::vector<int64_t>{N});
+  } else {
+    out["lse"] = copy_out(statistics.lse, compute, {N});
+    out["target"] = copy_out(statistics.target, compute, {N});
+    out["sum"] = copy_out(statistics.sum, compute, {N});
+    py::array_t<int64_t> rank(N);
+    std::memcpy(rank.mutable_data(), statistics.rank, N * 8);
+    out["rank"] = rank;
+  }
+  out["bad_label"] = *bad_label != 0;
+
+  const auto wanted = args["wanted"].cast<std::vector<std::string>>();
+  const auto is_wanted = [&](const char* name) {
+    return std::find(wanted.begin(), wanted.end(), name) != wanted.end();
+  };
+  std::vector<std::tuple<const char*, GradientRef, std::vector<int64_t>>> gradients;
+  const auto gradient = [&](const char* name, const char* buffer, DType dtype,
+                            std::vector<int64_t> shape) -> GradientRef {
+    if (!is_wanted(name)) return {nullptr, dtype};
+    int64_t count = 1;
+    for (int64_t size : shape) count *= size;
+    const GradientRef ref{output(buffer, count, size_of(dtype)), dtype};
+    gradients.emplace_back(name, ref, shape);
+    return ref;
+  };
+  const std::vector<int64_t> kappa_shape =
+      head.kappa.stride ? std::vector<int64_t>{C} : std::vector<int64_t>{};
+  const CudaGradients grads{gradient("input", "dx", x.dtype, {N, D}),
+                            gradient("linear_weight", "dw", w.dtype, {C, D}),
+                            gradient("kappa", "dkappa", head.kappa.dtype, kappa_shape),
+                            gradient("scale", "dscale", head.scale.dtype, {}),
+                            gradient("linear_bias", "dbias", head.bias.dtype, {C})};
+  if (!gradients.empty()) {
+    const auto from = args["upstream"].cast<py::dict>();
+    CudaUpstream upstream{vector("dloss", from, "loss", 0), vector("dlse", from, "lse", 0),
+                          vector("dtarget", from, "target", 0), vector("dsum", from, "sum", 0)};
+    check(cuda_backward(head, options, plan, upstream, grads, saved,
+                        output("backward_workspace", plan.backward_workspace, 1), nullptr));
+  }
+  py::dict by_name;
+  for (const auto& [name, ref, shape] : gradients)
+    by_name[name] = copy_out(ref.data, ref.dtype, shape);
+  out["gradients"] = by_name;
+
+  py::dict planned;
+#define FIELD(name) planned[#name] = plan.name
+  FIELD(latency);
+  FIELD(tile);
+  FIELD(row_tiles);
+  FIELD(class_splits);
+  FIELD(chunk);
+  FIELD(chunks);
+  FIELD(resident);
+  FIELD(row_groups);
+  FIELD(feature_splits);
+  FIELD(input_tile);
+  FIELD(input_splits);
+  FIELD(forward_launches);
+  FIELD(backward_launches);
+  FIELD(forward_l2);
+  FIELD(backward_l2);
+  FIELD(forward_flops);
+  FIELD(backward_flops);
+#undef FIELD
+  out["plan"] = planned;
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(SIMT_MODULE, module) {
+  bind_runtime(module);
+  bind_faults(module);
+  module.def("step", step);
+}

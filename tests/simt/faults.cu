@@ -1,0 +1,284 @@
+// The emulator's own test kernels: each right, or with one fault planted. tests/test_simt_faults.py
+// says what is to be found in each.
+#include <map>
+#include <stdexcept>
+
+#include "faults.h"
+#include "ptx.cuh"
+
+namespace faults {
+namespace {
+
+__device__ float* shared() { return static_cast<float*>(simt::shared_memory()); }
+__device__ const float* floats(const Case& c) { return static_cast<const float*>(c.x); }
+
+// Sums x over the block by a tree.
+__global__ void block_sum(Case c) {
+  float* sums = shared();
+  const int t = threadIdx.x;
+  sums[t] = floats(c)[t];
+  for (int half = blockDim.x / 2; half > 0; half /= 2) {
+    if (c.right || half > 16) __syncthreads();
+    if (t < half) sums[t] += sums[t + half];
+  }
+  if (t == 0) c.y[0] = sums[0];
+}
+
+__global__ void write_word(Case c) {
+  const int t = threadIdx.x;
+  shared()[c.right ? t : t / 2] = t;
+  __syncthreads();
+  c.y[t] = shared()[t];
+}
+
+// Two halves of a word are two places.
+__global__ void write_half_word(Case c) {
+  const int t = threadIdx.x;
+  uint16_t* halves = static_cast<uint16_t*>(simt::shared_memory());
+  halves[c.right ? t : t / 2] = t;
+  __syncthreads();
+  c.y[t] = halves[t];
+}
+
+// A shuffle moves a value but puts no order on memory; __syncwarp does.
+__global__ void warp_exchange(Case c) {
+  const int t = threadIdx.x;
+  shared()[t] = floats(c)[t];
+  if (c.right)
+    __syncwarp();
+  else
+    __shfl_sync(~0u, t, 0);
+  c.y[t] = shared()[t ^ 1];
+}
+
+__global__ void async_neighbour(Case c) {
+  const int t = threadIdx.x;
+  tvmf::cp_async(shared() + 4 * t, floats(c) + 4 * t, 16);
+  tvmf::cp_async_commit();
+  tvmf::cp_async_wait<0>();
+  if (c.right) __syncthreads();
+  c.y[t] = shared()[4 * (t ^ 1)];
+}
+
+__global__ void async_without_wait(Case c) {
+  const int t = threadIdx.x;
+  tvmf::cp_async(shared() + 4 * t, floats(c) + 4 * t, 16);
+  tvmf::cp_async_commit();
+  if (c.right) tvmf::cp_async_wait<0>();
+  __syncthreads();
+  c.y[t] = shared()[4 * t];
+}
+
+// Two groups in flight, of which the first is needed, then the second.
+__global__ void async_pending(Case c) {
+  const int t = threadIdx.x;
+  float* stage[2] = {shared() + 4 * t, shared() + 4 * (blockDim.x + t)};
+  for (int i = 0; i < 2; ++i) {
+    tvmf::cp_async(stage[i], floats(c) + 4 * (i * blockDim.x + t), 16);
+    tvmf::cp_async_commit();
+  }
+  tvmf::cp_async_wait<1>();
+  c.y[2 * t] = *stage[0];
+  if (c.right)
+    tvmf::cp_async_wait<0>();
+  else
+    tvmf::cp_async_wait<1>();
+  c.y[2 * t + 1] = *stage[1];
+}
+
+// The first `argument` bytes of 16 come from memory, the others are 0.
+__global__ void async_ragged(Case c) {
+  const int t = threadIdx.x;
+  tvmf::cp_async(shared() + 4 * t, c.x, c.argument);
+  tvmf::cp_async_commit();
+  tvmf::cp_async_wait<0>();
+  for (int i = 0; i < 4; ++i) c.y[4 * t + i] = shared()[4 * t + i];
+}
+
+__global__ void async_alignment(Case c) {
+  tvmf::cp_async(shared() + 4 * threadIdx.x, floats(c) + (c.right ? 4 : 1), 16);
+}
+
+__global__ void write_across_blocks(Case c) {
+  if (threadIdx.x == 0) c.y[c.right ? blockIdx.x : 0] = blockIdx.x;
+}
+
+__global__ void count_threads(Case c) {
+  int* counter = reinterpret_cast<int*>(c.y);
+  if (c.right)
+    atomicAdd(counter, 1);
+  else
+    ++*counter;
+}
+
+__global__ void shared_extent(Case c) {
+  const int t = threadIdx.x;
+  shared()[t + (c.right ? 0 : 1)] = t;
+  c.y[t] = t;
+}
+
+__global__ void global_extent(Case c) {
+  const int t = threadIdx.x;
+  c.y[t] = floats(c)[t + (c.right ? 0 : 1)];
+}
+
+__global__ void deadlock(Case c) {
+  if (c.right || threadIdx.x < 16) __syncthreads();
+  c.y[threadIdx.x] = 1;
+}
+
+__global__ void divergent_collectives(Case c) {
+  const int t = threadIdx.x;
+  if (c.right || t < 16)
+    c.y[t] = __shfl_sync(~0u, t, 0);
+  else
+    c.y[t] = __ballot_sync(~0u, 1);
+}
+
+__global__ void early_exit(Case c) {
+  const int t = threadIdx.x;
+  if (!c.right && t == 7) return;
+  c.y[t] = __shfl_xor_sync(~0u, t, 1);
+}
+
+// The halves of the block each fill and read their part, meeting at their own barrier.
+__global__ void named_barriers(Case c) {
+  const int t = threadIdx.x, members = blockDim.x / 2, half = t / members;
+  shared()[t] = floats(c)[t];
+  simt::named_barrier(1 + half, members);
+  const int last = members - 1 - t % members;
+  c.y[t] = shared()[last + members * (c.right ? half : 1 - half)];
+}
+
+__global__ void shuffles(Case c) {
+  const int t = threadIdx.x, n = blockDim.x;
+  const float v = floats(c)[t];
+  c.y[t] = __shfl_xor_sync(~0u, v, 5);
+  c.y[n + t] = __shfl_down_sync(~0u, v, 3);
+  c.y[2 * n + t] = __shfl_sync(~0u, v, 3, 8);
+  c.y[3 * n + t] = __shfl_xor_sync(~0u, double(v) + 1e-12, 16) == double(floats(c)[t ^ 16]) + 1e-12;
+  c.y[4 * n + t] = __ballot_sync(~0u, v > 0) >> t % 32 & 1;
+  c.y[5 * n + t] = __any_sync(~0u, v > 1e9f);
+  c.y[6 * n + t] = __all_sync(~0u, v < 1e9f);
+  c.y[7 * n + t] =
+      __shfl_down_sync(t % 32 < 16 ? 0xffffu : 0xffff0000u, int64_t(t) << 40, 1, 16) >> 40;
+}
+
+__global__ void arrival_order(Case c) {
+  int* counter = static_cast<int*>(simt::shared_memory());
+  if (threadIdx.x == 0) *counter = 0;
+  __syncthreads();
+  c.y[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(counter, 1);
+}
+
+// Every lane reads T at a distance of `argument` T's.
+template <class T>
+__global__ void read_shared(Case c) {
+  const T value = static_cast<const T*>(simt::shared_memory())[threadIdx.x * c.argument];
+  reinterpret_cast<T*>(c.y)[threadIdx.x] = value;
+}
+template <class T>
+__global__ void read_global(Case c) {
+  const T value = static_cast<const T*>(c.x)[threadIdx.x * c.argument];
+  reinterpret_cast<T*>(c.y)[threadIdx.x] = value;
+}
+
+// Some lanes take a branch, and go round a loop as often as they are in it.
+__global__ void divergent_reads(Case c) {
+  float sum = 0;
+  for (unsigned i = 0; i < threadIdx.x; ++i) sum += floats(c)[i];
+  c.y[threadIdx.x] = sum;
+}
+
+// Rows of 128 bytes are read as 8x8 matrices; swizzled, no two rows of one share a bank.
+__global__ void read_matrices(Case c) {
+  const int t = threadIdx.x, row = t % 8 + t / 8 * 8;
+  uint32_t frag[4];
+  const int chunk = c.right ? t % 8 : 0;
+  tvmf::load_matrix_x4(frag, static_cast<tvmf::Chunk*>(simt::shared_memory()) + row * 8 + chunk);
+  c.y[t] = frag[0];
+}
+
+// y [16, 8] = A B^T: x holds A [16, 16] and B [8, 16] (16-bit) or A [16, 8] and B [8, 8] (tf32).
+// An argument with 4 added has B as [16, 8] and reads it transposed.
+__global__ void matrix_product(Case c) {
+  const int lane = threadIdx.x, kind = c.argument % 4;
+  const bool transposed = c.argument >= 4;
+  tvmf::Chunk* chunks = static_cast<tvmf::Chunk*>(simt::shared_memory());
+  for (int i = lane; i < c.n / 16; i += 32) chunks[i] = static_cast<const tvmf::Chunk*>(c.x)[i];
+  __syncwarp();
+  uint32_t a[4], b[4];
+  tvmf::load_matrix_x4(a, chunks + lane % 16 * 2 + lane / 16);
+  const int other = lane % 16;  // matrices 2 and 3 are not used
+  if (transposed)
+    tvmf::load_matrix_x4_transposed(b, chunks + 32 + other);
+  else
+    tvmf::load_matrix_x4(b, chunks + 32 + other % 8 * 2 + other / 8);
+  float d[4] = {1, 1, 1, 1};
+  const uint32_t b01[2] = {b[0], b[1]};
+  if (kind == simt::kBf16) tvmf::mma_bf16(d, a, b01);
+  if (kind == simt::kF16) tvmf::mma_f16(d, a, b01);
+  if (kind == simt::kTf32) tvmf::mma_tf32(d, a, b01);
+  for (int i = 0; i < 4; ++i) c.y[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
+}
+
+// Rounds of a main loop's warp: two ldmatrix and eight mma.
+__global__ void many_products(Case c) {
+  const int lane = threadIdx.x % 32;
+  tvmf::Chunk* chunks = static_cast<tvmf::Chunk*>(simt::shared_memory());
+  for (int i = threadIdx.x; i < 64; i += blockDim.x) chunks[i] = tvmf::Chunk{};
+  __syncthreads();
+  float d[8][4] = {};
+  for (int round = 0; round < c.argument; ++round) {
+    uint32_t a[4], b[4];
+    tvmf::load_matrix_x4(a, chunks + lane);
+    tvmf::load_matrix_x4(b, chunks + 32 + lane);
+    const uint32_t b01[2] = {b[0], b[1]};
+    for (int i = 0; i < 8; ++i) tvmf::mma_bf16(d[i], a, b01);
+  }
+  for (int i = 0; i < 8; ++i) c.y[threadIdx.x * 8 + i] = d[i][0];
+}
+
+}  // namespace
+
+void launch(const std::string& name, unsigned grid, int threads, int shared_bytes, const Case& c) {
+#define ENTRY(kernel) \
+  {                   \
+    #kernel, kernel   \
+  }
+  static const std::map<std::string, void (*)(Case)> kernels = {
+      ENTRY(block_sum),
+      ENTRY(write_word),
+      ENTRY(write_half_word),
+      ENTRY(warp_exchange),
+      ENTRY(async_neighbour),
+      ENTRY(async_without_wait),
+      ENTRY(async_pending),
+      ENTRY(async_ragged),
+      ENTRY(async_alignment),
+      ENTRY(write_across_blocks),
+      ENTRY(count_threads),
+      ENTRY(shared_extent),
+      ENTRY(global_extent),
+      ENTRY(deadlock),
+      ENTRY(divergent_collectives),
+      ENTRY(early_exit),
+      ENTRY(named_barriers),
+      ENTRY(shuffles),
+      ENTRY(arrival_order),
+      ENTRY(divergent_reads),
+      ENTRY(read_matrices),
+      ENTRY(matrix_product),
+      ENTRY(many_products),
+      {"read_shared_4", read_shared<float>},
+      {"read_shared_8", read_shared<uint64_t>},
+      {"read_shared_16", read_shared<tvmf::Chunk>},
+      {"read_global_4", read_global<float>},
+      {"read_global_16", read_global<tvmf::Chunk>}};
+#undef ENTRY
+  const cudaError_t error =
+      simt::launch(kernels.at(name), {grid, 1, 1}, threads, shared_bytes, nullptr, c);
+  if (error != cudaSuccess) throw std::invalid_argument(cudaGetErrorString(error));
+}
+
+}  // namespace faults

@@ -1,0 +1,40 @@
+# The emulator's modules: simt_hooks, whose accesses to memory the emulator checks and counts, and
+# simt_asan, the same under AddressSanitizer and UBSan. tests/simt/__init__.py builds both.
+execute_process(
+  COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir
+  OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+find_package(pybind11 CONFIG REQUIRED)
+
+set(kernels csrc/forward.cu csrc/backward.cu tests/simt/faults.cu)
+set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX)
+include_directories(tests/simt csrc)
+add_compile_definitions(TVMF_SIMT)
+add_compile_options(-ffp-contract=off -Wall -Wextra -Wno-psabi)
+
+# Accesses are to stay as written: GCC would vectorise and merge them, and make calls of memcpy,
+# which no hook sees. A tail call would hide its line, and a guarded static call TSan's runtime.
+set(kernel_options -x c++ -g1 -fno-tree-vectorize -fno-tree-slp-vectorize -fno-store-merging
+  -fno-tree-loop-distribute-patterns -fno-optimize-sibling-calls -fno-threadsafe-statics
+  -Wno-unknown-pragmas)
+set(hooks_kernels -O2 -fsanitize=thread --param=tsan-instrument-func-entry-exit=0)
+set(hooks_runtime -O3)
+set(asan_kernels -O1 -fsanitize=address,undefined -fno-sanitize-recover=all)
+set(asan_runtime -O2 -g1 -fsanitize=address)
+
+# What needs neither is compiled once.
+add_library(simt_common OBJECT csrc/plan.cpp tests/simt/bind_runtime.cpp)
+target_link_libraries(simt_common PRIVATE pybind11::module)
+target_compile_options(simt_common PRIVATE -O1)
+
+foreach(kind hooks asan)
+  add_library(simt_${kind}_kernels OBJECT ${kernels})
+  add_library(simt_${kind}_runtime OBJECT tests/simt/simt.cpp)
+  target_compile_options(simt_${kind}_kernels PRIVATE ${kernel_options} ${${kind}_kernels})
+  target_compile_options(simt_${kind}_runtime PRIVATE ${${kind}_runtime})
+  pybind11_add_module(simt_${kind} NO_EXTRAS tests/simt/bind.cpp $<TARGET_OBJECTS:simt_common>
+    $<TARGET_OBJECTS:simt_${kind}_kernels> $<TARGET_OBJECTS:simt_${kind}_runtime>)
+  target_compile_options(simt_${kind} PRIVATE -O1)
+  target_compile_definitions(simt_${kind} PRIVATE SIMT_MODULE=simt_${kind})
+endforeach()
+# libtsan is not linked: simt.cpp has the hooks.
+target_link_options(simt_asan PRIVATE -fsanitize=address,undefined)

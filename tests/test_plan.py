@@ -1,0 +1,192 @@
+"""The plan: pure, within its bounds on memory, launches and traffic for any size, and printed."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tvmf_ext import CpuPlan, CudaPlan, ops, plan
+
+GPUS = ("A100", "L40S", "H100", "H200", "B200")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MIB = 2**20
+
+
+@st.composite
+def arguments(draw, classes):
+    D = draw(st.one_of(st.integers(1, 4096), st.sampled_from([64, 512, 768, 2048])))
+    N = draw(st.one_of(st.integers(1, 2**22 // D), st.sampled_from([1, 64, 256, 1024])))
+    return (N, draw(classes), D), {
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "weight_dtype": draw(st.sampled_from(DTYPES)),
+        "device": draw(st.sampled_from(GPUS)),
+        "allow_tf32": draw(st.booleans()),
+        "backward": draw(st.booleans()),
+    }
+
+
+many = st.one_of(st.integers(1, 10**8), st.sampled_from([10**5, 10**6, 10**7, 10**8]))
+few = st.integers(1, 10_000)
+
+
+@given(arguments(many))
+def test_workspace_stays_under_64_mib_whatever_the_classes(problem):
+    sizes, options = problem
+    result = plan(*sizes, **options)
+    assert 0 < result.forward_workspace <= 64 * MIB
+    assert 0 < result.backward_workspace <= 64 * MIB
+
+
+@given(arguments(st.one_of(many, few)))
+def test_launches_traffic_and_tiles_add_up(problem):
+    (N, C, D), options = problem
+    result = plan(N, C, D, **options)
+    assert result == plan(N, C, D, **options)
+    assert result.forward_launches <= 3
+    assert not result.latency or result.backward_launches <= 4
+    assert result.row_tiles * result.tile >= N > (result.row_tiles - 1) * result.tile
+    classes = result.class_splits * result.tiles_per_split * result.tile
+    assert classes >= C > classes - (result.tiles_per_split + 1) * result.tile
+    assert result.chunks * result.chunk >= C > (result.chunks - 1) * result.chunk
+    assert result.chunk % 64 == 0
+    assert result.latency <= (result.chunks == 1)
+    itemsize = 8 if options["dtype"] == torch.float64 else 4
+    assert result.kept == 0 or (result.kept % 16 == 0 and result.kept >= C)
+    assert result.saved == itemsize * ((4 * N + C + 15) // 16 * 16 + N * result.kept)
+    assert result.forward_flops >= 2.0 * N * C * D
+    assert result.backward_flops >= 4.0 * N * C * D
+    reads = result.weight_copy == 0
+    features, weight = options["dtype"].itemsize, options["weight_dtype"].itemsize
+    if reads and not result.latency:
+        floor = 2 * C * D * weight + 2 * N * D * features
+        assert floor <= result.backward_hbm <= 1.15 * floor + N * result.kept * itemsize
+    for which in ("forward", "backward"):
+        times = result.times(which)
+        seconds = getattr(result, f"{which}_seconds")
+        assert max(times.values()) <= seconds <= sum(times.values()) * (1 + 1e-9)
+        assert times[result.limit(which)] == max(times.values())
+
+
+def test_the_sizes_of_long_tailed_training_take_the_latency_plan_and_faces_the_other():
+    bf16 = {"dtype": torch.bfloat16, "weight_dtype": torch.float32, "device": "H200"}
+    for N, C, D in ((256, 1000, 512), (256, 8142, 2048)):
+        small = plan(N, C, D, **bf16)
+        assert small.latency and small.kept >= C
+        assert small.forward_launches <= 3 and small.backward_launches <= 4
+    large = plan(1024, 10**6, 512, **bf16)
+    assert not large.latency and large.kept == 0 and large.chunks > 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+def test_a_weight_that_kernels_do_not_read_is_copied(dtype, weight_dtype):
+    result = plan(8, 10, 64, dtype=dtype, weight_dtype=weight_dtype, device="A100")
+    half = (torch.float16, torch.bfloat16)
+    read = weight_dtype == dtype or (dtype in half and weight_dtype == torch.float32)
+    itemsize = 4 if dtype in half else dtype.itemsize
+    assert result.weight_copy == (0 if read else 10 * 64 * itemsize)
+    assert ("copy of the weight" in str(result)) == (not read)
+
+
+def test_tf32_is_a_matter_of_float32_features_alone():
+    for dtype in DTYPES:
+        math = [plan(8, 9, 10, dtype=dtype, device="H100", allow_tf32=a).math for a in (0, 1)]
+        assert (math == ["float32", "TF32"]) if dtype == torch.float32 else (math[0] == math[1])
+
+
+def test_a_plan_without_backward_keeps_nothing():
+    both, alone = (plan(64, 1000, 128, device="H200", backward=b) for b in (True, False))
+    assert both.kept == 1008 and alone.kept == 0
+    assert "backward" in str(both) and "backward" not in str(alone)
+
+
+def numbers(text):
+    return re.findall(r"\d+(?:\.\d+)?(?:e\+\d+)?", text)
+
+
+def test_the_report_names_what_runs_and_what_limits_it():
+    result = plan(256, 8142, 2048, dtype=torch.bfloat16, weight_dtype=torch.float32, device="H200")
+    text = str(result)
+    for words in ("[256, 8142, 2048], bfloat16 features, float32 weight, on H200", "latency",
+                  "all products", "matrix units", "GPU memory", "L2 cache", "launches", "workspace",
+                  f"limited by {result.limit('forward')}",
+                  f"tile {result.tile} x {result.tile}, grid {result.row_tiles} x "
+                  f"{result.class_splits}", f"{result.forward_flops:.3g}"):  # fmt: skip
+        assert words in text
+    assert str(result.input_splits) in numbers(text)
+    assert max(map(len, text.splitlines())) <= 120
+    assert "throughput: " in str(plan(1024, 10**6, 512, device="H200"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.tile = 1
+
+
+def test_the_cpu_has_a_plan_too():
+    result = plan(256, 8142, 2048, device="cpu")
+    assert isinstance(result, CpuPlan)
+    assert result == plan(256, 8142, 2048, device=torch.device("cpu"))
+    assert result.class_block % 16 == 0 and result.kept == 8144
+    assert result.saved == 4 * ((4 * 256 + 8142 + 15) // 16 * 16 + 256 * result.kept)
+    for words in (f"of {result.class_block} classes", "32 rows x 512 classes", "all products"):
+        assert words in str(result)
+    assert plan(256, 10**6, 2048, device="cpu").backward_flops > 5.9 * 256 * 10**6 * 2048
+
+
+def test_the_default_device_is_one_that_is_here():
+    here = CudaPlan if ops.HAS_CUDA and torch.cuda.is_available() else CpuPlan
+    assert isinstance(plan(4, 5, 6), here)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "error", "message"),
+    [
+        ((0, 5, 6), {}, ValueError, "N must be at least 1, got 0"),
+        ((4, -5, 6), {}, ValueError, "C must be at least 1, got -5"),
+        ((4, 5, 6.0), {}, TypeError, "D must be an int, got float"),
+        ((4, 5, 6), {"dtype": torch.int64}, ValueError, "dtype must be .* got torch.int64"),
+        (
+            (4, 5, 6),
+            {"weight_dtype": torch.int8},
+            ValueError,
+            "weight_dtype must be .* got torch.int8",
+        ),
+        (
+            (4, 5, 6),
+            {"device": "V100"},
+            ValueError,
+            "device must be cpu, cuda or one of .*H200.* got V100",
+        ),
+        ((4, 5, 6), {"device": "meta"}, ValueError, "device must be .* got meta"),
+    ],
+)
+def test_bad_arguments_are_refused(sizes, options, error, message):
+    with pytest.raises(error, match=message):
+        plan(*sizes, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_gpu_that_is_not_here_is_refused():
+    with pytest.raises(ValueError, match="one that is here or a GPU's name, got cuda"):
+        plan(4, 5, 6, device="cuda")
+
+
+def test_the_command_prints_the_plan_and_refuses_what_plan_refuses():
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "tvmf_ext", "plan", *arguments],
+            cwd=Path(ops.__file__).parents[1], capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    flags = ["--dtype", "bfloat16", "--weight-dtype", "float32", "--gpu", "H200"]
+    done = run("256", "8142", "2048", *flags)
+    options = {"dtype": torch.bfloat16, "weight_dtype": torch.float32, "device": "H200"}
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(plan(256, 8142, 2048, **options))
+    refused = run("256", "8142", "2048", "--gpu", "V100")
+    assert refused.returncode == 2
+    assert "H200" in refused.stderr and "got V100" in refused.stderr

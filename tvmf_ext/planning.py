@@ -1,0 +1,294 @@
+"""What a call will run and what that costs, without running it: `plan(N, C, D, ...)`.
+
+The numbers are csrc/plan.cpp's, the function that the kernels themselves ask.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from . import ops
+from .functional import cuda_allows_tf32, products_to_keep
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 1000 else f"{count:.6g} GB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} us"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class _Problem:
+    N: int
+    """rows"""
+    C: int
+    """classes"""
+    D: int
+    """features"""
+    dtype: torch.dtype
+    """of the features"""
+    weight_dtype: torch.dtype
+    """of the class weights"""
+    backward: bool
+    """whether a backward pass follows"""
+    kept: int
+    """classes whose products the forward pass keeps for the backward pass, rounded up to 16"""
+    saved: int
+    """bytes that the forward pass keeps in all"""
+
+    def _title(self, device):
+        return (
+            f"[N, C, D] = [{self.N}, {self.C}, {self.D}], {_name(self.dtype)} features, "
+            f"{_name(self.weight_dtype)} weight, on {device}"
+        )
+
+    def _saved_line(self):
+        kept = min(self.kept, self.C)
+        products = "all products" if kept == self.C else f"products of {kept} classes"
+        return f"kept for backward  {_bytes(self.saved)}, {products if kept else 'no products'}"
+
+
+@dataclass(frozen=True)
+class CpuPlan(_Problem):
+    """How the CPU kernels cut a problem."""
+
+    class_block: int
+    """classes per matrix product, whose N x block tile stays in the second-level cache"""
+    row_group: int
+    """rows per task between the products"""
+    stripe: int
+    """classes per task"""
+
+    @property
+    def forward_flops(self) -> float:
+        return 2.0 * self.N * self.C * self.D
+
+    @property
+    def backward_flops(self) -> float:
+        """Two products, and again the one that was not kept."""
+        return 2.0 * self.N * self.D * (3 * self.C - min(self.kept, self.C))
+
+    def __str__(self):
+        blocks = -(-self.C // self.class_block)
+        tile = self.N * self.class_block * ops.compute_dtype(self.dtype).itemsize
+        lines = [
+            self._title("the CPU"),
+            f"blocks             {blocks} of {self.class_block} classes, a tile of {_bytes(tile)}",
+            f"tasks              {self.row_group} rows x {self.stripe} classes",
+        ]
+        if self.backward:
+            lines.append(self._saved_line())
+        lines.append(f"forward            {self.forward_flops:.3g} floating-point operations")
+        if self.backward:
+            lines.append(f"backward           {self.backward_flops:.3g} floating-point operations")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class CudaPlan(_Problem):
+    """How the CUDA kernels cut a problem, what that costs by count, and how long it should take.
+
+    Everything but the times depends on the problem and on the sizes of the GPU's parts alone.
+    """
+
+    gpu: str
+    sms: int
+    math: str
+    """what the matrix units multiply: float16, bfloat16, TF32, float32 or float64"""
+    latency: bool
+    """few launches, for a small N x C; else the throughput plan, in chunks of classes"""
+
+    tile: int
+    """row statistics: a block makes tiles of tile x tile cosines"""
+    row_tiles: int
+    class_splits: int
+    """blocks that share the classes; the grid is row_tiles x class_splits"""
+    tiles_per_split: int
+
+    chunk: int
+    """classes per launch of the backward pass"""
+    chunks: int
+    resident: bool
+    """a block's gradient tile stays in shared memory"""
+    row_groups: int
+    """blocks that share the rows of 64 classes"""
+    feature_splits: int
+    """blocks that share the weight gradient of 64 classes"""
+    input_tile: int
+    """features' gradient: a block makes a tile of input_tile x input_tile"""
+    input_splits: int
+    """blocks that share a tile's classes"""
+
+    forward_launches: int
+    backward_launches: int
+    forward_workspace: int
+    """bytes"""
+    backward_workspace: int
+    weight_copy: int
+    """bytes of a copy of the weight in a dtype that the kernels read, in each pass"""
+    forward_flops: float
+    backward_flops: float
+    forward_hbm: float
+    """bytes that cross the GPU's memory interface"""
+    backward_hbm: float
+    forward_l2: float
+    """bytes that tiles load from the second-level cache"""
+    backward_l2: float
+    forward_seconds: float
+    """predicted, not measured"""
+    backward_seconds: float
+
+    hbm_rate: float
+    """bytes/s that the prediction takes the kernels to reach"""
+    l2_rate: float
+    flop_rate: float
+    launch_seconds: float
+
+    @property
+    def workspace(self) -> int:
+        """The most bytes that a pass holds while it runs, beside `saved` and its results."""
+        passes = self.forward_workspace, self.backward_workspace if self.backward else 0
+        return max(passes) + self.weight_copy
+
+    def times(self, which: str) -> dict[str, float]:
+        """Seconds of the pass `"forward"` or `"backward"` if nothing but one part took any."""
+        return {
+            "matrix units": getattr(self, f"{which}_flops") / self.flop_rate,
+            "GPU memory": getattr(self, f"{which}_hbm") / self.hbm_rate,
+            "L2 cache": getattr(self, f"{which}_l2") / self.l2_rate,
+            "launches": getattr(self, f"{which}_launches") * self.launch_seconds,
+        }
+
+    def limit(self, which: str) -> str:
+        """The part of the pass `"forward"` or `"backward"` that takes longest."""
+        times = self.times(which)
+        return max(times, key=times.get)
+
+    def _pass(self, which):
+        seconds = getattr(self, f"{which}_seconds")
+        parts = ", ".join(f"{name} {_time(t)}" for name, t in self.times(which).items())
+        return [
+            f"{which:<18} {_time(seconds)} predicted, limited by {self.limit(which)}",
+            f"  each part alone  {parts}",
+            f"  launches         {getattr(self, f'{which}_launches')}",
+            f"  operations       {getattr(self, f'{which}_flops'):.3g} in {self.math}",
+            f"  GPU memory       {_bytes(getattr(self, f'{which}_hbm'))}",
+            f"  L2 cache         {_bytes(getattr(self, f'{which}_l2'))}",
+            f"  workspace        {_bytes(getattr(self, f'{which}_workspace'))}",
+        ]
+
+    def __str__(self):
+        grid = f"{self.row_tiles} x {self.class_splits}"
+        path = "latency: one chunk" if self.latency else f"throughput: {self.chunks} chunks"
+        lines = [
+            self._title(f"{self.gpu} ({self.sms} SMs)"),
+            f"path               {path} of {min(self.chunk, self.C)} classes",
+            *self._pass("forward"),
+            f"  row statistics   tile {self.tile} x {self.tile}, grid {grid}, "
+            f"{self.tiles_per_split} class tiles a block",
+        ]
+        if self.weight_copy:
+            lines.append(f"copy of the weight {_bytes(self.weight_copy)} in each pass")
+        if not self.backward:
+            return "\n".join(lines)
+        class_tiles = -(-min(self.chunk, self.C) // 64)
+        inputs = [-(-size // self.input_tile) for size in (self.N, self.D)]
+        place = "in shared memory" if self.resident else "in the workspace"
+        return "\n".join([
+            *lines,
+            *self._pass("backward"),
+            f"  weight gradient  {class_tiles} tiles of 64 classes x {self.row_groups} row groups "
+            f"x {self.feature_splits} feature splits, gradient tile {place}",
+            f"  input gradient   tile {self.input_tile} x {self.input_tile}, "
+            f"grid {inputs[0]} x {inputs[1]} x {self.input_splits}",
+            self._saved_line(),
+        ])  # fmt: skip
+
+
+def _check_size(name, value):
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _device_name(device):
+    """`"cpu"`, `"cuda:0"` for a GPU that is here, or a GPU's name."""
+    if device is None:
+        device = "cuda" if ops.HAS_CUDA and torch.cuda.is_available() else "cpu"
+    if isinstance(device, str) and device.split(":")[0] in ("cpu", "cuda"):
+        device = torch.device(device)
+    if not isinstance(device, torch.device):
+        return str(device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device must be one that is here or a GPU's name, got {device}")
+        return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
+    return device.type
+
+
+def plan(
+    N: int,
+    C: int,
+    D: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    allow_tf32: bool | None = None,
+    backward: bool = True,
+) -> CudaPlan | CpuPlan:
+    """What a call with features `[N, D]` and class weights `[C, D]` runs; nothing is run.
+
+    Args:
+        N, C, D: rows, classes and features.
+        dtype, weight_dtype: of the features, and of the weight if it differs.
+        device: a GPU's name such as `"H200"`, which need not be here, `"cpu"`, or a torch device;
+            by default a GPU that is here, or else the CPU.
+        allow_tf32: whether float32 products may be rounded to TF32; by default torch's setting.
+        backward: whether a backward pass follows.
+
+    Returns:
+        A plan whose fields are the kernels' own numbers, and whose `str` is a report.
+
+    Raises:
+        ValueError: a size below 1, a dtype without kernels, an unknown device.
+    """
+    for name, value in (("N", N), ("C", C), ("D", D)):
+        _check_size(name, value)
+    weight_dtype = weight_dtype or dtype
+    for name, value in (("dtype", dtype), ("weight_dtype", weight_dtype)):
+        if value not in _DTYPES:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {value}")
+    device = _device_name(device)
+    if allow_tf32 is None:
+        allow_tf32 = cuda_allows_tf32()
+    kept = products_to_keep(N, C, D, dtype, device != "cpu") if backward else 0
+    names = (_name(dtype), _name(weight_dtype))
+    text = torch.ops.tvmf_ext.plan(N, C, D, *names, allow_tf32, kept, False, device)
+    values = dict(part.split("=") for part in text.split(";") if part)
+    kind = CpuPlan if device == "cpu" else CudaPlan
+    convert = {int: int, float: float, str: str, bool: lambda text: text == "1"}
+    given = {"N": N, "C": C, "D": D, "dtype": dtype, "weight_dtype": weight_dtype,
+             "backward": backward}  # fmt: skip
+    read = {
+        field.name: convert[field.type](values[field.name])
+        for field in dataclasses.fields(kind)
+        if field.name not in given
+    }
+    return kind(**given, **read)
