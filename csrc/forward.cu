@@ -401,4 +401,12 @@ cudaError_t cuda_forward(const CudaHead& head, const LossOptions& options, const
   });
 }
 
+#ifndef TVMF_SIMT
+#define TVMF_TEXT(...) #__VA_ARGS__
+#define TVMF_EXPAND(...) TVMF_TEXT(__VA_ARGS__)
+
+// "800,900": what nvcc was really asked for.
+const char* cuda_archs() { return TVMF_EXPAND(__CUDA_ARCH_LIST__); }
+#endif
+
 }  // namespace tvmf

@@ -210,8 +210,8 @@ CudaPlan plan_path(const CudaProblem& p, bool latency, const Gpu& gpu) {
     return ceil_div(rows, tile) * ceil_div(cols, tile);
   };
 
-  // Large tiles load half the bytes, but only where there are enough of them for every SM.
-  const bool large = tensor_cores && tiles_of(p.N, p.C, kLargeTile) >= gpu.sms;
+  // Large tiles load half the bytes: where there are enough of them for nearly every SM.
+  const bool large = tensor_cores && tiles_of(p.N, p.C, kLargeTile) * 4 >= gpu.sms * 3;
   plan.tile = large ? kLargeTile : kSmallTile;
   plan.row_tiles = ceil_div(p.N, plan.tile);
   const int64_t class_tiles = ceil_div(p.C, plan.tile);
