@@ -1,6 +1,7 @@
 """Drives CMakeLists.txt, which holds the compile rules; pyproject.toml holds everything else."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +30,12 @@ class CMakeBuild(build_ext):
             f"-DTVMF_TORCH_DIR={Path(torch.__file__).parent}",
             f"-DTVMF_OUTPUT_DIR={output}",
         ]  # fmt: skip
-        # A cache of another environment points at compilers and torches that may be gone.
-        subprocess.run([*configure, "--fresh"], check=True)
+        # A cache of another environment points at compilers and torches that may be gone; its objects
+        # are good as long as their commands are the same.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for found in build.glob("CMakeFiles/[0-9]*"):
+            shutil.rmtree(found)
+        subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
 

@@ -204,6 +204,8 @@ def error(got, exact, size=0.0, rows=False):
     assert got.shape == exact.shape
     shape = (len(got), -1) if rows else (1, -1)
     got, exact = got.double().reshape(shape), exact.double().reshape(shape)
+    both = got.isnan() & exact.isnan()
+    got, exact = (torch.where(both, 0, t) for t in (got, exact))
     size = torch.as_tensor(size).double()
     size = exact.norm(dim=1).clamp_min(size if rows else size.norm())
     difference = (got - exact).norm(dim=1)
@@ -215,7 +217,7 @@ def rounding(dtype, exact):
     is absolute."""
     info = torch.finfo(dtype)
     absolute = info.smallest_normal * info.eps / 2 * exact.numel() ** 0.5
-    return info.eps / 2 + absolute / max(exact.norm().item(), info.smallest_normal)
+    return info.eps / 2 + absolute / max(exact.nan_to_num().norm().item(), info.smallest_normal)
 
 
 def check(function, problem, upstream=None, rows=False, tolerance=None, eager_dtype=None):
