@@ -30,8 +30,8 @@ class CMakeBuild(build_ext):
             f"-DTVMF_TORCH_DIR={Path(torch.__file__).parent}",
             f"-DTVMF_OUTPUT_DIR={output}",
         ]  # fmt: skip
-        # A cache of another environment points at compilers and torches that may be gone; its objects
-        # are good as long as their commands are the same.
+        # A cache of another environment points at compilers and torches that may be gone; its
+        # objects are good as long as their commands are the same.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         for found in build.glob("CMakeFiles/[0-9]*"):
             shutil.rmtree(found)

@@ -150,7 +150,6 @@ __global__ void __launch_bounds__(kPrepareThreads, 1)
   const int exponent = bound > 1e-30 && bound < 1e30 ? 12 - ilogb(bound) : 0;
   const T gain = T(exp2(double(exponent)));
   if (threadIdx.x == 0) p.gain[0] = gain, p.gain[1] = 1 / gain;
-  __syncthreads();
   for (int64_t n = threadIdx.x; n < head.N; n += kPrepareThreads) p.rows[n].rnorm_gain *= gain;
 }
 

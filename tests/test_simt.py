@@ -164,6 +164,55 @@ def test_float16_keeps_small_gradients():
             assert problems.error(gradients[name], exact[name]) < 2**-10
 
 
+@pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
+def test_float16_gradient_tile_stays_in_range(length):
+    """The tile has 1 / |w|, the steepest phi and the largest class weight in it."""
+    problem, _ = make(70, 90, 24, "fp16-fp32", kappa=64.0, scale="[]", class_weight=True)
+    problem["linear_weight"] *= length
+    problem["weight"][5] = 1e4
+    problem = problems.statistics_arguments(problem)
+    upstream = problems.upstream_of({name: torch.empty(70) for name in ("lse", "target", "sum")})
+    own = dict(zip(("lse", "target", "sum"), [u.float() for u in upstream], strict=True))
+    _, gradients, _ = simt.step(problem, own, statistics=True)
+    _, exact, _ = problems.oracle(tvmf_ext.row_statistics, problem, upstream)
+    for name in ("input", "linear_weight"):
+        assert problems.error(gradients[name], exact[name]) < 2**-7
+
+
+@pytest.mark.parametrize("mix", ["fp32", "fp64"])
+def test_rows_shorter_than_eps_are_not_projected(mix):
+    problem, how = make(40, 70, 16, mix)
+    problem["input"][3] *= 1e-14
+    problem["linear_weight"][4] *= 1e-14
+    check(problem, rows=True, **how)
+
+
+def test_a_small_loss_is_exact_to_a_rounding_of_one():
+    """Not to one of the logits, which are 30 here."""
+    problem, _ = make(8, 30, 16, "fp32", kappa=0.0, scale=30.3, reduction="none")
+    problem["input"] = problem["linear_weight"][problem["target"]] * 1.5
+    outputs, _, _ = simt.step(problem, {}, wanted=[])
+    exact, *_ = problems.oracle(tvmf_ext.tvmf_cross_entropy, problem)
+    small = exact["loss"] < 1e-4
+    assert small.sum() > 3
+    assert (outputs["loss"] - exact["loss"]).abs()[small].max() < 3e-7
+
+
+@pytest.mark.parametrize("path", [{}, CHUNKED], ids=["latency", "throughput"])
+def test_what_lies_beyond_the_last_row_has_no_part(path):
+    """Logits of 200: exp of one is infinite where no maximum is subtracted."""
+    problem, how = make(70, 90, 24, "bf16-fp32", bias=True, kappa="[]", scale="[]")
+    problem["prior"] = torch.full((90,), 200.0)
+    check(problem, kept=False, **path, **how)
+
+
+@pytest.mark.parametrize("s", [-30.0, 19.0, 25.0])
+def test_softplus_of_any_scale(s):
+    problem, how = make(40, 70, 16, "fp32", scale="softplus", kappa=0.0)
+    problem["scale"].s.fill_(s)
+    check(problem, **how)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_propagates(bad):
     problem, _ = make(70, 90, 24, "bf16-fp32", reduction="none")
