@@ -152,6 +152,9 @@ class Call {
         D(head.input.size(1)),
         accumulator(head.input.scalar_type() == ScalarType::Double ? ScalarType::Double
                                                                    : ScalarType::Float) {
+    if (N > std::numeric_limits<int32_t>::max() - kLargeTile)
+      throw std::invalid_argument("input must have fewer than 2^31 - 128 rows on CUDA, got " +
+                                  std::to_string(N));
     // This library's copy of the CUDA runtime keeps a current device of its own.
     check(cudaSetDevice(index_), "cudaSetDevice");
     device_ = &device_at(index_);

@@ -133,11 +133,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   auto& tail = *reinterpret_cast<typename Plan::Tail*>(smem + Plan::kStagesBytes);
   const CudaHead& head = p.head;
   const Lane lane = Lane::of<Shape>();
-  const int64_t first_row = int64_t(blockIdx.x) * Shape::kRows;
-  const int64_t first_tile = int64_t(blockIdx.y) * p.tiles_per_split;
-  const int64_t all_tiles = (head.C + Shape::kCols - 1) / Shape::kCols;
-  const int64_t left = all_tiles - first_tile;
-  const int tiles = int(left < p.tiles_per_split ? left : p.tiles_per_split);
+  const int first_row = int(blockIdx.x) * Shape::kRows;
+  const int per_split = int(p.tiles_per_split), first_tile = int(blockIdx.y) * per_split;
+  const int left = int((head.C + Shape::kCols - 1) / Shape::kCols) - first_tile;
+  const int tiles = left < per_split ? left : per_split;
   const auto x = Operand<X>::of(head.x.data, head.x.row_stride, head.x.col_stride, head.N, head.D);
   const auto weight = Operand<W>::of(head.weight.data, head.weight.row_stride,
                                      head.weight.col_stride, head.C, head.D);
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 
   // Fetch the rows' terms, and start their statistics.
   for (int i = threadIdx.x; i < Shape::kRows; i += Shape::kThreads) {
-    const int64_t n = first_row + i;
+    const int n = first_row + i;
     const bool inside = n < head.N;
     tail.rows.rnorm[i] = inside ? p.saved[p.layout.x_rnorm + n] : T(0);
     tail.rows.target_product[i] = inside ? p.saved[p.layout.target_product + n] : T(0);
@@ -164,12 +163,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 
   const auto load = [&](int tile, int step, int stage) {
     unsigned char* to = smem + stage * Plan::kStageBytes;
-    const int64_t d = int64_t(step) * kTileD<kMath>, c = (first_tile + tile) * Shape::kCols;
+    const int64_t d = step * kTileD<kMath>, c = int64_t(first_tile + tile) * Shape::kCols;
     load_operand<LayoutX, Shape::kThreads>(x, first_row, d, to);
     load_operand<LayoutW, Shape::kThreads>(weight, c, d, to + LayoutX::kBytes);
   };
   const auto start = [&](int tile) {
-    const int64_t c = (first_tile + tile) * Shape::kCols;
+    const int64_t c = int64_t(first_tile + tile) * Shape::kCols;
     for (int i = threadIdx.x; i < Shape::kCols; i += Shape::kThreads)
       tail.classes.set(i, ClassValues<T>::of(head, c + i, scale));
   };
@@ -180,7 +179,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     add_squares<kMath, LayoutW>(w_smem, squares);
   };
   const auto finish = [&](int tile) {
-    const int64_t first_class = (first_tile + tile) * Shape::kCols;
+    const int64_t first_class = int64_t(first_tile + tile) * Shape::kCols;
 
     // Finish the weights' norms; the first row of blocks keeps them for the backward pass.
     squares += __shfl_xor_sync(0xffffffff, squares, 1);
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
       const int i = r / 2, half = r % 2 * 2, row_in_tile = lane.row<Shape>(i, r % 2);
-      const int64_t n = first_row + row_in_tile;
+      const int n = first_row + row_in_tile;
       const int64_t label = tail.rows.label[row_in_tile] - first_class;
       const T x_rnorm = tail.rows.rnorm[row_in_tile];
       const T target_score = tail.rows.target_score[row_in_tile];
@@ -212,7 +211,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
         if (label == col) product.low = tail.rows.target_product[row_in_tile];
         if (label == col + 1) product.high = tail.rows.target_product[row_in_tile];
         if (first_class + col < p.kept && n < head.N)
-          store_as(p.saved + p.layout.product + n * p.kept + first_class + col, product);
+          store_as(p.saved + p.layout.product + int64_t(n) * p.kept + first_class + col, product);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int c = col + e;
@@ -260,7 +259,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   // Merge the warps that have the same rows, in order.
   __syncthreads();
   for (int i = threadIdx.x; i < Shape::kRows; i += Shape::kThreads) {
-    const int64_t n = first_row + i;
+    const int n = first_row + i;
     if (n >= head.N) break;
     T max = kLowest<T>, sum_exp = 0, sum = 0;
     int rank = 0;
@@ -278,12 +277,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   }
 }
 
-constexpr int kFinishThreads = 1024;
+constexpr int kFinishThreads = 512;
 
 // One block: merges each row's runs of classes in order, and sums the losses.
 //   loss_n = (1 - e) omega_y (lse - target) + e / C (lse sum_c omega_c - sum)
 template <class T>
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kFinishThreads, 1)
     finish_rows(const __grid_constant__ ForwardParams<T> p) {
   double* smem = static_cast<double*>(simt::shared_memory());
   const CudaHead& head = p.head;
