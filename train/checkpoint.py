@@ -1,4 +1,7 @@
-"""Checkpoints that a kill at any moment leaves whole: the old file or the new one, never half."""
+"""Checkpoints that a kill at any moment leaves whole: the old file or the new one, never half.
+
+A model file holds what the paper's code saves: feat_state_dict and fc_state_dict.
+"""
 
 import os
 import zipfile
@@ -7,57 +10,122 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 
 from train.config import Config, TrainError
-from train.rng import get_rng
 
-FIELDS = {"config", "stage", "epoch", "net", "head", "optimizer", "results", "rng"}
+NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+FIELDS = {
+    "config", "stage", "epoch", "step", "net", "head", "optimizer", "scaler", "totals", "history",
+    "best", "results", "bad_images",
+}  # fmt: skip
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Calls `write` on a temporary file beside `path`, then puts that in the place of `path`."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
+        temporary.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise no_room(path, cause) from None
+
+
+def no_room(path: Path, error: Exception) -> TrainError:
+    return TrainError(
+        f"--out: got {first_line(error)} on writing {path}, wanted room for it; "
+        "what was saved before is whole: --resume goes on from there"
+    )
+
+
+def save(out: Path, state: dict[str, Any]) -> None:
+    """Saves the fields FIELDS; the checkpoint before this one is kept as well."""
+    assert set(state) == FIELDS, set(state) ^ FIELDS
+
+    def write(file):
+        torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+        if (out / NAME).exists():  # now that the new one is whole, though not in its place
+            os.replace(out / NAME, out / PREVIOUS)
+
+    write_atomically(out / NAME, write)
 
 
-def save_checkpoint(
-    path: Path, config: Config, stage: int, epoch: int, states: dict[str, Any], results: dict
-) -> None:
-    """Saves a run after `epoch` epochs of `stage`; `states` has the state_dict of each value."""
-    state = {name: part.state_dict() for name, part in states.items()}
-    state |= {"config": config.identity(), "stage": stage, "epoch": epoch, "results": results}
-    state["rng"] = get_rng()
-    write_atomically(path, lambda file: torch.save(state, file))
+def read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
+        if damaged := archive.testzip():
+            raise ValueError(f"wrong checksum of {damaged}")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or set(state) != FIELDS:
+        raise ValueError("other fields than this script writes")
+    return state
 
 
-def load_checkpoint(path: Path, config: Config) -> dict[str, Any]:
-    """Reads what save_checkpoint wrote for the same configuration; anything else is refused."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+def load(out: Path, config: Config, warn: Callable[[str], None]) -> dict[str, Any]:
+    """Reads what `save` wrote for the same configuration: the newest that is whole."""
+    reasons, state = [], None
+    for path in (out / NAME, out / PREVIOUS):
+        try:
+            state = read(path)
+            break
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # a damaged file fails in many ways, none of them documented
+            reasons.append(f"{path} is unreadable ({first_line(error)})")
+    if state is None:
+        found = "; ".join(reasons) or f"no checkpoint at {out / NAME}"
         raise TrainError(
-            f"--resume: got no checkpoint at {path}, wanted one that an earlier run wrote there; "
-            "to start anew, leave --resume out"
-        ) from None
-    except Exception as error:  # a damaged file fails in many ways, none of them documented
-        reason = str(error).split("\n")[0]
-        raise TrainError(
-            f"--resume: got an unreadable checkpoint {path} ({reason}), wanted one that this "
-            "script wrote; to start anew, leave --resume out"
-        ) from None
-    found = set(state) if isinstance(state, dict) else type(state).__name__
-    if found != FIELDS:
-        raise TrainError(f"--resume: got {found} in {path}, wanted the fields {sorted(FIELDS)}")
+            f"--resume: got {found}, wanted one that an earlier run wrote there; to start anew, "
+            "leave --resume out"
+        )
+    if reasons:
+        warn(f"{reasons[0]}; going on from the one before, {path}")
     saved, wanted = state["config"], config.identity()
     if saved != wanted:
         keys = sorted(k for k in saved | wanted if saved.get(k) != wanted.get(k))
-        odd = ", ".join(f"{k}: got {saved.get(k)}, wanted {wanted.get(k)}" for k in keys)
+        odd = ", ".join(f"{k}: got {wanted.get(k)}, was {saved.get(k)}" for k in keys)
         raise TrainError(f"--resume: {path} was written by another configuration: {odd}")
     return state
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def save_model(path: Path, net: nn.Module, head: nn.Module, epoch: int, arch: str) -> None:
+    state = {"epoch": epoch, "arch": arch}
+    state |= {"feat_state_dict": net.state_dict(), "fc_state_dict": head.state_dict()}
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The state_dicts of backbone and head in a model file of ours or of the paper's code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        feat, head = state["feat_state_dict"], state["fc_state_dict"]
+    except FileNotFoundError:
+        raise TrainError(f"--model: got {path}, which is no file") from None
+    except Exception as error:
+        raise TrainError(
+            f"--model: got {path}, unreadable ({first_line(error)}); wanted a file with feat_state_dict and "
+            "fc_state_dict, as stage1.pt here or the reference's model_best.pth.tar"
+        ) from None
+    # Its second stage saves the backbone inside DataParallel.
+    return {k.removeprefix("module."): v for k, v in feat.items()}, head
+
+
+def fill(net: nn.Module, path: Path, name: str) -> dict[str, torch.Tensor]:
+    """Loads a model file's backbone into net; returns the state_dict of its head."""
+    feat, head = load_model(path)
+    try:
+        net.load_state_dict(feat)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise TrainError(f"--model: got {path}, which is no --net {name}: {reason}") from None
+    return head

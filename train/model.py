@@ -1,11 +1,15 @@
 """Backbones, which map images to features [B, num_features], and heads, which classify those."""
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from train.config import Config, TrainError
 from tvmf_ext import TvMFLoss
 
 
@@ -23,7 +27,41 @@ class ConvNet(nn.Sequential):
         self.num_features = widths[-1]
 
 
-NETS = {"convnet": ConvNet}
+def resnet(block: type[nn.Module], layers: list[int], channels: int) -> ResNet:
+    """torchvision's ResNet without a classifier. Its parameters' names and their initialisation
+    (He's, by fan-out) are those of the paper's code, whose checkpoints therefore load."""
+    net = ResNet(block, layers)
+    net.num_features = net.fc.in_features
+    net.fc = nn.Identity()
+    if channels != 3:
+        net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
+def make_net(name: str, channels: int, pretrained: bool = False) -> nn.Module:
+    """The backbone of that name; its attribute num_features is the length of a feature."""
+    if name == "convnet":
+        return ConvNet(channels)
+    if name == "resnet10":
+        return resnet(BasicBlock, [1, 1, 1, 1], channels)
+    if name == "resnet50":
+        return resnet(Bottleneck, [3, 4, 6, 3], channels)
+    try:
+        import timm
+    except ImportError as error:
+        raise TrainError(f"--net: got {name} ({error}), wanted: pip install timm") from None
+    try:
+        net = timm.create_model(
+            name.removeprefix("timm:"), pretrained, num_classes=0, in_chans=channels
+        )
+    except (RuntimeError, ValueError) as error:
+        raise TrainError(
+            f"--net: got {name} ({error}), wanted a name of timm.list_models()"
+        ) from None
+    # MobileNetV3, VGG and others have a layer between pooling and classifier.
+    net.num_features = getattr(net, "head_hidden_size", None) or net.num_features
+    return net
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -35,17 +73,48 @@ class SoftmaxHead(nn.Linear):
     """nn.Linear and F.cross_entropy, with the methods of TvMFLoss that the script calls."""
 
     logits = nn.Linear.forward
+    scale = None
 
     def row_statistics(self, features: Tensor, labels: Tensor) -> SoftmaxStatistics:
-        logits = self(features)
-        rank = (logits > logits.gather(1, labels[:, None])).sum(1)
+        logits = self(features).float()
+        target = logits.gather(1, labels.clamp(min=0)[:, None])
+        rank = torch.where(labels < 0, -1, (~(logits <= target)).sum(1))  # NaN is an error
         return SoftmaxStatistics(F.cross_entropy(logits, labels, reduction="none"), rank)
 
     def loss(self, stats: SoftmaxStatistics, labels: Tensor) -> Tensor:
-        return stats.loss.mean()
+        return stats.loss.sum()
 
 
-def make_head(name: str, num_features: int, num_classes: int, kappa: float) -> nn.Module:
+def make_head(name: str, num_features: int, num_classes: int, config: Config) -> nn.Module:
     if name == "softmax":
         return SoftmaxHead(num_features, num_classes)
-    return TvMFLoss(num_features, num_classes, kappa=kappa if name == "tvmf" else 0.0)
+    kappa = config.kappa if name == "tvmf" else 0.0
+    head = TvMFLoss(num_features, num_classes, kappa=kappa, reduction="sum")
+    nn.init.constant_(head.s_, math.log(math.expm1(config.scale_start - 1)))
+    return head
+
+
+def head_of_state(state: dict[str, Tensor]) -> nn.Module:
+    """The head whose state_dict this is: ours, or CosLoss or tvMFLoss of the paper's code."""
+    num_classes, num_features = state["weight"].shape
+    if "s_" not in state:
+        head = SoftmaxHead(num_features, num_classes, bias="bias" in state)
+    else:
+        kappa = state.get("kappa", torch.zeros(1))
+        head = TvMFLoss(num_features, num_classes, kappa, "bias" in state, reduction="sum")
+    head.load_state_dict(state)
+    return head
+
+
+class Classifier(nn.Module):
+    """Backbone and head. forward(images, labels) -> the sum of losses and the number of errors at
+    1 and at 5, from the head's row statistics: no logits, nothing that waits for the device."""
+
+    def __init__(self, net: nn.Module, head: nn.Module):
+        super().__init__()
+        self.net, self.head = net, head
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        stats = self.head.row_statistics(self.net(images), labels)
+        counts = (labels >= 0, stats.rank >= 1, stats.rank >= 5)
+        return self.head.loss(stats, labels), torch.stack([c.sum() for c in counts])

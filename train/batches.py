@@ -1,0 +1,238 @@
+"""Which images a step sees, in which process, and how they are augmented and loaded.
+
+Every random draw is a function of (seed, stage, epoch, position in the epoch): of no state that a
+checkpoint would have to keep, of no number of workers or processes.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms import v2
+
+from train.data import Split, bad_image, read_image
+
+GROUP = 4  # images of one class in a row, as in the paper's reference recipe
+NO_LABEL = -100  # of an image that could not be read; the heads ignore it
+
+STATISTICS = {  # mean and standard deviation of the channels, as the reference has them
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
+}
+# Principal components of ImageNet's colours (Krizhevsky et al., NeurIPS 2012; fb.resnet.torch).
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = (
+    (-0.5675, 0.7192, 0.4009),
+    (-0.5808, -0.0045, -0.8140),
+    (-0.5836, -0.6948, 0.4203),
+)
+
+
+def seed_of(*position: int) -> int:
+    """A seed for the draws at a position, such as (seed, stage, epoch, step)."""
+    return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def balanced_over_images(labels: Tensor, batch_size: int, seed: int) -> Tensor:
+    """Order of an epoch of stage 1, [N]: a random permutation."""
+    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+
+
+def balanced_over_classes(labels: Tensor, batch_size: int, seed: int) -> Tensor:
+    """Order of an epoch of stage 2, [N // batch_size * batch_size]: class-aware sampling.
+
+    Classes are taken from a shuffled list, over and over; each turn of a class takes GROUP images
+    from a shuffled list of its own, likewise. At least one batch.
+    """
+    draw = np.random.default_rng(seed)
+
+    def cycle(items):
+        while True:
+            yield from draw.permutation(items).tolist()
+
+    size = max(1, len(labels) // batch_size) * batch_size
+    by_class = labels.argsort(stable=True).split(torch.bincount(labels).tolist())
+    images = [cycle(members.numpy()) for members in by_class if len(members)]
+    classes = cycle(len(images))
+    order = []
+    while len(order) < size:
+        members = images[next(classes)]
+        order += [next(members) for _ in range(GROUP)]
+    return torch.tensor(order[:size])
+
+
+def steps_of(size: int, batch_size: int, parts: int) -> int:
+    """Steps of an epoch: a last batch that leaves a part fewer than two images is dropped."""
+    steps, rest = divmod(size, batch_size)
+    return steps + (rest >= 2 * parts) or 1
+
+
+def share(step: int, size: int, batch_size: int, part: int, parts: int) -> Tensor:
+    """The positions in an epoch of `size` images that one of `parts` parts of a step takes."""
+    batch = torch.arange(step * batch_size, min(size, (step + 1) * batch_size))
+    return batch.tensor_split(parts)[part]
+
+
+class Lighting(v2.Transform):
+    """Adds to an image's channels a random mixture of the principal colours (AlexNet)."""
+
+    def __init__(self, std: float):
+        super().__init__()
+        self.std = std
+        self.components = torch.tensor(EIGENVECTORS) * torch.tensor(EIGENVALUES)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image + (self.components @ (torch.randn(3) * self.std)).view(3, 1, 1)
+
+
+def file_transforms(augment: str, size: int, train: bool) -> v2.Transform:
+    """The reference's transforms, PIL image to float32 [3, size, size]."""
+    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    normalise = [v2.Normalize(*STATISTICS[augment])]
+    if not train:
+        crop = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+        return v2.Compose(crop + tensor + normalise)
+    crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    if augment == "imagenet":
+        crop.append(v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4))
+        tensor.append(Lighting(0.1))
+    return v2.Compose(crop + tensor + normalise)
+
+
+def shift(images: Tensor, offsets: Tensor, reach: int) -> Tensor:
+    """Moves image i by offsets[:, i], each in [-reach, reach], filling with zeros.
+
+    images [B, channels, height, width], offsets [2, B] (rows, columns).
+    """
+    height, width = images.shape[2:]
+    padded = F.pad(images, (reach,) * 4)
+    rows = torch.arange(height, device=images.device) + reach - offsets[0, :, None]
+    columns = torch.arange(width, device=images.device) + reach - offsets[1, :, None]
+    item = torch.arange(len(images), device=images.device)
+    # Indexing around the channels puts them last.
+    moved = padded[item[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2)
+
+
+class FileImages(TorchDataset):
+    """Items (index, epoch's seed, position) -> (image [3, size, size], label, None); of a file that
+    cannot be read (zeros, NO_LABEL, message)."""
+
+    def __init__(self, split: Split, augment: str, size: int, train: bool):
+        self.split, self.size, self.train = split, size, train
+        self.transforms = file_transforms(augment, size, train)
+
+    def __getitem__(self, item: tuple[int, int, int]):
+        index, *position = item
+        image = read_image(self.split.images[index])
+        if isinstance(image, str):
+            return torch.zeros(3, self.size, self.size), NO_LABEL, image
+        state = torch.get_rng_state()  # without workers it is the training's own
+        torch.default_generator.manual_seed(seed_of(*position))
+        image = self.transforms(image)
+        torch.set_rng_state(state)
+        return image, int(self.split.labels[index]), None
+
+    def collate(self, items: list) -> tuple[Tensor, Tensor, list[str]]:
+        """Images, labels, messages. In training bad images are left out, as far as that leaves
+        two: batch norm should not see them, but needs two."""
+        messages = [message for _, _, message in items if message]
+        if self.train:
+            items = sorted(items, key=lambda item: item[2] is not None)  # stable: bad ones last
+            items = items[: max(2, len(items) - len(messages))]
+        images, labels, _ = zip(*items, strict=True)
+        return torch.stack(images), torch.tensor(labels), messages
+
+
+def heed_only_the_parent(worker: int) -> None:
+    """torchrun and SLURM send SIGTERM to workers, too; these go when their parent ends them."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Loader:
+    """Batches of a split's images on a device, augmented for training or not.
+
+    Args:
+        split: the images; those in memory are moved to the device once.
+        statistics: mean and standard deviation, each [channels], of images in memory.
+        skip_bad: go on where a file cannot be read. Its message is in `bad`.
+    """
+
+    def __init__(self, split, augment, image_size, device, *, train, flip=False, statistics=None,
+                 skip_bad=False, workers=0):  # fmt: skip
+        self.device, self.train, self.flip, self.skip_bad = device, train, flip, skip_bad
+        self.bad: set[str] = set()
+        self.in_memory = isinstance(split.images, Tensor)
+        if self.in_memory:
+            self.images, self.labels = split.images.to(device), split.labels.to(device)
+            self.mean, self.std = (s.view(-1, 1, 1).to(device) for s in statistics)
+            self.reach = max(1, round(image_size / 14))  # 2 pixels of MNIST's 28
+        else:
+            files, self.sampler = FileImages(split, augment, image_size, train), []
+            self.files = DataLoader(
+                files, batch_sampler=self.sampler, num_workers=workers, collate_fn=files.collate,
+                persistent_workers=workers > 0, pin_memory=self.device.type == "cuda",
+                worker_init_fn=heed_only_the_parent,
+                generator=torch.Generator(),  # the draw of its base seed is not the training's
+            )  # fmt: skip
+
+    def __call__(
+        self, order: Tensor, batches: list[Tensor], epoch_seed: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images [B, channels, height, width] and labels [B] for each batch of positions in
+        `order`, the images of an epoch; a position decides the augmentation."""
+        if self.in_memory:
+            return self._from_memory(order, batches, epoch_seed)
+        return self._from_files(order, batches, epoch_seed)
+
+    def _from_memory(self, order, batches, epoch_seed):
+        if self.train:
+            draws = torch.rand(len(order), 3, generator=torch.Generator().manual_seed(epoch_seed))
+        for batch in batches:
+            index = order[batch].to(self.device, non_blocking=True)
+            images = self.images[index].float().div_(255)
+            if self.train:
+                drawn = draws[batch].to(self.device, non_blocking=True)
+                offsets = (drawn[:, :2] * (2 * self.reach + 1)).long().t() - self.reach
+                images = shift(images, offsets, self.reach)
+                if self.flip:
+                    mirrored = drawn[:, 2, None, None, None] < 0.5
+                    images = torch.where(mirrored, images.flip(3), images)
+            yield (images - self.mean) / self.std, self.labels[index]
+
+    def _from_files(self, order, batches, epoch_seed):
+        # Workers stay from epoch to epoch, so the sampler is one object, a list, filled anew.
+        self.sampler[:] = [
+            [(i, epoch_seed, p) for i, p in zip(order[b].tolist(), b.tolist(), strict=True)]
+            for b in batches
+        ]
+        for images, labels, messages in self.files:
+            if messages and not self.skip_bad:
+                raise bad_image(messages[0])
+            self.bad.update(messages)
+            yield [t.to(self.device, non_blocking=True) for t in (images, labels)]
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of uint8 images in memory, as of [0, 1]."""
+    parts = images.split(1000)
+    mean = sum(p.double().sum((0, 2, 3)) for p in parts) / images[:, 0].numel()
+    square = sum(p.double().square().sum((0, 2, 3)) for p in parts) / images[:, 0].numel()
+    std = (square - mean**2).clamp(min=1).sqrt()  # one grey level, of constant images
+    return (mean / 255).float(), (std / 255).float()

@@ -1,0 +1,72 @@
+"""Trains several heads with several seeds and reports them side by side; --help lists its flags.
+
+    python -m train.compare --out runs --dataset fashion-mnist-lt --data DIR --epochs 20
+
+All flags but --heads, --seeds, --jobs and --out go to `python -m train`, one run after another (or
+--jobs at once). Called again it skips finished runs and goes on with one that was interrupted.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.progress import Progress
+
+from train import report
+from train.checkpoint import NAME, PREVIOUS
+from train.config import TrainError
+
+HEADS = "softmax,cosine,tvmf:4,tvmf:16,tvmf:64"
+
+
+def train_one(out: Path, head: str, seed: str, flags: list[str], threads: int) -> None:
+    if (out / "result.json").exists():
+        return
+    name, _, kappa = head.partition(":")
+    command = [sys.executable, "-m", "train", *flags, "--head", name, "--seed", seed]
+    command += ["--out", str(out), *(["--kappa", kappa] if kappa else [])]
+    command += ["--resume"] if any((out / n).exists() for n in (NAME, PREVIOUS)) else []
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.txt", "a") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
+            last = (out / "log.txt").read_text().strip().splitlines()[-1:]
+            raise TrainError(f"{' '.join(command)} failed: {''.join(last)} (see {out}/log.txt)")
+
+
+def main(args: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m train.compare", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--heads", default=HEADS, help=f"head or tvmf:KAPPA (default {HEADS})")
+    parser.add_argument("--seeds", default="0,1,2", help="(default 0,1,2)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="(default runs)")
+    options, flags = parser.parse_known_args(args)
+    runs = {
+        options.out / f"{head.replace(':', '')}-seed{seed}": (head, seed)
+        for head in options.heads.split(",")
+        for seed in options.seeds.split(",")
+    }
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    with Progress() as progress, ThreadPoolExecutor(options.jobs) as pool:
+        bar = progress.add_task("runs", total=len(runs))
+        started = [pool.submit(train_one, out, *run, flags, threads) for out, run in runs.items()]
+        try:
+            for run in started:
+                run.result()
+                progress.advance(bar)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    report.main([*map(str, runs), "--out", str(options.out / "report")])
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except TrainError as error:
+        sys.exit(f"error: {error}")

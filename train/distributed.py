@@ -1,0 +1,77 @@
+"""One process or many: started by torchrun, the processes share a batch and agree on when to stop.
+
+Without torchrun every function here works on the single process there is.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from train.config import TrainError
+
+
+def start(device: str) -> tuple[int, int, torch.device]:
+    """Joins the processes of torchrun; returns rank, their number and this one's device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TrainError("--device: got cuda, wanted cpu: PyTorch finds no GPU")
+    gpu = torch.cuda.is_available() and device != "cpu"
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if gpu and local >= torch.cuda.device_count():
+        raise TrainError(
+            f"torchrun: got process {local} on a machine of {torch.cuda.device_count()} GPU(s), "
+            "wanted one process a GPU at most; or --device cpu"
+        )
+    where = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(where)
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, where
+    # gloo carries what lies on the CPU: whether to stop is agreed on without waiting for a GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    return dist.get_rank(), dist.get_world_size(), where
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over processes."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def any_of(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set in any process."""
+    if not dist.is_initialized():
+        return list(flags)
+    values = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.bool().tolist()
+
+
+def union(items: set[str]) -> set[str]:
+    if not dist.is_initialized():
+        return items
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, items)
+    return set().union(*gathered)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def average_buffers(net: nn.Module) -> None:
+    """Replaces running statistics, which each process took of its own images, by their mean."""
+    if dist.is_initialized():
+        for buffer in net.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= dist.get_world_size()

@@ -1,0 +1,40 @@
+"""Features of the frozen backbone on disk, mapped into memory: the head trains without images."""
+
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from train.config import TrainError
+
+
+class Cached:
+    """Batches of features [B, D] and labels [B], numbered as they were written."""
+
+    def __init__(self, path: Path, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device):
+        labels, sizes, self.device = [], [], device
+        try:
+            # Written, not mapped, while it grows: a full disk is then an error, not a bus error.
+            with open(path, "wb") as file:
+                for features, label in batches:
+                    file.write(features.contiguous().cpu().view(torch.uint8).numpy().data)
+                    labels.append(label.cpu())
+                    sizes.append(len(label))
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise TrainError(
+                f"--views: got {error.strerror} on writing features to {path}, wanted room for "
+                "them; --views 0 needs none"
+            ) from None
+        if not sizes:  # more processes than images
+            return
+        shape = (sum(sizes), features.shape[1])
+        size = shape[0] * shape[1]
+        self.features = torch.from_file(str(path), False, size, dtype=features.dtype).view(shape)
+        self.labels, self.ends = torch.cat(labels), [0, *accumulate(sizes)]
+
+    def batch(self, i: int) -> list[Tensor]:
+        rows = slice(self.ends[i], self.ends[i + 1])
+        return [t[rows].to(self.device, non_blocking=True) for t in (self.features, self.labels)]
