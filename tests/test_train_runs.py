@@ -923,7 +923,8 @@ def test_two_processes_agree_with_one(two_processes, tmp_path, name):
         for key in mine:
             figures = {k: mine[key][k] for k in ("loss", "error1", "error5", "lr")}
             assert figures == pytest.approx({k: theirs[key][k] for k in figures}, rel=1e-5)
-            assert mine[key]["scale"] == pytest.approx(theirs[key]["scale"], rel=1e-5)
+            scale = theirs[key]["scale"]  # a softmax head has none
+            assert mine[key]["scale"] == (scale and pytest.approx(scale, rel=1e-5))
 
 
 def test_gradients_of_two_processes(two_processes, tmp_path):
@@ -956,7 +957,7 @@ def test_torchrun(folder, tmp_path):
     what they would have."""
     flags = ["--dataset", "list", "--device", "cpu", "--batch-size", 12, "--data", folder]
     flags += ["--lr", 0.05, "--net", "timm:test_convnext", "--augment", "small"]
-    flags += ["--image-size", 32, "--epochs", 3, "--stage2-epochs", 1, "--views", 1]
+    flags += ["--image-size", 32, "--epochs", 2, "--stage2-epochs", 1, "--views", 1]
     out = tmp_path / "out"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", "2", "-m", "train", *flags, "--out", out]
@@ -976,8 +977,8 @@ def test_torchrun(folder, tmp_path):
     assert "stopped by a signal" in printed
     assert "2 process(es), cpu" in printed
     saved = load(out / "checkpoint.pt")
-    assert saved["stage"] == 1 and saved["step"] in (8, 16)
-    assert lines(out) == saved["epoch"] and not (out / "result.json").exists()
+    assert (saved["stage"], saved["epoch"]) == (1, 1) and saved["step"] in (8, 16)  # of 24
+    assert lines(out) == 1 and not (out / "result.json").exists()
 
     def both(code, *more, before=()):
         for one in [
@@ -989,7 +990,7 @@ def test_torchrun(folder, tmp_path):
     # A signal to one process stops both, at the same step.
     both(143, "--out", out, "--resume", before=(None, (signal_in_step, 3)))
     again = load(out / "checkpoint.pt")
-    assert (again["epoch"], again["step"]) == (saved["epoch"], saved["step"] + 8)
+    assert 24 * again["epoch"] + again["step"] == 24 + saved["step"] + 8
     both(0, "--out", out, "--resume")
     assert "%" in (tmp_path / "0.txt").read_text()
     assert "%" not in (tmp_path / "1.txt").read_text()  # only the first tells

@@ -1,0 +1,190 @@
+"""A report on runs of the driver: curves, errors by class size, cosines, and a table over seeds.
+
+    python -m train.report RUN [RUN ...] [--out DIR] [--markdown]
+
+Runs that differ only in their seed are one group. DIR/index.html needs no other file.
+"""
+
+import argparse
+import base64
+import contextlib
+import json
+import re
+import sys
+from html import escape
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from train.config import TrainError
+
+NUMBERS = {"error1": "error@1", "error5": "error@5", "many": "many", "medium": "medium"}
+NUMBERS |= {"few": "few", "macro_f1": "macro-F1", "ece": "ECE"}
+NOTE = """All is in % of the test set. Many, medium, few: error@1 of classes with more than 100,
+20 to 100, fewer than 20 training images. ±, whiskers: sample standard deviation over seeds."""
+# Keys apart from the experiment (the seed, where and how a run was made) or always in the label.
+APART = ("seed", "recipe", "out", "resume", "data", "lists", "download", "device", "workers")
+APART += ("checkpoint_minutes", "head", "kappa")
+STAGES = {"stage1": 1, "stage2": 2}
+STYLE = {"palette": "colorblind", "hue": "group", "col": "stage", "height": 3, "aspect": 1.8}
+FACETS = {"sharex": "col", "sharey": "row", "margin_titles": True}
+
+
+def load_run(path: Path) -> dict:
+    """{"path", "epochs": the records of metrics.jsonl in order} and what result.json holds, or, of
+    an unfinished run, {"config": {}}; TrainError if there is neither file or no result in it."""
+    log, file = path / "metrics.jsonl", path / "result.json"
+    if not log.is_file() and not file.is_file():
+        raise TrainError(f"RUN: got {path}, wanted a directory with metrics.jsonl or result.json")
+    records, result = {}, {"config": {}}
+    # A killed run leaves half a record, and a resumed one writes on in the same line.
+    for part in re.split(r'\n|(?={"stage")', log.read_text("latin-1") if log.is_file() else ""):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            record = json.loads(part)
+            records[record["stage"], record["epoch"]] = record  # of a repeated epoch, the last
+    if file.is_file():
+        with contextlib.suppress(ValueError):
+            result = json.loads(file.read_text("utf-8"))
+        if not isinstance(result, dict) or not {"config", "dataset"} <= set(result):
+            raise TrainError(f"{file}: got no JSON with config and dataset, wanted a run's result")
+    return {"path": path, "epochs": [records[key] for key in sorted(records)], **result}
+
+
+def group_runs(runs: list[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row for each epoch of each run, and one for each stage of each finished run, with the label
+    of its group: runs of one configuration, whatever the seed; unfinished runs stand alone.
+    TrainError if a group has a seed twice: that would pass for agreement between seeds."""
+    configs = pd.DataFrame([run["config"] for run in runs if run["config"]])
+    told = [k for k in configs if configs[k].nunique(dropna=False) > 1 or "test" in set(configs[k])]
+    found = {}
+    for run in runs:
+        config = {"head": f"unfinished: {run['path']}", "kappa": np.inf, "seed": 0} | run["config"]
+        # The other heads have no kappa, whatever the configuration says.
+        order = {"softmax": -2, "cosine": -1}.get(config["head"], config["kappa"])
+        head = f"t-vMF κ={order:g}" if config["head"] == "tvmf" else config["head"]
+        more = [f"{k}={config[k]}" for k in told if k in config and k not in APART]
+        key = order, ", ".join([head, *more]), config["seed"]
+        if key in found:
+            raise TrainError(f"RUN: got seed {key[2]} twice for {key[1]}, wanted each seed once")
+        found[key] = {"group": key[1], **run}
+    runs = [found[key] for key in sorted(found)]
+    epochs = [{"group": run["group"], **record} for run in runs for record in run["epochs"]]
+    results = [{**run, **run[s], "stage": n} for run in runs for s, n in STAGES.items() if s in run]
+    return pd.json_normalize(epochs), pd.json_normalize(results)
+
+
+def make_table(results: pd.DataFrame) -> pd.DataFrame:
+    """The table's cells, as text: mean ± sample standard deviation over seeds."""
+    groups = results.astype(dict.fromkeys(NUMBERS, float)).groupby(["group", "stage"], sort=False)
+    mean, std = groups[[*NUMBERS]].mean(), groups[[*NUMBERS]].std()
+    table = (mean.map("{:.1f}".format) + std.map(" ± {:.1f}".format)).rename(columns=NUMBERS)
+    table = table.replace({" ± nan": "", "^nan": "-"}, regex=True)
+    table.insert(0, "seeds", groups.size())
+    table["selected on"] = groups["selected_on"].first().replace("test", "TEST")
+    return table.reset_index(names=["head", "stage"]).astype(str)
+
+
+def curves(epochs: pd.DataFrame) -> sns.FacetGrid:
+    """Learning rate, scale (softmax has none), loss (nats), error@1 (%): means over seeds."""
+    shown = epochs.filter(regex=r"^(val\.|test\.)?(lr|scale|loss|error1)$").columns
+    rows = epochs.melt(["group", "stage", "epoch"], shown, "name", "").dropna()
+    rows[["split", "row"]] = rows["name"].str.extract(r"(?:(\w+)\.)?(\w+)")
+    rows = rows.fillna({"split": "training"}).replace({"row": NUMBERS}).astype({"": float})
+    return sns.relplot(rows, x="epoch", y="", row="row", style="split", kind="line", errorbar=None,
+                       marker=".", ms=5, mew=0, facet_kws=FACETS, **STYLE)  # fmt: skip
+
+
+def frequency(results: pd.DataFrame) -> sns.FacetGrid:
+    """Error@1 of classes with a similar number of training images (64: 64 to 127)."""
+    x, y, each = "training images of the class", "error@1 (%)", ["group", "stage", "config.seed"]
+    rows = results.explode(["dataset.counts", "class_accuracy"]).dropna(subset="class_accuracy")
+    rows[x] = 2 ** np.log2(rows["dataset.counts"].astype(int).clip(lower=1)).astype(int)
+    rows[y] = 100 - rows["class_accuracy"].astype(float)
+    rows = rows.groupby([*each, x], sort=False)[y].mean().reset_index()
+    return sns.catplot(rows, x=x, y=y, kind="point", errorbar="sd", lw=1.5,
+                       dodge=0.08 * (rows["group"].nunique() - 1), **STYLE)  # fmt: skip
+
+
+def bars(results: pd.DataFrame) -> sns.FacetGrid:
+    """Error@1 by training images of the class."""
+    x, y = "classes", "error@1 (%)"
+    rows = results.melt(["group", "stage"], ["error1", "many", "medium", "few"], x, y)
+    rows = rows.replace({x: {"error1": "all"}}).astype({y: float})
+    return sns.catplot(rows, x=x, y=y, kind="bar", errorbar="sd", **STYLE)
+
+
+def histograms(results: pd.DataFrame) -> sns.FacetGrid:
+    """Cosine of a test image's feature with the weight of its own class (target) and with the
+    nearest other class's: % of the panel's images, all seeds of a group together."""
+    edges = results["cosine_histogram.edges"].iloc[0]
+    shown = results.filter(regex=r"^cosine_histogram\.[to]").columns
+    rows = results.melt(["group", "stage"], shown, "name", "images")
+    rows["cosine"] = [edges[:-1]] * len(rows)
+    rows = rows.explode(["cosine", "images"], ignore_index=True).infer_objects().query("images > 0")
+    rows[["class", "size"]] = rows["name"].str.extract(r"(target|other)\.(\w+)")
+    rows["stage"] = rows["stage"].astype(str) + ", " + rows["size"]
+    rows["group"] = rows["group"].str.wrap(14)
+    return sns.displot(rows, x="cosine", weights="images", hue="class", row="group", col="stage",
+                       bins=edges, element="step", stat="percent", common_norm=False, height=1.6,
+                       facet_kws=FACETS)  # fmt: skip
+
+
+def similarity(results: pd.DataFrame) -> sns.FacetGrid:
+    """The similarity φ = (1 + c) / (1 + κ(1 - c)) - 1 of a cosine c; for κ = 0 it is the cosine."""
+    angle = pd.Index(np.linspace(0, 180, 361), name="angle between feature and weight (°)")
+    c = np.cos(np.radians(angle))
+    kappas = sorted({0.0, *results["config.kappa"][results["config.head"] == "tvmf"]})
+    phi = {f"κ = {kappa:g}": (1 + c) / (1 + kappa * (1 - c)) - 1 for kappa in kappas}
+    return sns.relplot(pd.DataFrame(phi, angle), kind="line", dashes=False).set_ylabels("φ")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Reads the runs, writes the report and prints its table."""
+    parser = argparse.ArgumentParser("python -m train.report", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="default: report")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    options = parser.parse_args(args)
+    runs = [load_run(path) for path in dict.fromkeys(options.runs)]
+    epochs, results = group_runs(runs)
+    table = make_table(results) if len(results) else pd.DataFrame({"head": ["no finished run"]})
+    with pd.option_context("display.max_colwidth", None):
+        html = table.to_html(index=False).replace(">TEST<", "><mark>TEST</mark><")
+    text = "{config[dataset]}, {config[net]}: {dataset[train]} train, {dataset[test]} test images"
+    done = dict.fromkeys(text.format(**run) for run in runs if run["config"])
+    left = [f"unfinished: {r['path']} ({len(r['epochs'])} epochs)" for r in runs if not r["config"]]
+    about = escape("; ".join([f"{len(runs)} runs", *done, *left]) + ".")
+    page = "<!doctype html><meta charset=utf-8><title>Runs</title><body style='font-family: Arial'>"
+    page += f"<style>img {{ max-width: 100% }}</style><h1>Runs</h1><p>{about}{html}<p>{NOTE}"
+    plots = {curves: epochs} | dict.fromkeys((frequency, bars, histograms, similarity), results)
+    plt.switch_backend("agg")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        for plot in (plot for plot, frame in plots.items() if len(frame)):
+            path = options.out / f"{plot.__name__}.png"
+            # A dollar sign in a path is no formula.
+            with plt.rc_context(sns.axes_style("whitegrid") | {"text.parse_math": False}):
+                grid = plot(plots[plot]).set_titles(None, "{row_name}", "stage {col_name}")
+                grid.savefig(path, dpi=110)
+                plt.close(grid.figure)
+            data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+            page += f'<p>{plot.__doc__}<p><img alt="{path.stem}" src="{data}">'
+        (options.out / "index.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise TrainError(f"--out: got {error}, wanted a directory to write to") from error
+    if options.markdown:
+        for cells in (table.columns, ["---"] * table.shape[1], *table.to_numpy()):
+            print("|", " | ".join(cell.replace("|", "\\|") for cell in cells), "|")
+    else:
+        print(table.to_string(index=False))
+    print(f"report: {options.out / 'index.html'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TrainError as error:
+        sys.exit(f"error: {error}")
