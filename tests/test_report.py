@@ -58,10 +58,7 @@ def test_log_of_a_killed_and_resumed_run(tmp_path):
     old, *new = map(json.dumps, (epoch(1, 2, loss=7.0), epoch(1, 1), epoch(2, 1), epoch(1, 2)))
     text = old + '\n{"stage": 1, "epo' + "\n".join(new) + '\n{"stage": 2, "epoch": 2'
     (tmp_path / "metrics.jsonl").write_text(text)
-    run = load_run(tmp_path)
-    found = [(r["stage"], r["epoch"], r["loss"]) for r in run["epochs"]]
-    assert found == [(1, 1, 1.0), (1, 2, 1.0), (2, 1, 1.0)]
-    assert run["config"] == {}
+    assert load_run(tmp_path)["epochs"] == [epoch(1, 1), epoch(1, 2), epoch(2, 1)]
 
 
 def test_groups_and_labels(tmp_path):
@@ -72,23 +69,19 @@ def test_groups_and_labels(tmp_path):
     runs |= {"c": {"workers": 8, "data": "x", "seed": 1}, "d": {"head": "softmax", "kappa": 1.0}}
     runs |= {"e": {"head": "softmax", "kappa": 2.0, "seed": 1}, "f": {"head": "cosine"}}
     paths = [write_run(tmp_path / name, lr=0.1, **config) for name, config in runs.items()]
-    expected = [("softmax", 2), ("cosine", 1), ("t-vMF κ=-0.25", 1), ("t-vMF κ=16", 2)]
-    assert seeds(paths) == expected
-    paths = [paths[1], write_run(tmp_path / "g", lr=0.2, select="test")]
-    labels = ["t-vMF κ=16, select=val, lr=0.1", "t-vMF κ=16, select=test, lr=0.2"]
-    assert {label for label, _ in seeds(paths)} == {*labels}
-    assert seeds(paths[1:]) == [("t-vMF κ=16, select=test", 1)]  # that is always told
+    order = [("softmax", 2), ("cosine", 1), ("t-vMF κ=-0.25", 1), ("t-vMF κ=16", 2)]
+    assert seeds(paths) == order
+    paths = [paths[1], write_run(tmp_path / "g", lr=0.2), write_run(tmp_path / "h", select="test")]
+    assert seeds(paths[:2]) == [("t-vMF κ=16, lr=0.1", 1), ("t-vMF κ=16, lr=0.2", 1)]
+    assert seeds(paths[2:]) == [("t-vMF κ=16, select=test", 1)]  # that is always told
 
 
 def test_table(paths):
-    cells = ["1.0", "8.0", "20.0", "-", "77.0", "3.0"]
-    spread = [f"{cell} ± 0.0" if cell != "-" else cell for cell in cells]
-    assert make_table(frames(paths)[1]).to_numpy().tolist() == [
-        ["softmax", "1", "1", "10.0", *cells, "val"],
-        ["softmax", "2", "1", "10.0", *cells, "val"],
-        ["t-vMF κ=16", "1", "3", "12.0 ± 2.0", *spread, "val"],
-        ["t-vMF κ=16", "2", "3", "12.0 ± 2.0", *spread, "val"],
-    ]
+    one = ["10.0", "1.0", "8.0", "20.0", "-", "77.0", "3.0", "val"]
+    three = ["12.0 ± 2.0", "1.0 ± 0.0", "8.0 ± 0.0", "20.0 ± 0.0", "-", "77.0 ± 0.0", "3.0 ± 0.0"]
+    expected = [["softmax", stage, "1", *one] for stage in "12"]
+    expected += [["t-vMF κ=16", stage, "3", *three, "val"] for stage in "12"]
+    assert make_table(frames(paths)[1]).to_numpy().tolist() == expected
 
 
 @matplotlib.rc_context({"text.parse_math": False})
@@ -106,12 +99,10 @@ def test_what_the_figures_show(paths):
     assert [label.get_text() for label in axis.get_xticklabels()] == ["32", "128"]
     assert np.allclose([axis.lines[0].get_ydata(), axis.lines[3].get_ydata()], [40, 15])
     axis = report.bars(results).axes[0, 0]
-    shown = [[bar.get_height() for bar in bars] for bars in axis.containers]
-    assert np.allclose(shown, [[10, 8, 20], [12, 8, 20]])
+    assert [bar.get_height() for bar in axis.containers[1]] == [12, 8, 20]
     assert [10.0, 14.0] in heights(axis)  # 12 ± 2
-    grid = report.histograms(results)
-    assert grid.col_names == ["1, many", "2, many", "1, medium", "2, medium"]
-    outline = grid.axes[1, 2].collections[0].get_paths()[0].vertices
+    axis = report.histograms(results).axes_dict["t-vMF κ=16", "1, medium"]
+    outline = axis.collections[0].get_paths()[0].vertices
     assert {(-1, 25), (-0.96, 75), (-0.92, 75), (-0.92, 0)} <= {*map(tuple, outline.round(2))}
     line = report.similarity(results).ax.lines[1]
     assert line.get_ydata()[line.get_xdata() == 60] == pytest.approx(1.5 / 9 - 1)
@@ -123,45 +114,36 @@ def test_page(paths, tmp_path, capsys):
     other = write_run(tmp_path / "other", select="test", net="timm:" + "|" * 60)
     main([*map(str, paths), str(other), "--out", str(tmp_path / "report"), "--markdown"])
     assert dict(matplotlib.rcParams) | {"backend": ""} == settings and not plt.get_fignums()
-    printed = capsys.readouterr()
-    assert printed.err == f"report: {tmp_path}/report/index.html\n"
-    lines = printed.out.splitlines()
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {12} and len(lines) == 8
-    assert " | 12.0 ± 2.0 | " in printed.out and printed.out.count(" | TEST |\n") == 2
-    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    out, err = capsys.readouterr()
+    assert err == f"report: {tmp_path}/report/index.html\n" and out.count(" | TEST |\n") == 2
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in out.splitlines()] == 8 * [12]
+    page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
     sources = re.findall(r'alt="(\w+)" src="data:image/png;base64,([^"]+)"', page)
     for name, data in sources:
-        png = (tmp_path / "report" / f"{name}.png").read_bytes()
-        assert base64.b64decode(data) == png and png.startswith(b"\x89PNG")
+        assert base64.b64decode(data) == (tmp_path / "report" / f"{name}.png").read_bytes()
     assert {name for name, _ in sources} == FIGURES
-    assert len(re.findall("src=|href=|<script|url\\(", page)) == len(FIGURES)
+    assert len(re.findall("src=|href=|<script", page)) == len(FIGURES)
     assert "killed&lt;b&gt;$_$ (1 epochs)" in page and "killed<b>$_$" not in page
     assert "<mark>TEST</mark>" in page and "|" * 60 in page and page.count("<tr") == 7
 
 
-def test_one_group_or_none(paths, tmp_path, capsys):
+def test_one_group_or_none(paths, tmp_path):
     for path, figures in ((paths[0], FIGURES), (paths[-1], {"curves"})):
-        main([str(path), "--out", str(tmp_path / "report" / path.name)])
-        found = {f.stem for f in (tmp_path / "report" / path.name).iterdir()}
-        assert found == {"index", *figures}
-    assert "no finished run" in capsys.readouterr().out
+        main([str(path), "--out", str(tmp_path / path.stem)])
+        assert {png.stem for png in (tmp_path / path.stem).glob("*.png")} == figures
 
 
 def test_errors(paths, tmp_path):
-    half, old, empty = tmp_path / "half", tmp_path / "old", tmp_path / "empty"
-    for path, text in ((half, '{"config": '), (old, '{"stage1": {}}'), (empty, None)):
-        path.mkdir()
-        if text:
-            (path / "result.json").write_text(text)
-    twin, out = write_run(tmp_path / "twin", seed=2), tmp_path / "report"
-    for runs, out_here, message in (
-        ([tmp_path / "nowhere"], out, r"got .*nowhere, wanted"),
-        ([empty], out, r"got .*empty, wanted .* metrics.jsonl or result.json"),
-        ([half], out, r"result.json: got no JSON .*, wanted"),
-        ([old], out, r"result.json: got no JSON with config .*, wanted"),
-        ([paths[2], twin], out, r"got seed 2 twice .*κ=16, wanted"),
-        ([twin], twin / "result.json", r"--out: got .*result.json.*, wanted"),
+    half, old, twin = (write_run(tmp_path / name, seed=2) for name in ("half", "old", "twin"))
+    (half / "result.json").write_text('{"config": ')
+    (old / "result.json").write_text('{"stage1": {}}')
+    for runs, out, message in (
+        ([tmp_path], "out", r"got .*, wanted .* metrics.jsonl or result.json"),
+        ([half], "out", r"half/result.json: got no JSON with .*, wanted"),
+        ([old], "out", r"old/result.json: got no JSON with config .*, wanted"),
+        ([paths[2], twin], "out", r"got seed 2 twice .*κ=16, wanted"),
+        ([twin], "twin/result.json", r"--out: got .*result.json.*, wanted"),
     ):
         with pytest.raises(TrainError, match=message):
-            main([*map(str, runs), "--out", str(out_here)])
-    assert not out.exists()
+            main([*map(str, runs), "--out", str(tmp_path / out)])
+    assert not (tmp_path / "out").exists()

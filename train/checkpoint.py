@@ -113,8 +113,8 @@ def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
         raise TrainError(f"--model: got {path}, which is no file") from None
     except Exception as error:
         raise TrainError(
-            f"--model: got {path}, unreadable ({first_line(error)}); wanted a file with feat_state_dict and "
-            "fc_state_dict, as stage1.pt here or the reference's model_best.pth.tar"
+            f"--model: got {path}, unreadable ({first_line(error)}); wanted a file with "
+            "feat_state_dict and fc_state_dict: stage1.pt, or the reference's model_best.pth.tar"
         ) from None
     # Its second stage saves the backbone inside DataParallel.
     return {k.removeprefix("module."): v for k, v in feat.items()}, head
