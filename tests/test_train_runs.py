@@ -463,6 +463,7 @@ def test_killed_after_every_step(monkeypatch, tmp_path, settings, net):
     while killed(monkeypatch, part, data, checkpoint, "save", 1):
         part = dataclasses.replace(part, resume=True)
         lives += 1
+        assert lives < 40  # each goes on where the last one ended
         torch.manual_seed(lives)  # another process would have other states
         np.random.seed(lives)  # noqa: NPY002
     # 26 images and 24 make 3 steps; the rest of 2 is too few for --accumulate 2.
@@ -1336,6 +1337,7 @@ def test_bad_images(tmp_path):
     bad[0].write_bytes(bad[0].read_bytes()[:60])
     bad[1].write_text("no image")
     flags = [*FLAGS, "--data", data, "--epochs", 2, "--stage2-epochs", 1, "--batch-size", 8]
+    flags += ["--views", 0]  # a finished run, resumed, reads no image of the training again
     pipelines = {"memory": [], "files": ["--augment", "inat", "--image-size", 16]}
     pipelines["files"] += ["--net", "convnet", "--workers", 0]
     for name, pipeline in pipelines.items():

@@ -197,8 +197,14 @@ def load_lists(config: Config) -> LongTailed:
                 f"--data: got {folder} without a list of {split} images, wanted {split}.txt "
                 "there with lines `relative/path label`"
             )
-    num_classes = PUBLISHED.get(config.dataset, [int(found["train"].labels.max()) + 1])[0]
-    return LongTailed(found["train"], found["test"], found.get("val"), num_classes)
+    train = found["train"]
+    num_classes = PUBLISHED.get(config.dataset, [int(train.labels.max()) + 1])[0]
+    if num_classes > 10 * (present := len(train.labels.unique())):  # a slip would cost gigabytes
+        raise TrainError(
+            f"{train.where[train.labels.argmax()]}: got class {num_classes - 1} in a list of "
+            f"{present} classes, wanted labels from 0 on without such gaps"
+        )
+    return LongTailed(train, found["test"], found.get("val"), num_classes)
 
 
 def read_folder(root: Path, classes: dict[str, int]) -> Split:
