@@ -958,7 +958,7 @@ def test_torchrun(folder, tmp_path):
     what they would have."""
     flags = ["--dataset", "list", "--device", "cpu", "--batch-size", 12, "--data", folder]
     flags += ["--lr", 0.05, "--net", "timm:test_convnext", "--augment", "small"]
-    flags += ["--image-size", 32, "--epochs", 2, "--stage2-epochs", 1, "--views", 1]
+    flags += ["--image-size", 32, "--epochs", 3, "--stage2-epochs", 1, "--views", 1]
     out = tmp_path / "out"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", "2", "-m", "train", *flags, "--out", out]
@@ -978,8 +978,8 @@ def test_torchrun(folder, tmp_path):
     assert "stopped by a signal" in printed
     assert "2 process(es), cpu" in printed
     saved = load(out / "checkpoint.pt")
-    assert (saved["stage"], saved["epoch"]) == (1, 1) and saved["step"] in (8, 16)  # of 24
-    assert lines(out) == 1 and not (out / "result.json").exists()
+    assert saved["stage"] == 1 and saved["step"] in (0, 8, 16)  # of 24
+    assert lines(out) == saved["epoch"] and not (out / "result.json").exists()
 
     def both(code, *more, before=()):
         for one in [
@@ -991,7 +991,8 @@ def test_torchrun(folder, tmp_path):
     # A signal to one process stops both, at the same step.
     both(143, "--out", out, "--resume", before=(None, (signal_in_step, 3)))
     again = load(out / "checkpoint.pt")
-    assert 24 * again["epoch"] + again["step"] == 24 + saved["step"] + 8
+    done = [24 * state["epoch"] + state["step"] for state in (saved, again)]
+    assert done[1] == done[0] + 8 >= 32 and (saved["step"] or again["step"])
     both(0, "--out", out, "--resume")
     assert "%" in (tmp_path / "0.txt").read_text()
     assert "%" not in (tmp_path / "1.txt").read_text()  # only the first tells
