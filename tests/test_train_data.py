@@ -44,6 +44,7 @@ from train.data import (
     add_label_noise,
     exponential_profile,
     load_data,
+    read_image,
     read_inat_json,
     read_list,
     thin_out,
@@ -263,6 +264,23 @@ def test_list_lines(tmp_path):
     assert names(split, root) == ["a/x.png", "b b/y 1.png", "a/z.png", "c.png"]
     assert split.labels.tolist() == [10, 0, 2, 3] and split.labels.dtype == torch.int64
     assert split.where == [f"{path}:{n}" for n in (1, 2, 5, 6)]
+
+
+def test_list_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "list.txt").write_text("a.png 0\n", encoding="utf-8-sig")
+    assert names(read_list(tmp_path / "list.txt", tmp_path), tmp_path) == ["a.png"]
+
+
+def test_sixteen_bit_grey_keeps_its_levels(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None]
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    red = np.asarray(read_image(str(tmp_path / "ramp.png")))[0, :, 0]
+    assert red.tolist() == (ramp[0] >> 8).tolist() and len(set(red)) > 250
+
+
+def test_nothing_to_evaluate_is_refused():
+    with pytest.raises(TrainError, match="no image for evaluation that can be read"):
+        error_report(torch.zeros(3, len(COLUMNS), dtype=torch.float64))
 
 
 def test_list_of_a_name_that_is_not_utf8(tmp_path):
@@ -1412,7 +1430,7 @@ def test_image_rows_of_a_similarity_head():
 
 def test_error_report_by_hand():
     rows = rows_of([1, 1, 0, 1, 1], [1, 2, 0, 3, 6], [0, 4, 0, 5, 9], *[[0] * 5] * 4)
-    assert error_report(rows, torch.zeros(5)) == {"error1": 75, "error5": 50, "loss": 3}
+    assert error_report(rows) == {"error1": 75, "error5": 50, "loss": 3}
 
 
 def example():

@@ -370,6 +370,41 @@ def test_new_run_removes_what_an_older_one_left(folder, tmp_path):
 # Which epoch is the result
 
 
+def test_refused_run_leaves_an_older_one_alone(folder, tmp_path):
+    flags = [*FLAGS, "--data", folder, "--out", tmp_path, "--epochs", 1, "--stage2-epochs", 0]
+    flags = [*map(str, flags)]
+    script.main(flags)
+
+    def kept():
+        return [(tmp_path / n).read_bytes() for n in (checkpoint.NAME, "stage1.pt", "result.json")]
+
+    before = kept()
+    for more, wanted in (
+        (["--select", "val"], "there are no images of val"),
+        (["--net", "timm:nix"], "wanted a name of timm"),
+        (["--batch-size", "1"], "wanted 2 for each"),
+        (
+            ["--model", str(tmp_path / "stage1.pt"), "--stage2-epochs", "1"],
+            "another than --model's",
+        ),
+    ):
+        with pytest.raises(TrainError, match=wanted):
+            script.main([*flags, *more])
+        assert kept() == before
+
+
+def test_two_runs_in_one_directory_are_refused(folder, tmp_path):
+    flags = [*FLAGS, "--data", folder, "--out", tmp_path, "--epochs", 50, "--stage2-epochs", 0]
+    first = launch(tmp_path / "log.txt", *flags)
+    wait_for(first, lambda: lines(tmp_path) >= 1)
+    with pytest.raises(TrainError, match="where a run goes on"):
+        script.main([*map(str, flags), "--epochs", "1"])
+    first.kill()
+    finish(first, -signal.SIGKILL)
+    script.main([*map(str, flags), "--epochs", "1"])
+    assert lines(tmp_path) == 1
+
+
 @pytest.fixture
 def unlearning(monkeypatch, small_net):
     """Three epochs down the loss and three up; the labels of the test set are wrong, so that its
@@ -751,7 +786,7 @@ def test_full_disk_under_features(interrupted):
 
 
 def test_full_disk_is_told_by_the_command(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "prepare_directory", lambda config: None)
+    monkeypatch.setattr(script, "clear", lambda config: None)
     (tmp_path / "result.json.tmp").symlink_to("/dev/full")
     flags = [*FLAGS, "--data", folder, "--out", tmp_path, "--epochs", 1, "--stage2-epochs", 0]
     with pytest.raises(TrainError, match=r"No space left on device.*result\.json"):
@@ -1397,8 +1432,10 @@ def test_compare(monkeypatch, folder, tmp_path):
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(TrainError, match=r"tvmf --seed 3 .*failed.*tvmf64-seed3/log\.txt"):
         compare.main([*map(str, flags), "--heads", "tvmf:64", "--seeds", "3", *once[-2:]])
-    assert calls[0][-4:] == ["--out", str(tmp_path / "tvmf64-seed3"), "--kappa", "64"]
+    assert calls[0][-4:] == ["--kappa", "64", "--out", str(tmp_path / "tvmf64-seed3")]
     (tmp_path / "tvmf64-seed3/checkpoint.previous.pt").touch()  # killed between two renames
     with pytest.raises(TrainError):
         compare.main([*map(str, flags), "--heads", "tvmf:64", "--seeds", "3", *once[-2:]])
     assert calls[1] == [*calls[0], "--resume"] and len(reported) == 1
+    with pytest.raises(TrainError, match=r"softmax-seed0, a run with \{'epochs': 2\}"):
+        compare.main([*once, "--epochs", "3"])

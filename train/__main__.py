@@ -10,12 +10,14 @@ trains a new cosine head on every class equally often.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import shutil
 import signal
 import sys
 import time
+from typing import TextIO
 
 import torch
 from rich.console import Console
@@ -235,7 +237,7 @@ def check_finite(loss: float, model: nn.Module, config: Config, epoch: int) -> N
     if not math.isfinite(loss):
         raise TrainError(
             f"--lr: got {config.lr}, with which the loss became {loss} in epoch {epoch + 1}; "
-            "wanted a smaller one. The checkpoint before that is whole"
+            "wanted a smaller one or --precision fp32. The checkpoint before that is whole"
         )
 
 
@@ -359,13 +361,13 @@ def fit(run: Run, stage: int, net, head, cached: dict | None, saved: dict | None
             last = epoch + 1 == epochs
             if last or (epoch + 1) % config.eval_every == 0:
                 if not cached and (stage == 1 or config.bn == "batch"):
-                    distributed.average_buffers(net)  # each process took its own statistics
+                    distributed.average_buffers(net)  # each process has those of its last step
                 try:
                     rows = evaluate(run, shown, net, head, cached)
                 except Stopped:
                     save(epoch, step)
                     raise
-                record[shown] = error_report(rows, getattr(run.data, shown).labels)
+                record[shown] = error_report(rows)
                 better = best is None or record[shown]["error1"] < best[0]
                 if last if select == "last" else better:
                     best = (record[shown]["error1"], epoch + 1)
@@ -439,6 +441,11 @@ def train(run: Run) -> dict[str, dict]:
     results = saved["results"] if saved else {}
     torch.manual_seed(config.seed)
     net = build_net(run)
+    if config.model:
+        checkpoint.fill(net, config.model, config.net)
+    if run.rank == 0 and not config.resume:
+        clear(config)  # now that nothing is left to refuse
+    distributed.barrier()
     if config.model is None and (saved is None or saved["stage"] == 1):
         head = make_head(config.head, net.num_features, data.num_classes, config).to(run.device)
         results["stage1"] = fit(run, 1, net, head, None, saved, results)
@@ -485,19 +492,32 @@ def print_table(results: dict[str, dict], run: Run) -> None:
     run.console.print(table)
 
 
-def prepare_directory(config: Config) -> None:
-    """Makes OUT; what an older run left there must not be taken for this one's."""
+def lock(config: Config, rank: int) -> TextIO:
+    """Makes OUT; as long as the file is open no other run goes on there."""
+    out = config.out.resolve()
+    if config.model and not config.evaluate and config.model.parent.resolve() == out:
+        raise TrainError(f"--out: got that of {config.model}, wanted another than --model's")
     try:
         config.out.mkdir(parents=True, exist_ok=True)
+        file = open(config.out / "lock", "w")  # noqa: SIM115
+        if rank == 0:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its workers do not inherit it
+        return file
+    except BlockingIOError:
+        raise TrainError(f"--out: got {config.out}, where a run goes on, wanted another") from None
     except OSError as error:
         raise TrainError(
             f"--out: got {config.out} ({error.strerror}), wanted a directory to write to"
         ) from error
-    if not (config.resume or config.evaluate):
-        for name in (checkpoint.NAME, checkpoint.PREVIOUS, "stage1.pt", "stage2.pt",
-                     "result.json", "metrics.jsonl"):  # fmt: skip
-            (config.out / name).unlink(missing_ok=True)
-        shutil.rmtree(config.out / "logs", ignore_errors=True)
+
+
+def clear(config: Config) -> None:
+    """What an older run left in OUT must not be taken for this one's."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    for name in (checkpoint.NAME, checkpoint.PREVIOUS, "stage1.pt", "stage2.pt", "result.json",
+                 "metrics.jsonl"):  # fmt: skip
+        (config.out / name).unlink(missing_ok=True)
+    shutil.rmtree(config.out / "logs", ignore_errors=True)
 
 
 def main(args: list[str]) -> None:
@@ -516,9 +536,6 @@ def main(args: list[str]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    if rank == 0:
-        prepare_directory(config)
-    distributed.barrier()
     empty = int((data.counts == 0).sum())
     run.say(
         f"{config.dataset}: {len(data.train):,} training images of {data.num_classes:,} classes, "
@@ -527,13 +544,20 @@ def main(args: list[str]) -> None:
         f"{data.augment} transforms at {data.image_size} pixels, {world} process(es), {device.type}"
         + (f"; [yellow]{empty} classes have no training image[/]" if empty else "")
     )
+    with lock(config, rank):
+        run_and_report(run)
+
+
+def run_and_report(run: Run) -> None:
+    """Trains or tests, writes the result and prints the table."""
+    config, data = run.config, run.data
     results = test_model(run) if config.evaluate else train(run)
     bad = data.bad_images + len(run.bad_images())
     about = {"classes": data.num_classes, "val": 0, "counts": data.counts.tolist()}
     about |= {name: len(split) for name, split in data.splits()} | {"bad_images": bad}
     about |= {"augment": data.augment, "image_size": data.image_size}
     text = json.dumps({"config": config.as_dict(), "dataset": about} | results, indent=1) + "\n"
-    if rank == 0:
+    if run.rank == 0:
         path = config.out / ("evaluation.json" if config.evaluate else "result.json")
         checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
         shutil.rmtree(config.out / "features", ignore_errors=True)

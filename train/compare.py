@@ -7,6 +7,7 @@ All flags but --heads, --seeds, --jobs and --out go to `python -m train`, one ru
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -17,17 +18,21 @@ from rich.progress import Progress
 
 from train import report
 from train.checkpoint import NAME, PREVIOUS
-from train.config import TrainError
+from train.config import TrainError, parse_config
 
 HEADS = "softmax,cosine,tvmf:4,tvmf:16,tvmf:64"
 
 
 def train_one(out: Path, head: str, seed: str, flags: list[str], threads: int) -> None:
-    if (out / "result.json").exists():
-        return
     name, _, kappa = head.partition(":")
-    command = [sys.executable, "-m", "train", *flags, "--head", name, "--seed", seed]
-    command += ["--out", str(out), *(["--kappa", kappa] if kappa else [])]
+    flags = [*flags, "--head", name, "--seed", seed, *(["--kappa", kappa] if kappa else [])]
+    if (out / "result.json").exists():
+        had = json.loads((out / "result.json").read_text())["config"]
+        wanted = parse_config(flags).identity()
+        if odd := {k: had[k] for k, v in wanted.items() if v not in (had[k], "auto")}:
+            raise TrainError(f"--out: got {out}, a run with {odd}; wanted another directory")
+        return
+    command = [sys.executable, "-m", "train", *flags, "--out", str(out)]
     command += ["--resume"] if any((out / n).exists() for n in (NAME, PREVIOUS)) else []
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.txt", "a") as log:

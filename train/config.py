@@ -22,14 +22,14 @@ else:
 
 RECIPES = Path(__file__).with_name("recipes.toml")
 NO_RESULT = ("recipe", "out", "resume", "data", "lists", "download", "device", "workers",
-             "checkpoint_minutes")  # fmt: skip
+             "checkpoint_minutes", "bad_images")  # fmt: skip
 
 Dataset = Literal[
     "digits", "mnist-lt", "fashion-mnist-lt", "cifar10-lt", "cifar100-lt",
     "imagenet", "imagenetlt", "places-lt", "inat2018", "inat2019", "list", "folder",
 ]  # fmt: skip
 Count = Annotated[int, Field(ge=1)]
-CountOrNone = Annotated[int, Field(ge=0)]
+NotNegativeCount = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -61,7 +61,7 @@ class Config:
     """Transforms: ImageNet's, iNaturalist's, or a shift of small images kept in memory."""
     flip: bool = False
     """Mirror small images at random; the other transforms always do."""
-    image_size: CountOrNone = 0
+    image_size: NotNegativeCount = 0
     """Side in pixels; 0: that of small images, at most 224 of others."""
     net: Annotated[str, Field(pattern="^(auto|convnet|resnet10|resnet50|timm:.+)$")] = "auto"
     """convnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image size."""
@@ -81,7 +81,7 @@ class Config:
     """Learning rate of the scale's parameter, as a multiple of the others'."""
     epochs: Count = 90
     """Epochs of stage 1: backbone and head, every image equally often."""
-    stage2_epochs: CountOrNone = 30
+    stage2_epochs: NotNegativeCount = 30
     """Epochs of stage 2: a new cosine head on the frozen backbone, every class equally often."""
     batch_size: Count = 256
     """Images in a step, over all processes."""
@@ -92,7 +92,7 @@ class Config:
     bn: Literal["batch", "shift", "frozen"] = "batch"
     """Batch norm in stage 2: normalise by the batch and update running statistics (the reference);
     replace them once by those of class-balanced images; or leave them alone."""
-    views: CountOrNone = 2
+    views: NotNegativeCount = 2
     """Stage 2 computes the features of this many epochs and trains from them; 0: of every epoch."""
     select: Literal["auto", "val", "last", "test"] = "auto"
     """Which epoch's model is the result: the best on val, the last, or, knowingly, the best on
@@ -111,7 +111,7 @@ class Config:
     """Batch statistics over all processes (GPUs only)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-    workers: CountOrNone = 4
+    workers: NotNegativeCount = 4
     """Processes that read image files, for each training process."""
     checkpoint_minutes: Positive = 15.0
     """Save within an epoch, too, after this time."""

@@ -144,14 +144,14 @@ def load_torchvision(config: Config) -> LongTailed:
 def read_list(path: Path, root: Path) -> Split:
     """A list file's lines `relative/path label`: split on the last space, a leading / dropped."""
     images, labels, where = [], [], []
-    for number, line in enumerate(path.read_text("utf-8", "surrogateescape").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig", "surrogateescape").splitlines(), 1):
         if not line.strip():
             continue
         image, _, label = line.strip().rpartition(" ")
         image = image.strip().lstrip("/")
         if not image or not label.isdecimal() or len(label) > 18:  # of int64
             raise TrainError(f"{path}:{number}: got {line!r}, wanted `relative/path label`")
-        images.append(os.path.join(root, image))
+        images.append(os.path.normpath(root / image))
         labels.append(int(label))
         where.append(f"{path}:{number}")
     if not images:
@@ -324,9 +324,12 @@ def read_image(path: str) -> Image.Image | str:
     """The image in RGB, or what is wrong with the file."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip to 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except UNREADABLE as error:
-        return f"{path}: got an image that cannot be read ({str(error).splitlines()[0]})"
+        reason = (str(error) or repr(error)).splitlines()[0]
+        return f"{path}: got an image that cannot be read ({reason})"
 
 
 def bad_image(message: str) -> TrainError:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.config import TrainError
 from tvmf_ext import tvmf_logits
 
 # Training images of a class, as in Liu et al. (OLTR, 2019) and Kang et al. (2020).
@@ -35,9 +36,11 @@ def percent(wrong: Tensor) -> float | None:
     return 100 * wrong.double().mean().item() if wrong.numel() else None
 
 
-def error_report(rows: Tensor, labels: Tensor) -> dict[str, float]:
+def error_report(rows: Tensor) -> dict[str, float]:
     """Loss and error@1, error@5 in percent, of rows that are known."""
     known = rows[:, 0] > 0
+    if not known.any():
+        raise TrainError("--data: got no image for evaluation that can be read, wanted one or more")
     rank = rows[known, 2]
     loss = rows[known, 1].mean().item()
     return {"error1": percent(rank >= 1), "error5": percent(rank >= 5), "loss": loss}
@@ -72,7 +75,7 @@ def full_report(rows: Tensor, labels: Tensor, counts: Tensor) -> dict[str, Any]:
     rows [M, COLUMNS], labels [M] the true classes, counts [C] training images of each class.
     """
     known = rows[:, 0] > 0
-    report = error_report(rows, labels)
+    report = error_report(rows)
     rows, labels = rows[known], labels[known]
     _, _, rank, predicted, confidence, own, other = rows.t()
     predicted, right, size = predicted.long(), rank < 1, counts[labels]

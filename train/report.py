@@ -19,15 +19,14 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from train.config import TrainError
+from train.config import NO_RESULT, TrainError
 
 NUMBERS = {"error1": "error@1", "error5": "error@5", "many": "many", "medium": "medium"}
 NUMBERS |= {"few": "few", "macro_f1": "macro-F1", "ece": "ECE"}
 NOTE = """All is in % of the test set. Many, medium, few: error@1 of classes with more than 100,
 20 to 100, fewer than 20 training images. ±, whiskers: sample standard deviation over seeds."""
 # Keys apart from the experiment (the seed, where and how a run was made) or always in the label.
-APART = ("seed", "recipe", "out", "resume", "data", "lists", "download", "device", "workers")
-APART += ("checkpoint_minutes", "head", "kappa")
+APART = (*NO_RESULT, "seed", "head", "kappa")
 STAGES = {"stage1": 1, "stage2": 2}
 STYLE = {"palette": "colorblind", "hue": "group", "col": "stage", "height": 3, "aspect": 1.8}
 FACETS = {"sharex": "col", "sharey": "row", "margin_titles": True}
