@@ -1,0 +1,231 @@
+"""`python -m bench.train`: the driver's loop beside a transcription of the reference's, in turns.
+
+Stage 1, the steps of an epoch from the same weights, with the t-vMF head. The images are made up,
+of Fashion-MNIST's shape, and shifted and mirrored alike.
+    ours         train.__main__.fit as it is; it evaluates and saves after the steps
+    reference    a DataLoader of PIL images and torchvision's transforms; the head in eager PyTorch;
+                 SGD, not fused; loss and two accuracies read from the device in every step. Timed
+                 from its first batch on, without its progress bar
+    same data    its steps on our batches, whose losses are then ours
+Stage 2, all of it, on real digits, and with --data on long-tailed Fashion-MNIST: features cached
+for 2 epochs, which counts, against the backbone in every step as the reference has it (--views 0),
+both in our loop. Evaluated after each epoch, as the reference does, and after the last alone.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+import time
+from datetime import date
+from itertools import chain, count
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import tvmf_ext
+from bench.__main__ import commit, hardware
+from train.__main__ import MOMENTUM, Run, build_net, train
+from train.config import Config, load_recipe
+from train.data import LongTailed, Split, load_data
+from train.model import Classifier, make_head
+from tvmf_ext import reference
+
+CLASSES = (10, 8142, 100_000)  # Fashion-MNIST's, iNaturalist 2018's, and so that the head prevails
+BATCH = 128
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def made_up(size, classes):
+    """Grey images of 28 x 28 pixels, a pattern for each class under noise; classes long-tailed."""
+    draw = torch.Generator().manual_seed(0)
+    labels = (classes * torch.rand(size, generator=draw) ** 4).long()
+    patterns = torch.rand(classes, 1, 7, 7, generator=draw)[labels]
+    noise = torch.rand(size, 1, 28, 28, generator=draw)
+    images = Split((128 * F.interpolate(patterns, 28) + 127 * noise).byte(), labels)
+    counts = torch.bincount(labels, minlength=classes)
+    return LongTailed(images, images.take(torch.arange(BATCH)), None, classes, counts, "small", 28)
+
+
+class Pictures(Dataset):
+    """One PIL image at a time, transformed, as from torchvision's data sets."""
+
+    def __init__(self, split, loader):
+        self.images, self.labels = split.images[:, 0].numpy(), split.labels.tolist()
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(self.images.shape[1], padding=loader.reach),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(loader.mean.flatten().tolist(), loader.std.flatten().tolist()),
+        ])  # fmt: skip
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
+
+def quiet_run(data, recipe, **changes):
+    run = Run(dataclasses.replace(recipe, **changes), data, device=DEVICE)
+    run.console = Console(quiet=True)
+    return run
+
+
+def start(run):
+    """Net and head with the weights from which `train` starts."""
+    torch.manual_seed(run.config.seed)
+    net = build_net(run).train()
+    head = make_head("tvmf", net.num_features, run.data.num_classes, run.config)
+    return net, head.to(run.device)
+
+
+def epoch_of_ours(run):
+    """Seconds and mean loss."""
+    train(run)
+    record = json.loads((run.config.out / "metrics.jsonl").read_text().splitlines()[-1])
+    return record["seconds"], record["loss"]
+
+
+def epoch_of_reference(run, batches):
+    """Seconds and mean loss; from `train`'s weights, which no other epoch changes."""
+    config, (net, head) = run.config, start(run)
+    parameters = nn.ModuleList([net, head]).parameters()
+    optimizer = torch.optim.SGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay)
+    batches, sums, size = iter(batches), [0.0, 0.0, 0.0], 0
+    first, began = next(batches), time.perf_counter()
+    for images, labels in chain([first], batches):
+        labels = labels.to(run.device, non_blocking=True)
+        features = net(images.to(run.device, non_blocking=True))  # DataParallel moves them
+        similarity = reference.tvmf_logits(features, head.weight, kappa=head.kappa)
+        loss = F.cross_entropy(head.scale * similarity, labels)
+        right = similarity.detach().topk(5).indices == labels[:, None]
+        accuracy = [right[:, :k].float().sum() * (100 / len(labels)) for k in (1, 5)]
+        numbers = loss.item(), 100 - accuracy[0].item(), 100 - accuracy[1].item()
+        sums = [total + len(labels) * number for total, number in zip(sums, numbers, strict=True)]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        size += len(labels)
+    return time.perf_counter() - began, sums[0] / size
+
+
+def measure(about, functions, kind, seconds, progress):
+    """A case: `functions` in turns, each of which returns its seconds and a figure of that kind."""
+    found, began, spent = {name: [] for name in functions}, time.perf_counter(), 0.0
+    task = progress.add_task(about["name"], total=seconds)
+    while len(found["ours"]) < (3 if seconds else 1) or spent < seconds:
+        for name, function in functions.items():
+            found[name].append(function())
+            spent = time.perf_counter() - began
+            progress.update(task, completed=spent)
+    progress.remove_task(task)
+    results = {}
+    for name, pairs in found.items():
+        times, figures = zip(*pairs, strict=True)
+        results[name] = {"median_s": statistics.median(times), "runs_s": times, kind: figures}
+    ratios = {name: r["median_s"] / results["ours"]["median_s"] for name, r in results.items()}
+    return about | {"results": results, "ratios": ratios}
+
+
+def stage1(classes, images, options, out, progress):
+    run = quiet_run(made_up(images, classes), Config(), net="convnet", flip=True, batch_size=BATCH,
+                    epochs=1, stage2_epochs=0, out=out)  # fmt: skip
+    ours = run.loaders["train"]
+    pictures = DataLoader(Pictures(run.data.train, ours), BATCH, shuffle=True,
+                          num_workers=options.workers, pin_memory=DEVICE == "cuda")  # fmt: skip
+    batch = next(ours(*run.epoch(1, 0)))  # both warm up on it, too
+    loss = Classifier(*start(run))(*batch)[0].item() / BATCH
+    first = {"ours": loss, "reference": epoch_of_reference(run, [batch])[1]}
+    about = {"name": f"stage 1, {classes} classes", "images": images, "first_loss": first}
+    functions = {
+        "ours": lambda: epoch_of_ours(run),
+        "reference": lambda: epoch_of_reference(run, pictures),
+        "same data": lambda: epoch_of_reference(run, ours(*run.epoch(1, 0))),
+    }
+    return measure(about, functions, "loss", options.seconds, progress)
+
+
+def stage2(recipe, options, progress):
+    data = load_data(recipe)
+    train(quiet_run(data, dataclasses.replace(recipe, stage2_epochs=0)))
+
+    def way(views, every):
+        out, seeds = recipe.out / f"views {views}", count()
+        out.mkdir(exist_ok=True)
+
+        def whole():
+            run = quiet_run(data, recipe, model=recipe.out / "stage1.pt", views=views, out=out,
+                            eval_every=every, seed=next(seeds))  # fmt: skip
+            began = time.perf_counter()
+            report = train(run)["stage2"]
+            return time.perf_counter() - began, report["error1"]
+
+        return whole
+
+    for every in (1, recipe.stage2_epochs):
+        name = f"stage 2, {recipe.dataset}, evaluated every {every} of {recipe.stage2_epochs}"
+        about = {"name": name, "images": len(data.train), "test_images": len(data.test)}
+        functions = {"ours": way(2, every), "reference": way(0, every)}
+        yield measure(about, functions, "error1", options.seconds, progress)
+
+
+def main(args=None):
+    parser = argparse.ArgumentParser(
+        "python -m bench.train", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=90, help="for each line of the table")
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count()), help="reference's")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="torchvision's FashionMNIST")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
+    parser.add_argument("--quick", action="store_true", help="see that it runs, measure nothing")
+    options = parser.parse_args(args)
+    images, recipes = 50 * BATCH, [dataclasses.replace(load_recipe("digits"), epochs=15)]
+    if options.data:
+        fashion = load_recipe("fashion-mnist-lt")
+        recipes += [dataclasses.replace(fashion, epochs=3, data=options.data)]
+    if options.quick:
+        images, options.seconds = 2 * BATCH, 0
+    with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
+        cases = [stage1(c, images, options, Path(folder), progress) for c in CLASSES]
+        for recipe in recipes:
+            recipe = dataclasses.replace(recipe, stage2_epochs=30, out=Path(folder))
+            if options.quick:
+                recipe = dataclasses.replace(recipe, epochs=1, stage2_epochs=2, subset=0.2)
+            cases += stage2(recipe, options, progress)
+
+    table = Table("", "ours", "the reference's", "ratio", "same data", title="device: " + DEVICE)
+    for case in cases:
+        cells = [
+            f"{case['images'] / r['median_s']:,.0f} images/s" if "loss" in r
+            else f"{r['median_s']:.1f} s, error {statistics.mean(r['error1']):.1f} %"
+            for r in case["results"].values()
+        ]  # fmt: skip
+        ratios = [f"{ratio:.2f}x" for ratio in case["ratios"].values()]
+        table.add_row(case["name"], *cells[:2], *ratios[1:])
+    Console().print(table)
+    report = {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "cpu": hardware(), "isa": tvmf_ext.build_info().cpu, "threads": torch.get_num_threads(),
+        "workers": options.workers, "torch": torch.__version__, "tvmf_ext": tvmf_ext.__version__,
+        "commit": commit(), "date": date.today().isoformat(), "quick": options.quick,
+        "batch_size": BATCH, "cases": cases,
+    }  # fmt: skip
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
