@@ -48,6 +48,7 @@ MOMENTUM = 0.9  # the paper's, without Nesterov's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVAL_BATCH = 256
 LOOK = 50  # steps between looks at the loss: each waits for the device
+CHEAP = 10  # seconds of epochs on cached features that are sooner trained again than saved
 AGREE = 8  # steps after which many processes agree on whether to stop
 
 
@@ -382,8 +383,11 @@ def fit(run: Run, stage: int, net, head, cached: dict | None, saved: dict | None
             history += [record["scale"]] if scale else []
             step = 0
             totals.zero_()
-            save(epoch + 1, 0)
-            if distributed.any_of(run.stopping)[0]:
+            due = last or not cached or time.monotonic() - saved_at > CHEAP
+            stop, due = distributed.any_of(run.stopping, due)
+            if stop or due:
+                save(epoch + 1, 0)
+            if stop:
                 raise Stopped
 
     distributed.barrier()  # the model file is there
