@@ -514,6 +514,7 @@ def test_folders_of_splits(tmp_path, test, val):
 
 def test_imagenet_is_folders_of_the_published_size(tmp_path, monkeypatch):
     write_tree(tmp_path, train={"n01": 2, "n02": 1}, val_dir={"n01": 1, "n02": 1})
+    png(tmp_path / "test/flat.png", 0)  # ImageNet's own test images have no classes
     recipe = parse_config(["--dataset", "imagenet", "--data", str(tmp_path)])
     with pytest.raises(TrainError, match=r"got 3 .*1,281,167"):
         load_data(recipe)

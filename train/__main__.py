@@ -484,6 +484,7 @@ def test_model(run: Run) -> dict[str, dict]:
 def print_table(results: dict[str, dict], run: Run) -> None:
     config = run.config
     head = f"t-vMF, kappa {config.kappa:g}" if config.head == "tvmf" else config.head
+    head = str(config.model) if config.evaluate else head
     title = f"error in %, {config.dataset}, {head}, {len(run.data.test):,} test images"
     table = Table("stage", title=title)
     columns = {"error1": "error@1", "error5": "error@5", "many": "many\n> 100"}

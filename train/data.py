@@ -245,6 +245,7 @@ def load_folder(config: Config) -> LongTailed:
         train, test = (train.take(torch.where(held_out == out)[0]) for out in (False, True))
         return LongTailed(train, test, None, len(classes))
     val, test = first("val_dir", "val"), first("test")
+    test = test if test and subfolders(test) else None  # ImageNet's own has no classes
     val, test = (val, test) if test else (None, val)
     if test is None:
         raise TrainError(f"--data: got {config.data} with train alone, wanted test or val beside")
