@@ -16,6 +16,15 @@ settings.register_profile("explore", max_examples=2000, **_common)
 settings.load_profile("fixed")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models too small for two threads, which wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads; the test's end puts it back."""

@@ -52,14 +52,7 @@ from train.data import (
 from train.metrics import COLUMNS, error_report, full_report, image_rows
 from train.model import Classifier, ConvNet, SoftmaxHead, head_of_state, make_head, make_net
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # These models are too small for two, which wait for each other on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def png(path, number=0, size=(8, 8)):

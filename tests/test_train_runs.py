@@ -51,6 +51,9 @@ FORK.set_forkserver_preload(
 )  # fmt: skip
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
 def quiet_process(monkeypatch):
     """On the CPU, where runs are bitwise equal; with the signal handlers put back."""
@@ -61,14 +64,6 @@ def quiet_process(monkeypatch):
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Data, nets, configurations

@@ -296,8 +296,7 @@ def fit(run: Run, stage: int, net, head, cached: dict | None, saved: dict | None
         """Images of each step in all processes, and this process's batches from `step` on."""
         view = epoch % len(cached["train"]) if cached else epoch
         order, mine, seed = run.epoch(stage, view)
-        sizes = [min(config.batch_size, len(order) - start)
-                 for start in range(0, len(order), config.batch_size)]  # fmt: skip
+        sizes = [len(part) for part in order.split(config.batch_size)]
         turn = list(range(len(mine) // config.accumulate))
         if not cached:
             mine = mine[step * config.accumulate :]
@@ -455,7 +454,8 @@ def train(run: Run) -> dict[str, dict]:
         results["stage1"] = fit(run, 1, net, head, None, saved, results)
         saved = None
     if config.stage2_epochs:
-        checkpoint.fill(net, config.model or config.out / "stage1.pt", config.net)
+        if config.model is None:
+            checkpoint.fill(net, config.out / "stage1.pt", config.net)
         net.requires_grad_(False)
         torch.manual_seed(seed_of(config.seed, 2))
         head = make_head("cosine", net.num_features, data.num_classes, config).to(run.device)

@@ -21,6 +21,7 @@ else:
     import tomli as tomllib
 
 RECIPES = Path(__file__).with_name("recipes.toml")
+# In which a run may differ from the one that it goes on with, and runs of one group.
 NO_RESULT = ("recipe", "out", "resume", "data", "lists", "download", "device", "workers",
              "checkpoint_minutes", "bad_images")  # fmt: skip
 

@@ -224,15 +224,17 @@ def load_folder(config: Config) -> LongTailed:
     """DATA/train/CLASS/*, with test, val or val_dir beside train; or DATA/CLASS/*, of which a
     fifth of each class is held out."""
 
-    def first(*names):
-        return next((config.data / n for n in names if (config.data / n).is_dir()), None)
-
     def subfolders(root):
         return sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
 
+    def first(*names):  # ImageNet's official val and test have no classes
+        found = (config.data / name for name in names)
+        return next((path for path in found if path.is_dir() and subfolders(path)), None)
+
     if not config.data.is_dir():
         raise TrainError(f"--data: got {config.data}, wanted a directory of folders, one a class")
-    root = first("train") or config.data
+    root = config.data / "train"
+    root = root if root.is_dir() else config.data
     classes = {name: label for label, name in enumerate(subfolders(root))}
     train = read_folder(root, classes) if classes else ()
     if not len(train):
@@ -245,10 +247,12 @@ def load_folder(config: Config) -> LongTailed:
         train, test = (train.take(torch.where(held_out == out)[0]) for out in (False, True))
         return LongTailed(train, test, None, len(classes))
     val, test = first("val_dir", "val"), first("test")
-    test = test if test and subfolders(test) else None  # ImageNet's own has no classes
     val, test = (val, test) if test else (None, val)
     if test is None:
-        raise TrainError(f"--data: got {config.data} with train alone, wanted test or val beside")
+        raise TrainError(
+            f"--data: got {config.data} with train alone, wanted test or val beside, "
+            "of folders as well"
+        )
     for folder in filter(None, (val, test)):
         if unknown := set(subfolders(folder)) - set(classes):
             raise TrainError(
