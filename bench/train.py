@@ -19,7 +19,6 @@ import os
 import statistics
 import tempfile
 import time
-from datetime import date
 from itertools import chain, count
 from pathlib import Path
 
@@ -33,8 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-import tvmf_ext
-from bench.__main__ import commit, hardware
+from bench.measure import about
 from train.__main__ import MOMENTUM, Run, build_net, train
 from train.config import Config, load_recipe
 from train.data import LongTailed, Split, load_data
@@ -216,11 +214,8 @@ def main(args=None):
         table.add_row(case["name"], *cells[:2], *ratios[1:])
     Console().print(table)
     report = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "cpu": hardware(), "isa": tvmf_ext.build_info().cpu, "threads": torch.get_num_threads(),
-        "workers": options.workers, "torch": torch.__version__, "tvmf_ext": tvmf_ext.__version__,
-        "commit": commit(), "date": date.today().isoformat(), "quick": options.quick,
-        "batch_size": BATCH, "cases": cases,
+        **about(DEVICE), "workers": options.workers, "quick": options.quick, "batch_size": BATCH,
+        "cases": cases,
     }  # fmt: skip
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

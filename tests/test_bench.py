@@ -1,0 +1,254 @@
+"""The benchmark: its figures are what they are called, and it catches what it is to catch."""
+
+import json
+
+import pytest
+import torch
+
+import bench.__main__
+from bench import compare, end_to_end, measure, scaling, show, variants
+from tvmf_ext import reference
+
+SHAPE = (24, 300, 40)
+machine = measure.machine
+
+
+@pytest.fixture(autouse=True)
+def small_and_quick(threads, monkeypatch):
+    """One thread; no torch.compile, a minute for what CI's run of the quick suite shows."""
+    threads(1)
+    speed = {"flops_per_s": 1e11, "bytes_per_s": 1e10}
+    monkeypatch.setattr(measure, "machine", lambda *_: speed)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+def test_quick_suite_measures_all_variants(tmp_path, monkeypatch, capsys):
+    suite = bench.__main__.SUITES["quick"]
+    shrunk = [{**case, "shape": list(SHAPE)} for case in suite["cases"][1:]]
+    monkeypatch.setitem(suite, "cases", shrunk)
+    path, picture = tmp_path / "quick.json", tmp_path / "quick.png"
+    names = ("--seconds", "1e-9", "--threads", "1", "--json", str(path), "--plot", str(picture))
+    bench.__main__.main([*names])
+    report, text = json.loads(path.read_text()), capsys.readouterr().out
+    for key in ("device", "cpu", "isa", "threads", "torch", "tvmf_ext", "commit", "date"):
+        assert report[key]
+    tvmf, cosine = report["cases"]
+    assert not set(variants.PEERS) & set(tvmf["results"])
+    assert set(variants.PEERS) < set(cosine["results"])
+    for case in report["cases"]:
+        for name, result in case["results"].items():
+            if "refused" in result:
+                assert name not in ("fused", "eager", "compile", "linear_ce", "products")
+                assert result["refused"] and f"{name} refused: {result['refused']}" in text
+                continue
+            forward, backward, full = (result[key]["median"] for key in show.PASSES.values())
+            assert 0 < max(forward, backward) <= full <= 3 * (forward + backward)
+            assert result["runs"] == 5
+            assert result["of_floor"] == pytest.approx(case["floor_ms"] / full)
+            assert result["tflops"] == pytest.approx(6 * 24 * 300 * 40 / full / 1e9)
+            assert result["extra_bytes"] >= 0 and result["launches"] > 0
+            low, high = result["over_eager"]["quartiles"]
+            assert low <= result["over_eager"]["median"] <= high
+            assert name == "products" or 0 < result["error"] < 1e-4
+        assert case["results"]["eager"]["over_eager"]["median"] == 1
+        fused, eager = (case["results"][name] for name in ("fused", "eager"))
+        assert fused["launches"] < eager["launches"]
+    assert picture.stat().st_size > 10_000
+
+
+def test_one_pass_and_chosen_variants(tmp_path):
+    path = tmp_path / "forward.json"
+    chosen = ["--variants", "fused", "products", "--pass", "fwd", "--dtype", "bfloat16"]
+    bench.__main__.main([
+        "--shape", *map(str, SHAPE), "--seconds", "1e-9", "--json", str(path), *chosen
+    ])  # fmt: skip
+    (case,) = json.loads(path.read_text())["cases"]
+    assert list(case["results"]) == ["fused", "products"] and case["dtype"] == "bfloat16"
+    for result in case["results"].values():
+        assert "forward_ms" in result and "backward_ms" not in result and "full_ms" not in result
+
+
+@pytest.mark.parametrize("kappa", [0.0, 16.0])
+def test_exact_is_float64_eager_whatever_the_block(kappa):
+    tensors = measure.problem(*SHAPE, "cpu", torch.float32)
+    leaves = [t.detach().double().requires_grad_() for t in (tensors[0], tensors[1], tensors[3])]
+    loss = reference.tvmf_cross_entropy(*leaves[:2], tensors[2], kappa=kappa, scale=leaves[2])
+    wanted = (loss, *torch.autograd.grad(loss, leaves))
+    for classes in (7, 1 << 14):
+        assert measure.error(measure.exact(tensors, kappa, classes), wanted) < 1e-7
+
+
+def test_a_wrong_variant_is_shown_and_not_timed(monkeypatch):
+    peer = variants.Loss(lambda x, w, y, s: 1.001 * variants.eager(x, w, y, s, 0.0))
+    monkeypatch.setitem(variants.PEERS, "linear_ce", lambda: peer)
+    case = {"shape": SHAPE, "kappa": 0.0}
+    names = ["fused", "eager", "linear_ce"]
+    case = measure.measure(case, names, 1e-9, "full", "cpu", torch.float32)
+    result = case["results"]["linear_ce"]
+    assert result["wrong"] and "full_ms" not in result
+    assert "linear_ce is WRONG by 1.0e-03" in show.case_text(case)
+    assert "wrong" in show.overview([case])
+
+
+def test_a_refusal_says_why(monkeypatch):
+    def bare():
+        raise AssertionError
+
+    with pytest.raises(AssertionError) as raised:
+        bare()
+    assert variants.reason(raised.value) == "AssertionError: raise AssertionError"
+    assert variants.reason(ValueError("D is odd\nmore")) == "ValueError: D is odd"
+    with pytest.raises(variants.Refused, match="kappa = 0"):
+        variants.make("linear_ce", SHAPE, 16.0, "cpu", torch.float32)
+    monkeypatch.setitem(variants.MODULES, "cce", "a_module_that_nobody_has")
+    with pytest.raises(variants.Refused, match="not installed"):
+        variants.make("cce", SHAPE, 0.0, "cpu", torch.float32)
+
+
+def test_machine_measures_what_it_says():
+    found = machine("cpu", torch.bfloat16, measure.Clock("cpu"))
+    assert 1e9 < found["flops_per_s"] < 1e14 and 1e8 < found["bytes_per_s"] < 1e13
+
+
+def test_extra_memory_is_a_call_s_peak():
+    def call():
+        parts = [torch.ones(1 << 22) for _ in range(3)]
+        del parts
+
+    held = torch.ones(1 << 23)
+    extra = measure.extra_memory("cpu", call, 1 << 24)
+    if extra is None:
+        pytest.skip("this system does not tell the peak")
+    assert abs(extra - 2 * (1 << 24)) < 1 << 21 and held is not None
+    assert measure.extra_memory("cpu", lambda: None, 1 << 24) == 0
+
+
+def report_of(fused, products, quartile=0.01, memory=1e6, **more):
+    def figures(value):
+        return {"median": value, "quartiles": [value * (1 - quartile), value * (1 + quartile)]}
+
+    results = {
+        "fused": {"full_ms": figures(fused), "extra_bytes": memory, **more},
+        "products": {"full_ms": figures(products), "over_fused": figures(products / fused)},
+    }
+    case = {"shape": [1, 2, 3], "kappa": 16.0, "dtype": "float32", "pass": "full", "threads": 2,
+            "results": results}  # fmt: skip
+    return {"commit": "c", "date": "d", "device": "cpu", "cpu": "p", "torch": "t", "cases": [case]}
+
+
+@pytest.mark.parametrize(
+    ("b", "status", "said"),
+    [
+        (report_of(24.0, 20.0), 0, "same"),  # the machine is half as fast
+        (report_of(15.0, 10.0), 1, "SLOWER"),
+        (report_of(9.0, 10.0), 0, "faster"),
+        (report_of(13.0, 10.0, quartile=0.2), 0, "same"),  # noise
+        (report_of(12.4, 10.0), 0, "same"),  # too little
+        (report_of(12.0, 10.0, memory=9e6), 1, "LARGER"),
+    ],
+)
+def test_compare_tells_regressions_from_noise(b, status, said, tmp_path, capsys):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, report in zip(paths, (report_of(12.0, 10.0), b), strict=True):
+        path.write_text(json.dumps(report))
+    with pytest.raises(SystemExit) as end:
+        compare.main([*map(str, paths)])
+    assert end.value.code == status
+    assert said in capsys.readouterr().out
+
+
+def test_compare_says_what_was_lost(tmp_path, capsys):
+    a, b = report_of(12.0, 10.0), report_of(12.0, 10.0)
+    b["cases"][0]["results"]["fused"] = {"error": 1.0, "wrong": True}
+    for name, report in (("a", a), ("b", b)):
+        (tmp_path / name).write_text(json.dumps(report))
+    with pytest.raises(SystemExit) as end:
+        compare.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert end.value.code == 1 and "LOST: wrong" in capsys.readouterr().out
+    for bad in ("nothing there", "{}"):
+        (tmp_path / "b").write_text(bad)
+        with pytest.raises(SystemExit) as end:
+            compare.main([str(tmp_path / "a"), str(tmp_path / "b")])
+        assert end.value.code == 2 and "wanted a file of python -m bench" in capsys.readouterr().err
+
+
+def test_end_to_end_trains_both_heads_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr(end_to_end, "CASES", {"small": ("convnet", 300, 4, 4)})
+    path = tmp_path / "steps.json"
+    end_to_end.main(["--quick", "--json", str(path)])
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["shape"] == [2, 300, 128]
+    fused, eager = (case["results"][name] for name in end_to_end.HEADS)
+    assert fused["loss"] == pytest.approx(eager["loss"], rel=1e-2)  # two steps later
+    for result in (fused, eager):
+        assert result["head_share"]["median"] > 0 and result["extra_bytes"] >= 0
+        per_step = 2e3 / result["step_ms"]["median"]
+        assert result["images_per_s"]["median"] == pytest.approx(per_step, rel=0.5)
+
+
+def test_scaling_fits_and_predicts(tmp_path, monkeypatch):
+    monkeypatch.setitem(scaling.MIDDLE, "cpu", (16, 256, 32))
+    monkeypatch.setitem(scaling.SIZES, "cpu", {"N": [8, 16], "C": [128, 256], "D": [16, 32]})
+    path, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    scaling.main(["--quick", "--json", str(path), "--plot", str(picture)])
+    series = json.loads(path.read_text())["series"]
+    for points in series.values():
+        first, second = points
+        assert second["predicted_ms"] == pytest.approx(2 * first["predicted_ms"], rel=0.5)
+        assert second["predicted_bytes"] >= first["predicted_bytes"]
+    squares = [{"size": n, "ms": {"median": 3.0 * n**2}} for n in (1, 2, 4, 8)]
+    assert scaling.exponent(squares, "ms") == pytest.approx(2)
+    assert picture.stat().st_size > 10_000
+
+
+def test_many_gpus_on_paper(capsys):
+    scaling.main(["--paper"])
+    rows = capsys.readouterr().out.strip().splitlines()[2:]
+    assert len(rows) == 16
+    one = scaling.spread_over(10**8, 1024)
+    assert one["classes a GPU"] == 97_657 and one["rows"] == 65_536
+    # 97,657 rows of 512 float32 three times; 65,536 rows of 2 + 4 bytes a feature and 6 numbers.
+    assert one["weight, gradient, momentum"] == "600 MB" and one["sent by collectives"] == "203 MB"
+
+
+def test_readme_is_rewritten_between_its_markers(tmp_path, monkeypatch):
+    monkeypatch.setattr(show, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("a\n<!-- bench cpu -->\nold\n<!-- /bench cpu -->\nz\n")
+    suite = bench.__main__.SUITES["cpu"]
+    shapes = [(16, 200, 24), (1, 8, 8), (8, 90, 24)]
+    cases = [{"shape": shape, "kappa": 16.0} for shape in shapes]
+    cases[-1]["sweep"] = True
+    monkeypatch.setitem(suite, "cases", [*cases, {"shape": shapes[0], "kappa": 0.0}])
+    bench.__main__.main(["--suite", "cpu", "--seconds", "1e-9", "--threads", "1", "--readme"])
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("a\n<!-- bench cpu -->\n") and text.endswith("<!-- /bench cpu -->\nz\n")
+    assert "old" not in text and "| (16, 200, 24)" in text and "(1, 8, 8), on one thread" in text
+    assert (tmp_path / "docs/bench-cpu.png").exists()
+    report = json.loads((tmp_path / "bench/results/cpu.json").read_text())
+    fused = report["cases"][0]["results"]["fused"]["full_ms"]["median"]
+    assert f"{fused:.3g} ms" in text
+    # The same again from the file, without a measurement.
+    (tmp_path / "README.md").write_text("<!-- bench cpu -->\n<!-- /bench cpu -->")
+    bench.__main__.main([
+        "--suite", "cpu", "--load", str(tmp_path / "bench/results/cpu.json"), "--readme"
+    ])  # fmt: skip
+    assert f"{fused:.3g} ms" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--shape", "0", "1", "1"],
+        ["--kappa", "0"],
+        ["--shape", "1", "1", "1", "--kappa", "-0.5"],
+        ["--seconds", "0"],
+        ["--threads", "0"],
+        ["--readme"],
+        ["--suite", "cpu", "--readme", "--pass", "fwd"],
+    ],
+    ids=" ".join,
+)
+def test_arguments_that_make_no_sense_are_refused(args, capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.__main__.main(args)
+    assert end.value.code == 2 and "want" in capsys.readouterr().err
