@@ -277,17 +277,18 @@ void backward(const BackwardTile<T>& tile, Range rows, Range cols) {
                   : backward_rows<T, false, false>(tile, rows, cols);
 }
 
-template <class T>
-void project(const T* rows, int64_t ld_rows, const T* factor, int64_t count, int64_t D, T* out,
-             int64_t ld_out) {
+template <class T, bool kAdd>
+void multiply(const T* rows, int64_t ld, const T* factor, int64_t count, int64_t D, T* out) {
   using S = Simd<T>;
   for (int64_t i = 0; i < count; ++i) {
-    const T* in = rows + i * ld_rows;
-    T* to = out + i * ld_out;
+    const T* in = rows + i * ld;
+    T* to = out + i * D;
     int64_t d = 0;
-    for (; d + S::kWidth <= D; d += S::kWidth)
-      S::store(to + d, S::load(to + d) - S::load(in + d) * factor[i]);
-    for (; d < D; ++d) to[d] -= in[d] * factor[i];
+    for (; d + S::kWidth <= D; d += S::kWidth) {
+      const auto v = S::load(in + d) * factor[i];
+      S::store(to + d, kAdd ? S::load(to + d) + v : v);
+    }
+    for (; d < D; ++d) to[d] = kAdd ? to[d] + in[d] * factor[i] : in[d] * factor[i];
   }
 }
 
@@ -297,8 +298,9 @@ void add(const T* in, int64_t count, T* out) {
 }
 
 template <class T>
-constexpr TileKernels<T> kTable{rnorm<T>,    dot<T>,     score<T>, forward<T>,
-                                backward<T>, project<T>, add<T>};
+constexpr TileKernels<T> kTable{rnorm<T>,          dot<T>,      score<T>,
+                                forward<T>,        backward<T>, multiply<T, false>,
+                                multiply<T, true>, add<T>};
 
 }  // namespace
 
