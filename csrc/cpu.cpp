@@ -1,5 +1,6 @@
-// The CPU path: matrix products through the dispatcher, everything between them in cpu_tile.cpp,
+// The CPU path: matrix products by PyTorch's library, everything between them in cpu_tile.cpp,
 // over blocks of classes whose N x block tile stays in cache.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -124,20 +125,23 @@ struct Matrix {
   }
 };
 
-// out = a b
+// out = a b, or out += a b
 template <class T>
-void matmul(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b) {
+void matmul(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool add = false) {
   // Two thousand multiply-adds take less time than the way to the library.
   if (out.rows * out.cols * a.cols <= 2048) {
     for (int64_t i = 0; i < out.rows; ++i)
       for (int64_t j = 0; j < out.cols; ++j) {
-        T total = 0;
+        T total = add ? out(i, j) : T(0);
         for (int64_t k = 0; k < a.cols; ++k) total += a(i, k) * b(k, j);
         out(i, j) = total;
       }
     return;
   }
-  call_dispatcher("aten::mm", "out", a.tensor(), b.tensor(), out.tensor());
+  const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
+  TORCH_ERROR_CODE_CHECK(
+      add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1, 1)
+          : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
 }
 
 // The rows of a tensor in the compute dtype with unit column stride: a view where it already is
@@ -543,13 +547,13 @@ Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int
                 empty_gradient(head, head.kappa, wanted & kKappa, kDtype<T>),
                 empty_gradient(head, head.scale, wanted & kScale, kDtype<T>),
                 empty_gradient(head, head.bias, wanted & kBias, kDtype<T>)};
-  const Tensor grad_input = out.input;
   if (N == 0) {
     for (Tensor* gradient : {&out.weight, &out.kappa, &out.scale, &out.bias})
       torch::stable::zero_(*gradient);
     return in_own_dtypes(head, out, wanted);
   }
-  T *grad_kappa = data<T>(out.kappa), *grad_bias = data<T>(out.bias);
+  T *grad_input = data<T>(out.input), *grad_kappa = data<T>(out.kappa);
+  T* grad_bias = data<T>(out.bias);
   double total_kappa = 0, total_scale = 0;
 
   Rows<T> input(head.input, N), weight(head.weight, plan.class_block);
@@ -564,7 +568,7 @@ Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int
   BlockTerms<T> block_terms(terms, plan.class_block, with_sum);
   const Tensor grad_tile = empty({N * plan.class_block}, kDtype<T>);
   T* grad = data<T>(grad_tile);
-  std::optional<Tensor> input_part, weight_part;
+  std::optional<Tensor> weight_part;
 
   for (const Block& block : blocks_of(C, kept, plan.class_block)) {
     // Multiply again where the forward pass did not keep the products.
@@ -610,42 +614,34 @@ Gradients row_statistics_backward(const Problem<T>& problem, const T* saved, int
         grad_kappa[block.begin + i] = scale * col_kappa[i];
     }
 
-    // Multiply: the block's weight gradient with its projection, and its share of the input's.
+    // Multiply: the block's weight gradient, onto its projection, and its share of the input's.
     const Matrix<T> tile{grad, N, block.count, block.ld};
     if (wanted & kWeight) {
       if (!weight_direct && !weight_part) weight_part = empty({plan.class_block, D}, kDtype<T>);
       T* to = weight_direct ? data<T>(out.weight) + block.begin * D : data<T>(*weight_part);
-      matmul<T>({to, block.count, D, D}, tile.transposed(), x);
       for (int64_t i = 0; i < block.count; ++i) {
         const T q = weight_rnorm[block.begin + i];
-        factor[i] = q < T(1 / kEps) ? col_dot[i] * q * q : T(0);
+        factor[i] = q < T(1 / kEps) ? -col_dot[i] * q * q : T(0);
       }
       parallel_rows(block.count, D, [&](int64_t begin, int64_t end) {
-        k.project(w.data + begin * w.row_stride, w.row_stride, &factor[begin], end - begin, D,
-                  to + begin * D, D);
+        k.multiply(w.data + begin * w.row_stride, w.row_stride, &factor[begin], end - begin, D,
+                   to + begin * D);
       });
+      matmul<T>({to, block.count, D, D}, tile.transposed(), x, true);
       if (!weight_direct) {
         Tensor rows = torch::stable::narrow(out.weight, 0, block.begin, block.count);
         torch::stable::copy_(rows, torch::stable::narrow(*weight_part, 0, 0, block.count));
       }
     }
-    if (wanted & kInput) {
-      if (block.begin > 0 && !input_part) input_part = empty({N, D}, kDtype<T>);
-      T* to = data<T>(block.begin > 0 ? *input_part : grad_input);
-      matmul<T>({to, N, D, D}, tile, w);
-      if (block.begin > 0)
-        parallel_rows(N, D, [&](int64_t begin, int64_t end) {
-          k.add(to + begin * D, (end - begin) * D, data<T>(grad_input) + begin * D);
-        });
-    }
+    if (wanted & kInput) matmul<T>({grad_input, N, D, D}, tile, w, block.begin > 0);
   }
 
   if (wanted & kInput) {
     for (int64_t n = 0; n < N; ++n)
-      row_dot[n] = x_rnorm[n] < T(1 / kEps) ? row_dot[n] * x_rnorm[n] * x_rnorm[n] : T(0);
+      row_dot[n] = x_rnorm[n] < T(1 / kEps) ? -row_dot[n] * x_rnorm[n] * x_rnorm[n] : T(0);
     parallel_rows(N, D, [&](int64_t begin, int64_t end) {
-      k.project(x.data + begin * x.row_stride, x.row_stride, &row_dot[begin], end - begin, D,
-                data<T>(grad_input) + begin * D, D);
+      k.multiply_add(x.data + begin * x.row_stride, x.row_stride, &row_dot[begin], end - begin, D,
+                     grad_input + begin * D);
     });
   }
   if ((wanted & kKappa) && terms.kappa.size() == 1) grad_kappa[0] = T(total_kappa);

@@ -74,9 +74,10 @@ struct TileKernels {
                 int64_t count, T* out);
   void (*forward)(const ForwardTile<T>& tile, Range rows, Range cols);
   void (*backward)(const BackwardTile<T>& tile, Range rows, Range cols);
-  // out_i -= factor[i] rows_i, both [count, D]
-  void (*project)(const T* rows, int64_t ld_rows, const T* factor, int64_t count, int64_t D, T* out,
-                  int64_t ld_out);
+  // out_i = factor[i] rows_i, or added to it; rows [count, D] with row stride ld, out [count, D]
+  void (*multiply)(const T* rows, int64_t ld, const T* factor, int64_t count, int64_t D, T* out);
+  void (*multiply_add)(const T* rows, int64_t ld, const T* factor, int64_t count, int64_t D,
+                       T* out);
   // out += in
   void (*add)(const T* in, int64_t count, T* out);
 };

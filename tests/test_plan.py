@@ -134,7 +134,7 @@ def test_the_cpu_has_a_plan_too():
     assert result.saved == 4 * ((4 * 256 + 8142 + 15) // 16 * 16 + 256 * result.kept)
     for words in (f"of {result.class_block} classes", "32 rows x 512 classes", "all products"):
         assert words in str(result)
-    assert plan(256, 10**6, 2048, device="cpu").backward_flops > 5.9 * 256 * 10**6 * 2048
+    assert plan(256, 10**6, 2048, device="cpu").backward_flops > 5.8 * 256 * 10**6 * 2048
 
 
 def test_the_default_device_is_one_that_is_here():

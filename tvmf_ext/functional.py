@@ -12,7 +12,7 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # Products that the forward pass keeps for the backward pass, in bytes. On the CPU, with the working
 # tiles, the extra memory stays under 64 MB whatever C is; below this many features a product costs
 # about as little to recompute as to write and read, by count. On CUDA all are kept, or none.
-_KEEP_BYTES = 40 * 1024 * 1024
+_KEEP_BYTES = 50 * 1024 * 1024
 _KEEP_MIN_FEATURES = 128
 _CUDA_KEEP_BYTES = 64 * 1024 * 1024
 _CUDA_KEEP_MIN_FEATURES = 64
