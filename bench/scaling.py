@@ -42,11 +42,9 @@ def predicted(shape, dtype, device, speed):
     found = plan(*shape, dtype=dtype, weight_dtype=torch.float32, device=device)
     if device == "cuda":
         return found.forward_seconds + found.backward_seconds, found.saved + found.workspace
-    N, C, D = shape
-    tile = 4 * N * min(found.class_block, C)
-    sums = 4 * N * D if found.class_block < C else 0
+    N, C, _ = shape
     seconds = (found.forward_flops + found.backward_flops) / speed["flops_per_s"]
-    return seconds, found.saved + tile + sums
+    return seconds, found.saved + 4 * N * min(found.class_block, C)
 
 
 def series(device, dtype, seconds, sizes, progress):

@@ -166,20 +166,21 @@ def plot(report, path):
     bars, *lines = axes[0]
     shown = [n for n in NAMES if any(milliseconds(case, n) for case in found)]
     colours = dict(zip(NAMES, plt.get_cmap("tab10").colors, strict=True))
-    width = 0.8 / len(shown)
-    for i, name in enumerate(shown):
-        heights = [
-            (milliseconds(case, name) or float("nan")) / milliseconds(case, "fused")
-            for case in plain
-        ]
-        places = [place + (i - len(shown) / 2 + 0.5) * width for place in range(len(plain))]
-        bars.barh(places, heights, width, label=TITLES.get(name, name), color=colours[name])
+    for row, case in enumerate(plain):
+        over = {n: r["over_fused"]["median"] for n, r in case["results"].items()
+                if "over_fused" in r}  # fmt: skip
+        width = 0.8 / len(over)
+        for i, (name, value) in enumerate(over.items()):
+            place = row + (i - len(over) / 2 + 0.5) * width
+            bars.barh(place, value, width, color=colours[name])
     ticks = [f"{shape_of(case)}{', κ = 0' if case['kappa'] == 0 else ''}" for case in plain]
     bars.set_yticks(range(len(plain)), ticks)
     bars.invert_yaxis()
     bars.axvline(1, color="black", lw=0.8)
     bars.set_xlabel(f"time over the fused head's ({report['cases'][0]['pass']} pass)")
-    bars.legend(fontsize=8)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in shown]
+    figure.legend(patches, [TITLES.get(name, name) for name in shown], ncols=len(shown),
+                  loc="outside lower center", frameon=False)  # fmt: skip
     figures = {
         "time, ms": milliseconds,
         "extra memory, MB": lambda c, n: (c["results"].get(n, {}).get("extra_bytes") or 0) / 1e6,
