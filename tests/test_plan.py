@@ -137,6 +137,16 @@ def test_the_cpu_has_a_plan_too():
     assert plan(256, 10**6, 2048, device="cpu").backward_flops > 5.8 * 256 * 10**6 * 2048
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("N", [1, 256, 5000, 16384, 40000])
+def test_what_the_cpu_keeps_and_its_tile_stay_under_64_mb(N, dtype):
+    result = plan(N, 10**6, 128, dtype=dtype, device="cpu")
+    itemsize = 4 if dtype == torch.float32 else 8
+    tile = itemsize * N * result.class_block
+    terms = itemsize * (10**6 + 3 * N)  # what is there of each class and row
+    assert result.saved + tile - terms <= 56e6 or result.kept == 0
+
+
 def test_the_default_device_is_one_that_is_here():
     here = CudaPlan if ops.HAS_CUDA and torch.cuda.is_available() else CpuPlan
     assert isinstance(plan(4, 5, 6), here)

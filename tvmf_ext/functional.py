@@ -9,10 +9,12 @@ from . import ops
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
-# Products that the forward pass keeps for the backward pass, in bytes. On the CPU, with the working
-# tiles, the extra memory stays under 64 MB whatever C is; below this many features a product costs
-# about as little to recompute as to write and read, by count. On CUDA all are kept, or none.
+# Products that the forward pass keeps for the backward pass, in bytes. On the CPU those and the
+# working tile (csrc/plan.cpp: 2 MiB, or 256 classes of many rows) share what leaves the extra
+# memory under 64 MB whatever C is; below this many features a product costs about as little to
+# recompute as to write and read, by count. On CUDA all are kept, or none.
 _KEEP_BYTES = 50 * 1024 * 1024
+_TILE_BYTES, _TILE_CLASSES = 2 * 1024 * 1024, 256
 _KEEP_MIN_FEATURES = 128
 _CUDA_KEEP_BYTES = 64 * 1024 * 1024
 _CUDA_KEEP_MIN_FEATURES = 64
@@ -50,7 +52,8 @@ def products_to_keep(N, C, D, dtype, cuda):
     itemsize, every = ops.compute_dtype(dtype).itemsize, (C + 15) // 16 * 16
     if cuda:
         return every if N * C * itemsize <= _CUDA_KEEP_BYTES else 0
-    return min(every, 16 * (_KEEP_BYTES // (itemsize * 16) // max(N, 1)))
+    left = max(0, _KEEP_BYTES - max(0, N * _TILE_CLASSES * itemsize - _TILE_BYTES))
+    return min(every, 16 * (left // (itemsize * 16) // max(N, 1)))
 
 
 def _kept(input, linear_weight, *others):
