@@ -5,7 +5,7 @@ in turns, so that a slow moment of the machine falls on all. Times are medians. 
 refuses a shape is listed with its reason; one whose result is off (further from float64 than
 twice eager PyTorch's, and a tolerance) is shown as wrong and not timed.
 
-    python -m bench                              two small shapes and a ragged one, 2 minutes
+    python -m bench                              a small shape and a ragged one, 2 minutes
     python -m bench --suite cpu --readme         the table and the picture of the README
     python -m bench --suite gpu --json PATH      on a GPU
     python -m bench --shape 256 8142 2048        one shape
