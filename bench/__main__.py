@@ -16,6 +16,8 @@ twice eager PyTorch's, and a tolerance) is shown as wrong and not timed.
 
 import argparse
 import json
+import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -44,12 +46,12 @@ SUITES = {
         ],
     },
     "cpu": {
-        "device": "cpu", "dtype": "float32", "seconds": 10,
+        "device": "cpu", "dtype": "float32", "seconds": 7,
         "cases": [
             *cases([(256, 1000, 512), (256, 8142, 2048), (256, 21841, 768), (256, 100_000, 512)]),
             *cases([(1, 8, 8)], threads=1),
             *cases([(127, 8143, 511), (33, 1003, 2047)]),
-            *cases([(256, 1000, 512), (256, 8142, 2048)], kappa=0.0),
+            *cases([(256, 1000, 512), (256, 8142, 2048), (1024, 8142, 512)], kappa=0.0),
             *cases([(64, 10**i, 512) for i in (3, 4, 5, 6)], sweep=True),
         ],
     },
@@ -65,6 +67,9 @@ SUITES = {
         ],
     },
 }  # fmt: skip
+
+
+READ_BY_README = {"suite", "load", "readme"}
 
 
 def parse(args):
@@ -89,9 +94,10 @@ def parse(args):
     parser.add_argument("--readme", action="store_true", help="rewrite its tables and picture, "
                         "and bench/results/SUITE.json")  # fmt: skip
     options = parser.parse_args(args)
+    given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     if options.shape and min(options.shape) < 1:
         parser.error(f"--shape wants positive N C D, got {options.shape}")
-    if options.kappa is not None and not options.kappa > -0.5:
+    if options.kappa is not None and not -0.5 < options.kappa < math.inf:
         parser.error(f"--kappa wants > -1/2, got {options.kappa}")
     if options.kappa is not None and not options.shape:
         parser.error(f"--kappa {options.kappa} wants a --shape")
@@ -108,15 +114,30 @@ def parse(args):
         )  # fmt: skip
     if options.device == "cuda" and not options.load and not torch.cuda.is_available():
         parser.error("--device cuda wants a GPU, got none")
-    if options.readme and (options.shape or options.suite == "quick" or options.which != "full"):
-        parser.error("--readme wants --suite cpu or gpu, whole and with the full pass")
+    if options.readme and (set(vars(options)) - READ_BY_README) & set(given):
+        parser.error("--readme wants --suite cpu or gpu, and at most --load beside it")
+    if options.readme and options.suite == "quick":
+        parser.error("--readme wants --suite cpu or gpu, got quick")
+    peers = [name for name in options.variants if name in variants.PEERS]
+    if peers == options.variants and options.shape and options.kappa != 0:
+        parser.error(f"--variants {' '.join(peers)} wants --kappa 0")
+    try:  # before anything is measured
+        for path in filter(None, (options.json, options.plot)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+    except OSError as error:
+        parser.error(f"got {path} ({error.strerror}), wanted a file to write to")
+    if options.plot and options.plot.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--plot wants .png, .pdf or .svg, got {options.plot}")
+    if options.load:
+        try:
+            options.load = json.loads(options.load.read_text())
+            suite = options.load["suite"], options.load["cases"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--load got {error}, wanted a file of python -m bench --json")
+        if options.readme and suite[0] != options.suite:
+            parser.error(f"--load got figures of {suite[0]}, wanted those of {options.suite}")
     return options
-
-
-def save(report, path):
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def print_text(console, text):
@@ -147,22 +168,22 @@ def run(options, console):
             progress.advance(whole)
             print_text(console, show.case_text(result))
             report["cases"].append(result)
-            save(report, options.json)  # what is measured stays, whatever comes
+            show.save(report, options.json)  # what is measured stays, whatever comes
     return report
 
 
 def main(args=None):
     options, console = parse(args), Console()
-    if options.readme and not options.json:
-        options.json = show.ROOT / f"bench/results/{options.suite}.json"
     if options.load:
-        report = json.loads(options.load.read_text())
-        save(report, options.json)
+        report = options.load
         for case in report["cases"]:
             print_text(console, show.case_text(case))
     else:
+        if options.readme:
+            options.json = show.ROOT / f"bench/results/{options.suite}.json"
         report = run(options, console)
     print_text(console, show.overview_text(report))
+    show.save(report, options.json)
     if options.plot:
         show.plot(report, options.plot)
     if options.readme:
@@ -170,4 +191,7 @@ def main(args=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

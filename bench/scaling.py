@@ -7,7 +7,6 @@ measures nothing: a head whose classes are spread over many H200s, from `tvmf_ex
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from rich.progress import Progress
 from tabulate import tabulate
 
 from bench.measure import about, measure
-from bench.show import ROOT, bytes_of, write_between
+from bench.show import ROOT, bytes_of, save, write_between
 from tvmf_ext import plan
 
 MIDDLE = {"cpu": (256, 8192, 512), "cuda": (1024, 131_072, 512)}
@@ -196,12 +195,11 @@ def main(args=None):
     if options.docs:
         options.json = options.json or ROOT / f"bench/results/scaling-{options.device}.json"
         options.plot = options.plot or ROOT / f"docs/scaling-{options.device}.png"
-        write_between("docs/scaling.md", f"scaling {options.device}", table(report, "github"))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, options.json)
     if options.plot:
         plot(report, options.plot)
+    if options.docs:
+        write_between("docs/scaling.md", f"scaling {options.device}", table(report, "github"))
 
 
 if __name__ == "__main__":

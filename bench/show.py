@@ -1,6 +1,8 @@
 """Figures as tables for a terminal and the README, and as a picture."""
 
+import json
 import statistics
+import sys
 from pathlib import Path
 
 from tabulate import tabulate
@@ -11,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 PASSES = {"fwd": "forward_ms", "bwd": "backward_ms", "full": "full_ms"}
 TITLES = {"products": "three bare products", "linear_ce": "torch's linear_cross_entropy",
           "pml": "NormalizedSoftmaxLoss", "cce": "cut-cross-entropy", "liger": "Liger"}  # fmt: skip
+BUSY = 100  # a second: more often no core was taken on a machine with nothing else to do
 TINY = 8  # rows or classes: such a case is all calls, and in no mean
 
 
@@ -26,6 +29,13 @@ def bytes_of(count):
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def memory_of(case, name):
+    """Extra memory; of the CPU's a megabyte comes and goes with pages."""
+    count = case["results"].get(name, {}).get("extra_bytes")
+    low = count is not None and count < 1e6 and case["device"] == "cpu"
+    return "< 1 MB" if low else bytes_of(count)
 
 
 def milliseconds(case, name):
@@ -60,10 +70,8 @@ def case_text(case):
             if "over_eager" in result:
                 row["speed-up"] = f"{1 / result['over_eager']['median']:.2f}x"
             row |= {"TFLOP/s": f"{result['tflops']:.3g}", "of floor": f"{result['of_floor']:.0%}"}
-            row |= {"extra memory": bytes_of(result["extra_bytes"])}
-            row["launches" if "copies" in case and case["copies"] > 1 else "operators"] = result[
-                "launches"
-            ]
+            row["extra memory"] = memory_of(case, name)
+            row["operators" if case["device"] == "cpu" else "launches"] = result["launches"]
             row["error"] = f"{result['error']:.1e}" if "error" in result else "-"
             rows.append(row)
             told = [key for key in ("warned", "graph_refused") if key in result]
@@ -75,6 +83,11 @@ def case_text(case):
         f"a copy {speed['bytes_per_s'] / 1e9:.3g} GB/s, floor {case['floor_ms']:.3g} ms"
     )
     table = tabulate(rows, headers="keys", disable_numparse=True)
+    if case["preempted_per_s"] > BUSY:
+        lines.append(
+            f"BUSY: other work took a core {case['preempted_per_s']:.0f} times a second; "
+            "these times are not to be trusted"
+        )
     return "\n".join(["", title, "", table, *lines])
 
 
@@ -85,9 +98,9 @@ def overview(cases, style="simple"):
     rows, ratios = [], {name: [] for name in others}
     for case in cases:
         results = case["results"]
-        fused, eager = results.get("fused", {}), results.get("eager", {})
+        fused = results.get("fused", {})
         time = milliseconds(case, "fused")
-        memory = (bytes_of(found.get("extra_bytes")) for found in (fused, eager))
+        memory = (memory_of(case, name) for name in ("fused", "eager"))
         row = {
             "(N, C, D)": shape_of(case) + (", kappa 0" if case["kappa"] == 0 else ""),
             "fused": f"{time:.3g} ms" if time else "wrong" if fused.get("wrong") else "-",
@@ -123,7 +136,7 @@ def markdown(report):
     for case in report["cases"]:
         if case not in large:
             others = (f"{name} {ratio(case['results'][name]['over_fused'])}"
-                      for name in ("eager", "compile"))  # fmt: skip
+                      for name in ("eager", "compile") if milliseconds(case, name))  # fmt: skip
             parts.append(
                 f"A head as small as {shape_of(case)}, on one thread, is all calls: "
                 f"{1e3 * milliseconds(case, 'fused'):.3g} us, {', '.join(others)}."
@@ -165,7 +178,7 @@ def plot(report, path):
                                 layout="constrained", squeeze=False)  # fmt: skip
     bars, *lines = axes[0]
     shown = [n for n in NAMES if any(milliseconds(case, n) for case in found)]
-    colours = dict(zip(NAMES, plt.get_cmap("tab10").colors, strict=True))
+    colours = dict(zip(NAMES, [*plt.get_cmap("tab10").colors, "black"], strict=True))
     for row, case in enumerate(plain):
         over = {n: r["over_fused"]["median"] for n, r in case["results"].items()
                 if "over_fused" in r}  # fmt: skip
@@ -198,10 +211,21 @@ def plot(report, path):
     plt.close(figure)
 
 
+def save(report, path):
+    """Writes the JSON whole or not at all; nothing without a path."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.replace(path)
+
+
 def write_between(file, name, text):
     """Replaces what a file of the repository has between the markers of that name."""
     begin, end = (f"<!-- {slash}{name} -->" for slash in ("", "/"))
     path = ROOT / file
+    if begin not in path.read_text():
+        sys.exit(f"error: got {path} without {begin} and {end}, wanted a place for the table")
     before, rest = path.read_text().split(begin)
     path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 

@@ -6,11 +6,14 @@ before the peer's function, which knows no cosine, and where features are shorte
 they round it, as eager PyTorch must.
 """
 
+import contextlib
 import dataclasses
-import importlib
+import importlib.metadata
+import importlib.util
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +21,18 @@ import torch.nn.functional as F
 import tvmf_ext
 from tvmf_ext import reference
 
-COSINE_HEAD = ("linear_ce", "pml", "cce", "liger", "quack")
+COSINE_HEAD = ("linear_ce", "linear_ce_chunked", "pml", "cce", "liger", "quack")
 NAMES = ("fused", "eager", "compile", "max-autotune", *COSINE_HEAD, "products")
 # Eager comes first, for the errors of the others are held against its own.
 ORDER = ("eager", *(name for name in NAMES if name != "eager")).index
 ABOUT = {
     "fused": "tvmf_ext.tvmf_cross_entropy",
-    "eager": "tvmf_ext.reference.tvmf_cross_entropy: the paper's formulas in eager PyTorch",
+    "eager": "tvmf_ext.reference.tvmf_cross_entropy: the paper's formulas in eager PyTorch; for "
+    "kappa 0 the cosine times the scale",
     "compile": "the same under torch.compile",
     "max-autotune": "the same in mode max-autotune-no-cudagraphs; by default on GPUs alone",
-    "linear_ce": "torch.nn.functional.linear_cross_entropy, chunked",
+    "linear_ce": "torch.nn.functional.linear_cross_entropy",
+    "linear_ce_chunked": "the same with LinearCrossEntropyOptions(), made for N >= D",
     "pml": "pytorch-metric-learning's NormalizedSoftmaxLoss",
     "cce": "Apple's cut-cross-entropy",
     "liger": "Liger's fused linear cross-entropy",
@@ -52,25 +57,34 @@ class Loss:
 
 
 class Products:
-    """Logits, then features' and weights' gradients; of logits' gradients that were drawn before,
-    for a draw is nobody's time."""
+    """Logits, then features' and weights' gradients, all of features' dtype; the gradient of the
+    logits and the rounded weight are there before."""
 
     transposed = False
 
     def __init__(self, N, C, device, dtype):
-        self.grad_logits = torch.randn(N, C).to(device, dtype)
+        generator = torch.Generator(device).manual_seed(1)
+        self.grad_logits = torch.randn(N, C, device=device, generator=generator).to(dtype)
+        self.rounded = {}
 
     @torch.no_grad()
     def forward(self, input, weight, target, scale):
-        return input @ weight.to(input.dtype).t()
+        key = weight.data_ptr()
+        if key not in self.rounded:
+            self.rounded[key] = weight.to(input.dtype)
+        return input @ self.rounded[key].t()
 
     @torch.no_grad()
     def backward(self, logits, input, weight, scale):
-        return self.grad_logits @ weight.to(input.dtype), self.grad_logits.t() @ input, None
+        rounded = self.rounded[weight.data_ptr()]
+        return self.grad_logits @ rounded, self.grad_logits.t() @ input
 
 
 def eager(input, weight, target, scale, kappa):
     weight = weight.to(input.dtype)
+    if kappa == 0:  # as one would write it
+        cosine = F.linear(F.normalize(input), F.normalize(weight))
+        return F.cross_entropy(scale * cosine, target)
     return reference.tvmf_cross_entropy(input, weight, target, kappa=kappa, scale=scale)
 
 
@@ -79,10 +93,10 @@ def normalised(input, weight, scale):
     return scale * F.normalize(input), F.normalize(weight).to(input.dtype)
 
 
-def of_linear_ce():
+def of_linear_ce(chunked=False):
     if not hasattr(F, "linear_cross_entropy"):
         raise Refused(f"not in torch {torch.__version__}")
-    options = torch.nn.LinearCrossEntropyOptions()
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
 
     def loss(input, weight, target, scale):
         return F.linear_cross_entropy(*normalised(input, weight, scale), target, options=options)
@@ -127,10 +141,20 @@ def of_quack():
     return Loss(lambda x, w, y, s: chunked_linear_cross_entropy(*normalised(x, w, s), y))
 
 
-PEERS = {"linear_ce": of_linear_ce, "pml": of_pml, "cce": of_cce, "liger": of_liger,
-         "quack": of_quack}  # fmt: skip
+PEERS = {"linear_ce": of_linear_ce, "linear_ce_chunked": partial(of_linear_ce, chunked=True),
+         "pml": of_pml, "cce": of_cce, "liger": of_liger, "quack": of_quack}  # fmt: skip
 MODULES = {"pml": "pytorch_metric_learning", "cce": "cut_cross_entropy", "liger": "liger_kernel",
            "quack": "quack"}  # fmt: skip
+
+
+def versions():
+    """Of the peers that are installed."""
+    found = {}
+    for name in MODULES.values():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            name = {"quack": "quack-kernels"}.get(name, name)
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def make(name, shape, kappa, device, dtype):
@@ -149,7 +173,6 @@ def make(name, shape, kappa, device, dtype):
         return eager(input, weight, target, scale, kappa)
 
     if name in ("compile", "max-autotune"):
-        torch._dynamo.reset()  # it counts compilations, and gives up
         mode = None if name == "compile" else "max-autotune-no-cudagraphs"
         return Loss(torch.compile(function, dynamic=False, mode=mode))
     if name == "fused":
