@@ -12,8 +12,9 @@ from bench.variants import NAMES
 ROOT = Path(__file__).parent.parent
 PASSES = {"fwd": "forward_ms", "bwd": "backward_ms", "full": "full_ms"}
 TITLES = {"products": "three bare products", "linear_ce": "torch's linear_cross_entropy",
+          "linear_ce_chunked": "the same, chunked",
           "pml": "NormalizedSoftmaxLoss", "cce": "cut-cross-entropy", "liger": "Liger"}  # fmt: skip
-BUSY = 100  # a second: more often no core was taken on a machine with nothing else to do
+BUSY = 200  # a second: more often no core was taken on a machine with nothing else to do
 TINY = 8  # rows or classes: such a case is all calls, and in no mean
 
 
