@@ -47,7 +47,7 @@ def relative(case, name, by):
 
 
 def verdict(a, b, least):
-    """ "slower", "faster" or "same", and the change of the median."""
+    """Whether b is slower than a, faster or the same, and the change of the median."""
     change = b[1] / a[1] - 1
     apart = b[0] > a[2] or b[2] < a[0]
     if not apart or abs(change) < least:

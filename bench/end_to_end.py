@@ -18,7 +18,7 @@ from rich.progress import Progress
 from tabulate import tabulate
 
 from bench.measure import Clock, about, extra_memory, summary
-from bench.show import bytes_of, save, with_spread, write_between
+from bench.show import ROOT, bytes_of, save, with_spread, write_between
 from train.model import make_net
 from tvmf_ext import TvMFLoss, reference
 
@@ -30,7 +30,7 @@ CASES = {  # net, classes, images on the CPU and on a GPU
 HEADS = ("fused", "eager")
 
 
-def step_of(net, head, images, labels, name, channels_last):
+def step_of(net, head, images, labels, name):
     """The training step, and the head's part of it alone, as functions of no arguments."""
     parameters = [*net.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, 1e-4, 0.9, weight_decay=1e-4, fused=True)
@@ -73,7 +73,7 @@ def measure(name, net, classes, batch, size, seconds, device, progress):
     labels = torch.randint(classes, (batch,), device=device)
     results, clock, calls = {}, Clock(device), {}
     for variant in HEADS:
-        step, alone = step_of(net, head, images, labels, variant, device == "cuda")
+        step, alone = step_of(net, head, images, labels, variant)
         step()  # makes the momenta, which are no part of the peak
         results[variant] = {"loss": step().item()}
         for parameter in (*net.parameters(), *head.parameters()):
@@ -133,7 +133,7 @@ def main(args=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=60, help="of each case (default 60)")
+    parser.add_argument("--seconds", type=float, default=40, help="of each case (default 40)")
     parser.add_argument("--image-size", type=int, default=224, help="(default 224)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
     parser.add_argument("--readme", action="store_true", help="rewrite the README's table and "
@@ -158,7 +158,7 @@ def main(args=None):
             ))  # fmt: skip
     print(table(report))
     if options.readme and not options.json:
-        options.json = Path(__file__).parent / f"results/end-to-end-{options.device}.json"
+        options.json = ROOT / f"bench/results/end-to-end-{options.device}.json"
     save(report, options.json)
     if options.readme:
         write_between("README.md", f"end to end {options.device}", table(report, "github"))

@@ -7,7 +7,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 part=${1:-all}
-case $part in all | tests | bench) ;; *) echo "gpu_round: got $part, wanted tests or bench" >&2; exit 2 ;; esac
+[[ $part =~ ^(all|tests|bench)$ ]] ||
+  { echo "gpu_round: got $part, wanted tests or bench" >&2; exit 2; }
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader --id=0 | tr ' ' '-')
 [ -n "$gpu" ] || { echo "gpu_round: nvidia-smi finds no GPU" >&2; exit 2; }
 out=bench/results/$gpu

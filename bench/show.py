@@ -3,13 +3,12 @@
 import json
 import statistics
 import sys
-from pathlib import Path
 
 from tabulate import tabulate
 
+from bench.measure import ROOT
 from bench.variants import NAMES
 
-ROOT = Path(__file__).parent.parent
 PASSES = {"fwd": "forward_ms", "bwd": "backward_ms", "full": "full_ms"}
 TITLES = {"products": "three bare products", "linear_ce": "torch's linear_cross_entropy",
           "linear_ce_chunked": "the same, chunked",

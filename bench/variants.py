@@ -21,10 +21,6 @@ import torch.nn.functional as F
 import tvmf_ext
 from tvmf_ext import reference
 
-COSINE_HEAD = ("linear_ce", "linear_ce_chunked", "pml", "cce", "liger", "quack")
-NAMES = ("fused", "eager", "compile", "max-autotune", *COSINE_HEAD, "products")
-# Eager comes first, for the errors of the others are held against its own.
-ORDER = ("eager", *(name for name in NAMES if name != "eager")).index
 ABOUT = {
     "fused": "tvmf_ext.tvmf_cross_entropy",
     "eager": "tvmf_ext.reference.tvmf_cross_entropy: the paper's formulas in eager PyTorch; for "
@@ -39,6 +35,9 @@ ABOUT = {
     "quack": "quack's chunked linear cross-entropy",
     "products": "the three bare matrix products: the floor of all that is made of library products",
 }
+NAMES = tuple(ABOUT)
+# Eager comes first, for the errors of the others are held against its own.
+ORDER = ("eager", *(name for name in NAMES if name != "eager")).index
 
 
 class Refused(Exception):

@@ -7,6 +7,7 @@ import torch
 from rich.progress import Progress
 
 import bench.__main__
+import tvmf_ext
 from bench import compare, end_to_end, measure, scaling, show, variants
 from tvmf_ext import reference
 
@@ -202,6 +203,14 @@ def test_a_wrong_variant_is_shown_and_not_timed(monkeypatch):
     assert result["wrong"] and "full_ms" not in result
     assert "linear_ce is WRONG by 1.0e-03" in show.case_text(case)
     assert "wrong" in show.overview([case])
+
+
+def test_a_wrong_fused_head_is_a_failure(monkeypatch):
+    monkeypatch.setattr(tvmf_ext, "tvmf_cross_entropy", lambda x, w, y, kappa, scale: (
+        1.001 * variants.eager(x, w, y, scale, kappa)
+    ))  # fmt: skip
+    with pytest.raises(SystemExit, match="fused head is wrong"):
+        bench.__main__.main(["--shape", *map(str, SHAPE), "--seconds", "1e-9"])
 
 
 def test_a_refusal_says_why(monkeypatch):
@@ -424,7 +433,9 @@ def test_readme_is_rewritten_between_its_markers(tmp_path, monkeypatch):
     ],
     ids=" ".join,
 )
-def test_arguments_that_make_no_sense_are_refused(args, capsys):
+def test_arguments_that_make_no_sense_are_refused(args, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         bench.__main__.main(args)
     assert end.value.code == 2 and "want" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())  # a refusal leaves nothing behind
