@@ -2,57 +2,12 @@
 // t_nc = dL/dcosine, the weight gradient with its projection in the same block, and the product for
 // the features' gradient; then that gradient's projection.
 //   dw_c = q_c (sum_n t r_n x_n - (sum_n t c) q_c w_c)     dx_n = r_n (sum_c t q_c w_c - ...)
-#include "epilogue.cuh"
 #include "mainloop.cuh"
+#include "passes.cuh"
+#include "sm90.h"
 
 namespace tvmf {
 namespace {
-
-// A row's part in every class's gradient.
-template <class T>
-struct alignas(16) GradientRow {
-  T rnorm, rnorm_gain;  // rnorm_gain = rnorm * gain: what the gradient tile is multiplied by
-  T max, inv_sum_exp;
-  T grad_lse, grad_target, grad_sum, target_product;
-  int64_t label;
-};
-
-template <class T>
-struct BackwardParams {
-  CudaHead head;
-  LossOptions options;
-  CudaUpstream upstream;
-  CudaGradients out;
-  SavedLayout layout;
-  const T* saved;  // SavedLayout
-  int64_t kept;
-  bool with_sum, float16;
-
-  int64_t chunk;                     // row stride of `grad`, a multiple of 64
-  int64_t chunk_begin, chunk_count;  // classes of this launch
-  bool make_gradient, make_weight;   // what this launch does; `fused` where both
-  bool fused, resident;
-  int64_t row_groups, feature_splits, input_splits, total_count;
-
-  GradientRow<T>* rows;  // [N]
-  T* gain;               // [2]  a power of two that keeps float16 in range, and 1 / it
-  void* grad;            // [N, chunk] X  t_nc r_n q_c gain
-  T* row_dot;            // [chunk / 64 * 4, N]  sum_c t c of each warp's classes, over all chunks
-  T* col_sums;           // [slots, 3, chunk]  sum_n of t c, g, g dphi/dkappa
-  T* dx;                 // [input_splits, N, D]  over all chunks
-  double* totals;        // [total_count, 2]  sum g (phi + bias), sum g dphi/dkappa, over all chunks
-};
-
-// A row or class of zeros has rnorm 1e12, too large for float16; its elements are 0, so any factor
-// will do inside the products, and the true one is applied to their sums.
-template <class T>
-__device__ __forceinline__ T inner_rnorm(T rnorm, bool float16) {
-  return float16 && rnorm > T(0.5 / kEps) ? T(1) : rnorm;
-}
-template <class T>
-__device__ __forceinline__ T projection(T dot, T rnorm) {
-  return rnorm < T(1 / kEps) ? dot * rnorm * rnorm : T(0);
-}
 
 template <class T>
 __device__ __forceinline__ T block_max(T v, T* smem) {
@@ -559,7 +514,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     return;
   }
   if (!p.out.x.data) return;
-  const int64_t slots = p.chunk / kClassTile * kRowParts;
+  const int64_t slots = p.dot_slots;
   T dot = 0;
   for (int64_t s = threadIdx.x; s < slots; s += kFinishThreads) dot += p.row_dot[s * head.N + n];
   dot = block_sum(dot, reinterpret_cast<T*>(smem));
@@ -608,18 +563,26 @@ cudaError_t backward(const CudaHead& head, const LossOptions& options, const Cud
                       .row_groups = plan.row_groups,
                       .feature_splits = plan.feature_splits,
                       .input_splits = plan.input_splits,
-                      .total_count = plan.chunk / kClasses * plan.row_groups,
+                      .total_count = total_count(plan),
                       .rows = reinterpret_cast<GradientRow<T>*>(base + at.rows),
                       .gain = in(at.gain),
                       .grad = base + at.grad,
                       .row_dot = in(at.row_dot),
                       .col_sums = in(at.col_sums),
                       .dx = in(at.dx),
-                      .totals = reinterpret_cast<double*>(base + at.totals)};
+                      .totals = reinterpret_cast<double*>(base + at.totals),
+                      .dot_slots = dot_slots(plan)};
   const bool class_outputs = out.weight.data || out.bias.data || out.kappa.data;
   cudaError_t error = simt::launch(prepare_gradient<T>, dim3(1), kPrepareThreads,
                                    kPrepareThreads / kWarp * 8, stream, p);
-  for (int64_t begin = 0; begin < head.C && error == cudaSuccess; begin += plan.chunk) {
+  if constexpr (sizeof(W) > sizeof(typename MathTraits<kMath>::X))
+    if (plan.hopper.used && error == cudaSuccess)
+      error = sm90::class_gradients(p, plan,
+                                    {base + at.arranged, base + at.arranged_columns,
+                                     base + at.grad, base + at.weight},
+                                    stream);
+  for (int64_t begin = plan.hopper.used ? head.C : 0; begin < head.C && error == cudaSuccess;
+       begin += plan.chunk) {
     p.chunk_begin = begin;
     p.chunk_count = std::min(plan.chunk, head.C - begin);
     const unsigned tiles = unsigned(ceil_div(p.chunk_count, kClasses));

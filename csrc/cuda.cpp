@@ -70,6 +70,12 @@ Gpu describe(const std::string& name, int major, int index) {
   gpu.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   gpu.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   gpu.l2 = attribute(cudaDevAttrL2CacheSize, index);
+  // Code for compute capability 9.0 without the "a" has none of Hopper's own instructions.
+#ifdef TVMF_SM90A
+  gpu.wgmma = major == 9;
+#else
+  gpu.wgmma = false;
+#endif
   return gpu;
 }
 
@@ -215,8 +221,10 @@ class Call {
 
  private:
   CudaPlan plan_of(int64_t kept, bool with_sum) const {
+    const bool bulk = weight_.stride(1) == 1 && weight_.stride(0) % 4 == 0 && D % 4 == 0 &&
+                      reinterpret_cast<uintptr_t>(weight_.data_ptr()) % 16 == 0;
     return plan_cuda({N, C, D, dtype_of(head_.input), dtype_of(weight_), head_.allow_tf32,
-                      cuda_kept(C, kept), with_sum},
+                      cuda_kept(C, kept), with_sum, bulk},
                      device_->gpu);
   }
 

@@ -97,7 +97,7 @@ __device__ __forceinline__ T cosine_of(T product, T x_rnorm, T weight_rnorm) {
 
 template <class T>
 __device__ __forceinline__ T logit_of(T scale, T phi, T offset) {
-  return scale * phi + offset;
+  return multiply_add(scale, phi, offset);
 }
 
 // Two neighbours of a row, as a lane holds them.

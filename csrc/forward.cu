@@ -2,31 +2,12 @@
 // row statistics, one partial result for each run of classes; their merge in order, and the loss.
 #include <cmath>
 
-#include "epilogue.cuh"
 #include "mainloop.cuh"
+#include "passes.cuh"
+#include "sm90.h"
 
 namespace tvmf {
 namespace {
-
-template <class T>
-struct ForwardParams {
-  CudaHead head;
-  LossOptions options;
-  CudaStatistics out;
-  SavedLayout layout;
-  T* saved;      // SavedLayout
-  int64_t kept;  // row stride of the saved products, or 0
-  bool with_sum;
-  int64_t tiles_per_split, splits;
-
-  int64_t* label;   // [N]  -1: ignored, -2: names no class
-  T* target_score;  // [N]  phi + bias of the target
-  T* target;        // [N]  logit of the target
-  T* max;           // [splits, N]
-  T* sum_exp;       // [splits, N]
-  T* sum;           // [splits, N], or null
-  int* rank;        // [splits, N]
-};
 
 // A run of a line's elements as numbers, at most 16 bytes; what lies beyond the line is 0.
 template <int kCount, class Acc, class T>
@@ -300,6 +281,10 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
     T max = kLowest<T>, sum_exp = 0, sum = 0;
     int64_t rank = 0;
     for (int64_t s = 0; s < p.splits; ++s) max = larger(max, p.max[s * head.N + n]);
+    if (p.target_apart && p.label[n] >= 0) {
+      max = larger(max, p.target[n]);
+      sum_exp = exp_of(p.target[n] - max);
+    }
     for (int64_t s = 0; s < p.splits; ++s) {
       const int64_t at = s * head.N + n;
       sum_exp += p.sum_exp[at] * exp_of(p.max[at] - max);
@@ -348,6 +333,12 @@ cudaError_t launch_statistics(const ForwardParams<T>& p, const CudaPlan& plan,
                       StatisticsPlan<kMath, W, Shape>::kBytes, stream, p);
 }
 
+template <class T>
+cudaError_t finish(const ForwardParams<T>& p, cudaStream_t stream) {
+  return simt::launch(finish_rows<T>, dim3(1), kFinishThreads, kFinishThreads / kWarp * 8, stream,
+                      p);
+}
+
 template <Math kMath, class W>
 cudaError_t forward(const CudaHead& head, const LossOptions& options, const CudaPlan& plan,
                     const CudaStatistics& out, void* saved, void* workspace, cudaStream_t stream) {
@@ -370,12 +361,20 @@ cudaError_t forward(const CudaHead& head, const LossOptions& options, const Cuda
                            in(at.max),
                            in(at.sum_exp),
                            in(at.sum),
-                           reinterpret_cast<int*>(base + at.rank)};
+                           reinterpret_cast<int*>(base + at.rank),
+                           plan.hopper.used};
   constexpr int kRowsPerBlock = kPrepareThreads / kWarp;
   cudaError_t error =
       simt::launch(prepare_rows<kMath, W>, dim3(unsigned(ceil_div(head.N, kRowsPerBlock))),
                    kPrepareThreads, 0, stream, p);
   if (error != cudaSuccess) return error;
+  if constexpr (sizeof(W) > sizeof(typename MathTraits<kMath>::X)) {
+    if (plan.hopper.used) {
+      error = sm90::row_statistics(p, plan, base + at.arranged, stream);
+      if (error != cudaSuccess) return error;
+      return finish(p, stream);
+    }
+  }
   if constexpr (kTensorCores<kMath>) {
     if (plan.tile == LargeTile::kRows)
       error = launch_statistics<kMath, W, LargeTile>(p, plan, stream);
@@ -385,8 +384,7 @@ cudaError_t forward(const CudaHead& head, const LossOptions& options, const Cuda
     error = launch_statistics<kMath, W, SmallTile>(p, plan, stream);
   }
   if (error != cudaSuccess) return error;
-  return simt::launch(finish_rows<T>, dim3(1), kFinishThreads, kFinishThreads / kWarp * 8, stream,
-                      p);
+  return finish(p, stream);
 }
 
 }  // namespace

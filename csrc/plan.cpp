@@ -17,7 +17,7 @@ constexpr int64_t kMiB = int64_t(1) << 20;
 // Rates are dense peaks of the vendors' datasheets, times what mma.sync and copies are known to
 // reach of them; of the H200 the copy's 4.3 TB/s was measured.
 constexpr Gpu kGpus[] = {
-    // name, SMs, shared per block, per SM, L2, HBM, L2 rate, f16, bf16, tf32, f32, f64, launch
+    // name, SMs, shared per block, per SM, L2, HBM, L2 rate, f16, bf16, tf32, f32, f64, launch, wgmma
     {"A100",
      108,
      166912,
@@ -44,7 +44,8 @@ constexpr Gpu kGpus[] = {
      3.0e12,
      5.5e12,
      {600e12, 600e12, 300e12, 45e12, 25e12},
-     3e-6},
+     3e-6,
+     true},
     {"H200",
      132,
      232448,
@@ -53,7 +54,8 @@ constexpr Gpu kGpus[] = {
      4.3e12,
      5.5e12,
      {600e12, 600e12, 300e12, 45e12, 25e12},
-     3e-6},
+     3e-6,
+     true},
     {"B200",
      148,
      232448,
@@ -155,6 +157,47 @@ void count(CudaPlan& plan, const Gpu& gpu) {
                                   double(plan.backward_launches));
 }
 
+// The same on Hopper.
+void count_hopper(CudaPlan& plan, const Gpu& gpu) {
+  const CudaProblem& p = plan.problem;
+  const HopperPlan& hopper = plan.hopper;
+  const double N = double(p.N), C = double(p.C), D = double(p.D), chunks = double(plan.chunks);
+  const double splits = double(hopper.walkers), input_splits = double(plan.input_splits);
+  const double x = 2, w = 4, acc = 4;
+  const auto tiles = [](int64_t size, int64_t tile) { return double(ceil_div(size, tile)); };
+  const auto seconds = [&](double flops, double hbm, double l2, double launches) {
+    return std::max({flops / gpu.flop_rate[int(plan.math)], hbm / gpu.hbm_rate, l2 / gpu.l2_rate}) +
+           launches * gpu.launch_seconds;
+  };
+  const double arranged = double(hopper.rows) * double(hopper.columns) * x;
+  const double cosines =
+      double(hopper.row_blocks) * C * D * w + double(hopper.class_tiles) * arranged;
+
+  plan.forward_launches = 4;
+  plan.forward_flops = 2 * N * C * D;
+  plan.forward_hbm = C * D * w + N * D * x;
+  plan.forward_l2 = cosines + N * D * (2 * x + w) + arranged + splits * N * 24 + C * acc;
+  plan.forward_seconds = seconds(plan.forward_flops, plan.forward_hbm, plan.forward_l2, 4);
+
+  // The weights cross HBM once if the chunk stays in the cache; its gradient tile and rounded
+  // weights are written and read again.
+  const double cached_bytes = 2 * double(plan.chunk) * (N + 3 * D);
+  const bool cached = cached_bytes <= double(cache_of(gpu));
+  const double columns = tiles(p.D, 256);
+  plan.backward_launches = 3 + 3 * chunks;
+  plan.backward_flops = 6 * N * C * D;
+  plan.backward_hbm = C * D * (w + w) + N * D * (x + x) +
+                      (cached ? 0 : C * D * w + 2 * C * (N + D) * x);
+  plan.backward_l2 = cosines + C * (N + D) * x +                               // gradient
+                     columns * N * C * x + tiles(p.C, 128) * N * D * x +  // weights'
+                     C * D * (w + w) +
+                     columns * N * C * x + tiles(p.N, 128) * C * D * x +  // features'
+                     input_splits * N * D * acc * (2 * chunks - 1) +
+                     input_splits * N * D * acc + 2 * N * D * x + 2 * arranged;  // finished
+  plan.backward_seconds = seconds(plan.backward_flops, plan.backward_hbm, plan.backward_l2,
+                                  double(plan.backward_launches));
+}
+
 }  // namespace
 
 const Gpu* find_gpu(const std::string& name) {
@@ -171,6 +214,7 @@ std::string gpu_names() {
 
 ForwardWorkspace::ForwardWorkspace(const CudaPlan& plan) {
   const int64_t N = plan.problem.N, acc = accumulator_size(plan), runs = plan.class_splits * N;
+  const HopperPlan& hopper = plan.hopper;
   Cursor cursor;
   label = cursor.take(N * 8);
   target_score = cursor.take(N * acc);
@@ -179,25 +223,82 @@ ForwardWorkspace::ForwardWorkspace(const CudaPlan& plan) {
   sum_exp = cursor.take(runs * acc);
   sum = cursor.take(plan.problem.with_sum ? runs * acc : 0);
   rank = cursor.take(runs * 4);
+  arranged = cursor.take(hopper.used ? hopper.rows * hopper.columns * size_of(plan.problem.x) : 0);
   size = cursor.at;
+}
+
+int64_t dot_slots(const CudaPlan& plan) {
+  return plan.hopper.used ? plan.hopper.dot_slots : plan.chunk / kClassTile * kRowParts;
+}
+int64_t total_count(const CudaPlan& plan) {
+  return plan.hopper.used ? plan.hopper.totals : plan.chunk / kClassTile * plan.row_groups;
 }
 
 BackwardWorkspace::BackwardWorkspace(const CudaPlan& plan) {
   const CudaProblem& p = plan.problem;
   const int64_t acc = accumulator_size(plan);
   const int64_t slots = plan.latency ? plan.feature_splits : plan.row_groups;
+  const HopperPlan& hopper = plan.hopper;
   Cursor cursor;
   rows = cursor.take(p.N * round_up(8 * acc + 8, 16));
   gain = cursor.take(2 * acc);
-  grad = cursor.take(p.N * plan.chunk * size_of(p.x));
-  row_dot = cursor.take(plan.chunk / kClassTile * kRowParts * p.N * acc);
-  col_sums = cursor.take(slots * 3 * plan.chunk * acc);
+  grad = cursor.take((hopper.used ? hopper.grad_stride : p.N) * plan.chunk * size_of(p.x));
+  row_dot = cursor.take(dot_slots(plan) * p.N * acc);
+  col_sums = cursor.take((hopper.used ? hopper.col_slots : slots) * 3 * plan.chunk * acc);
   dx = cursor.take(plan.input_splits * p.N * p.D * acc);
-  totals = cursor.take(plan.chunk / kClassTile * plan.row_groups * 2 * 8);
+  totals = cursor.take(total_count(plan) * 2 * 8);
+  if (hopper.used) {
+    arranged = cursor.take(hopper.rows * hopper.columns * size_of(p.x));
+    arranged_columns = cursor.take(p.N * hopper.columns * size_of(p.x));
+    weight = cursor.take(plan.chunk * hopper.weight_stride * size_of(p.x));
+  }
   size = cursor.at;
 }
 
 namespace {
+
+// Tiles as csrc/mainloop_sm90.cuh has them.
+void plan_hopper(CudaPlan& plan, const Gpu& gpu) {
+  constexpr int64_t kRows = 256, kProductRows = 128, kProductCols = 256, kDepth = 64;
+  const CudaProblem& p = plan.problem;
+  HopperPlan& hopper = plan.hopper;
+  hopper.used = true;
+  hopper.blocks = gpu.sms;
+  hopper.rows = round_up(p.N, 32);
+  hopper.columns = round_up(p.D, kDepth);
+  hopper.grad_stride = round_up(p.N, 8);
+  hopper.weight_stride = round_up(p.D, 8);
+
+  // Small tiles where large ones would leave multiprocessors without any.
+  hopper.row_blocks = ceil_div(p.N, kRows);
+  hopper.few = hopper.row_blocks * ceil_div(p.C, 128) < gpu.sms;
+  const int64_t classes = hopper.few ? 64 : 128;
+  hopper.class_tiles = ceil_div(p.C, classes);
+  const int64_t most = std::max<int64_t>(gpu.sms / hopper.row_blocks, 1);
+  hopper.walkers = std::min(hopper.class_tiles, most);
+  plan.class_splits = hopper.walkers;
+
+  // Chunks: gradient tile and rounded weights in 44 MiB, in whole waves of blocks.
+  const int64_t bytes = 2 * (hopper.grad_stride + hopper.weight_stride);
+  const int64_t tiles =
+      std::clamp<int64_t>(44 * kMiB / (bytes * classes), 1, hopper.class_tiles);
+  const bool all = tiles == hopper.class_tiles;
+  plan.chunk = (tiles > most && !all ? tiles / most * most : tiles) * classes;
+  plan.chunks = ceil_div(p.C, plan.chunk);
+  hopper.gradient_walkers = std::min(plan.chunk / classes, most);
+  hopper.col_slots = hopper.row_blocks * (hopper.few ? 2 : 1);
+  hopper.dot_slots = hopper.gradient_walkers;
+  hopper.totals = hopper.row_blocks * hopper.gradient_walkers * 8;
+
+  const int64_t products = ceil_div(p.N, kProductRows) * ceil_div(p.D, kProductCols);
+  const int64_t steps = ceil_div(plan.chunk, kDepth);
+  const int64_t most_input = std::clamp<int64_t>(
+      std::min(steps / 2, 16 * kMiB / std::max<int64_t>(p.N * p.D * 4, 1)), 1, 65535);
+  plan.input_splits = std::clamp<int64_t>(gpu.sms / products, 1, most_input);
+  plan.latency = false;
+  plan.resident = false;
+  plan.row_groups = hopper.row_blocks;
+}
 
 // Few launches, or many chunks.
 CudaPlan plan_path(const CudaProblem& p, bool latency, const Gpu& gpu) {
@@ -244,10 +345,16 @@ CudaPlan plan_path(const CudaProblem& p, bool latency, const Gpu& gpu) {
   plan.input_tile = tensor_cores && large_tiles * most_input >= gpu.sms ? kLargeTile : kSmallTile;
   plan.input_splits = parts(tiles_of(p.N, p.D, plan.input_tile), most_input, gpu);
 
+  if (gpu.wgmma && p.bulk && size_of(p.x) == 2 && p.weight == DType::kFloat32 &&
+      p.C < (int64_t(1) << 31) - 1024)
+    plan_hopper(plan, gpu);
   plan.saved = SavedLayout(p.N, p.C, p.kept).size * acc;
   plan.forward_workspace = ForwardWorkspace(plan).size;
   plan.backward_workspace = BackwardWorkspace(plan).size;
-  count(plan, gpu);
+  if (plan.hopper.used)
+    count_hopper(plan, gpu);
+  else
+    count(plan, gpu);
   return plan;
 }
 
@@ -256,6 +363,7 @@ CudaPlan plan_path(const CudaProblem& p, bool latency, const Gpu& gpu) {
 CudaPlan plan_cuda(const CudaProblem& problem, const Gpu& gpu) {
   constexpr int64_t kBudget = 64 * kMiB;
   const CudaPlan few = plan_path(problem, problem.N * problem.C * 4 <= kBudget, gpu);
+  if (few.hopper.used) return few;
   return few.backward_workspace <= kBudget ? few : plan_path(problem, false, gpu);
 }
 

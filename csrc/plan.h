@@ -79,6 +79,7 @@ struct Gpu {
   double hbm_rate, l2_rate;                 // bytes/s
   double flop_rate[5];                      // by Math
   double launch_seconds;                    // from one kernel's end to the next one's start
+  bool wgmma = false;  // Hopper's own instructions
 };
 
 // "H200", "H100", "A100", ...; null if there is none of that name.
@@ -91,11 +92,26 @@ struct CudaProblem {
   bool allow_tf32;
   int64_t kept;  // C or more where the forward pass keeps all products, else 0
   bool with_sum;
+  bool bulk = false;  // weights' rows lie as bulk copies read them: contiguous, 16-byte aligned
+};
+
+// The same on Hopper (csrc/forward_sm90.cu, backward_sm90.cu), in place of what follows it below but
+// for `chunk` and `input_splits`.
+struct HopperPlan {
+  bool used;
+  bool few;                             // tiles of 64 classes, or of 128
+  int64_t rows, columns;                // of the arranged features
+  int64_t row_blocks, class_tiles;
+  int64_t walkers, gradient_walkers;    // blocks that share the tiles of their rows
+  int64_t grad_stride, weight_stride;   // elements
+  int64_t col_slots, dot_slots, totals; // partial sums
+  int64_t blocks;                       // that run at once
 };
 
 struct CudaPlan {
   CudaProblem problem;
   Math math;
+  HopperPlan hopper;
   bool latency;  // few launches: one chunk, whose gradient tile and weight gradient are one launch
 
   // row_statistics: blocks of tile x tile cosines; grid [row_tiles, class_splits].
@@ -123,12 +139,12 @@ struct CudaPlan {
 // take them out.
 struct ForwardWorkspace {
   explicit ForwardWorkspace(const CudaPlan& plan);
-  int64_t label, target_score, target, max, sum_exp, sum, rank, size;
+  int64_t label, target_score, target, max, sum_exp, sum, rank, arranged, size;
 };
 
 struct BackwardWorkspace {
   explicit BackwardWorkspace(const CudaPlan& plan);
-  int64_t rows, gain, grad, row_dot, col_sums, dx, totals, size;
+  int64_t rows, gain, grad, row_dot, col_sums, dx, totals, arranged, arranged_columns, weight, size;
 };
 
 // A block's tile sizes, known to the kernels too.
@@ -139,6 +155,10 @@ constexpr int64_t kStepBytes = 64;  // of a feature row in one step of the main 
 
 // Shared memory of class_gradient without its resident tile.
 constexpr int64_t gradient_shared_bytes(Math math) { return math == Math::kF64 ? 55872 : 52544; }
+
+// Partial sums of a row and of all, over all chunks.
+int64_t dot_slots(const CudaPlan& plan);
+int64_t total_count(const CudaPlan& plan);
 
 CudaPlan plan_cuda(const CudaProblem& problem, const Gpu& gpu);
 

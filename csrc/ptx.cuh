@@ -233,7 +233,7 @@ namespace simt {
 
 // A block's dynamic shared memory: the only shared memory that the kernels have.
 __device__ __forceinline__ void* shared_memory() {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
 }
 

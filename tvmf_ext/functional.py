@@ -56,6 +56,17 @@ def products_to_keep(N, C, D, dtype, cuda):
     return min(every, 16 * (left // (itemsize * 16) // max(N, 1)))
 
 
+def _multiplies_again(input, linear_weight, D):
+    """Hopper's kernels take a product again sooner than they would read it."""
+    return (
+        input.is_cuda
+        and input.dtype in (torch.float16, torch.bfloat16)
+        and linear_weight.dtype == torch.float32
+        and D % 4 == 0
+        and torch.cuda.get_device_properties(input.device).major == 9
+    )
+
+
 def _kept(input, linear_weight, *others):
     """What a forward pass keeps; nothing where no backward pass will come."""
     if not torch.is_grad_enabled() or input.dim() != 2 or linear_weight.dim() != 2:
@@ -64,6 +75,8 @@ def _kept(input, linear_weight, *others):
             or any(t is not None and t.requires_grad for t in others)):  # fmt: skip
         return 0
     (N, D), C = input.shape, linear_weight.shape[0]
+    if _multiplies_again(input, linear_weight, D):
+        return 0
     return products_to_keep(N, C, D, input.dtype, input.is_cuda)
 
 

@@ -79,6 +79,7 @@ Gpu gpu_of(const py::dict& args) {
     gpu.shared_per_block = args["shared_per_block"].cast<int64_t>();
   if (args.contains("l2")) gpu.l2 = args["l2"].cast<int64_t>();
   if (args.contains("shared_per_sm")) gpu.shared_per_sm = args["shared_per_sm"].cast<int64_t>();
+  gpu.wgmma = args.contains("wgmma") && args["wgmma"].cast<bool>();
   return gpu;
 }
 
@@ -114,7 +115,8 @@ py::dict step(const py::dict& args) {
                       .bad_label = bad_label};
   const bool with_sum = !of_loss || options.label_smoothing > 0;
   const CudaPlan plan = plan_cuda({N, C, D, x.dtype, w.dtype, args["allow_tf32"].cast<bool>(),
-                                   args["kept"].cast<bool>() ? round_up(C, kPad) : 0, with_sum},
+                                   args["kept"].cast<bool>() ? round_up(C, kPad) : 0, with_sum,
+                                   D % 4 == 0 && head.weight.col_stride == 1},
                                   gpu_of(args));
   py::dict out;
   const auto output = [&](const char* name, int64_t count, int64_t size) {
@@ -197,6 +199,7 @@ py::dict step(const py::dict& args) {
   FIELD(backward_l2);
   FIELD(forward_flops);
   FIELD(backward_flops);
+  planned["hopper"] = plan.hopper.used;
 #undef FIELD
   out["plan"] = planned;
   return out;

@@ -31,7 +31,8 @@ void bind_runtime(py::module_& module) {
           FIELD(global_read_bytes) FIELD(global_write_bytes) FIELD(global_read_sectors)
               FIELD(global_write_sectors) FIELD(global_unique_read_sectors)
                   FIELD(global_unique_write_sectors) FIELD(shared_wavefronts) FIELD(bank_conflicts)
-                      FIELD(mma) FIELD(load_matrix) FIELD(barriers) FIELD(atomics) FIELD(sites);
+                      FIELD(mma) FIELD(load_matrix) FIELD(barriers) FIELD(atomics) FIELD(wgmma)
+                          FIELD(tensor_copies) FIELD(tensor_copy_bytes) FIELD(sites);
 #undef FIELD
 }
 
@@ -49,8 +50,40 @@ static py::array_t<float> run_fault(const std::string& name, py::array x, int ou
   return y;
 }
 
+static faults::Matrix matrix(const char* name, const py::array& array, int box_rows, int box_cols) {
+  if (!array.ndim()) return {};
+  const int64_t size = array.itemsize(), rows = array.shape(0), cols = array.shape(1);
+  const int64_t row_stride = array.strides(0) / size;
+  const size_t bytes = ((rows - 1) * row_stride + cols) * size;
+  void* memory = simt::allocate(name, bytes);
+  std::memcpy(memory, array.data(), bytes);
+  return {
+      memory, int(size), rows, cols, row_stride, box_rows, box_cols ? box_cols : int(128 / size)};
+}
+
+// The same for a kernel that copies boxes of the matrices "a" and "b".
+static py::array_t<float> run_fault_sm90(const std::string& name, py::array a, py::array b,
+                                         int outputs, int box_a, int box_b, bool right,
+                                         std::array<int, 4> argument, unsigned grid, int threads,
+                                         int shared_bytes, int cluster, int box_cols) {
+  simt::release_all();
+  faults::CaseSm90 c{matrix("a", a, box_a, box_cols),
+                     matrix("b", b, box_b, box_cols),
+                     static_cast<float*>(simt::allocate("y", outputs * sizeof(float))),
+                     {},
+                     right};
+  std::copy(argument.begin(), argument.end(), c.argument);
+  faults::launch_sm90(name, grid, threads, shared_bytes, cluster, c);
+  py::array_t<float> y(outputs);
+  std::memcpy(y.mutable_data(), c.y, y.nbytes());
+  return y;
+}
+
 void bind_faults(py::module_& module) {
   using namespace py::literals;
   module.def("run_fault", run_fault, "name"_a, "x"_a, "outputs"_a, "right"_a = true,
              "argument"_a = 0, "grid"_a = 1, "threads"_a = 32, "shared_bytes"_a = 0);
+  module.def("run_fault_sm90", run_fault_sm90, "name"_a, "a"_a, "b"_a, "outputs"_a, "box_a"_a = 64,
+             "box_b"_a = 64, "right"_a = true, "argument"_a = std::array<int, 4>{}, "grid"_a = 1,
+             "threads"_a = 128, "shared_bytes"_a = 0, "cluster"_a = 1, "box_cols"_a = 0);
 }

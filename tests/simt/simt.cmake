@@ -5,7 +5,7 @@ execute_process(
   OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 find_package(pybind11 CONFIG REQUIRED)
 
-set(kernels csrc/forward.cu csrc/backward.cu tests/simt/faults.cu)
+set(kernels csrc/forward.cu csrc/backward.cu csrc/forward_sm90.cu csrc/backward_sm90.cu tests/simt/faults.cu tests/simt/faults_sm90.cu)
 set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX)
 include_directories(tests/simt csrc)
 add_compile_definitions(TVMF_SIMT)

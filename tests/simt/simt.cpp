@@ -40,11 +40,14 @@ constexpr bool kAsan = true;
 #else
 constexpr bool kAsan = false;
 #endif
-constexpr int kMaxThreads = 1024, kMaxShared = 227 * 1024, kMaxRaces = 5;
+constexpr int kMaxBlockThreads = 1024, kMaxShared = 227 * 1024, kMaxRaces = 5;
+constexpr int kMaxThreads = 2048, kMaxCluster = 8, kMaxPhasers = 128;  // of a cluster
 constexpr size_t kStackBytes = kAsan ? 512 << 10 : 128 << 10, kPage = 4096;
-// The instrumented build's memory: shared memory, then the global buffers. Pages cost nothing
-// until touched, so room for a large array and for the marks on it is only reserved.
-constexpr size_t kSharedRoom = 256 << 10, kArenaBytes = size_t(32) << 30, kSector = 32, kGap = 256;
+// The instrumented build's memory: shared memory of a cluster, then the global buffers. Pages cost
+// nothing until touched, so room for a large array and for the marks on it is only reserved.
+constexpr size_t kSharedRoom = 256 << 10, kSharedRooms = kMaxCluster * kSharedRoom;
+constexpr size_t kArenaBytes = size_t(32) << 30, kSector = 32, kGap = 256;
+constexpr uint32_t kSharedBase = 1024;  // what a kernel sees as its shared memory's address
 
 char* reserve(size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
@@ -91,11 +94,16 @@ void find_places(const std::set<const void*>& addresses) {
       settled = false;
     } else if (fgets(line, sizeof line, pipe) && count && line[0] != '?') {
       Place& place = places[asked[count - 1]];
-      if (char* end = strrchr(function, '(')) *end = 0;
+      if (char* end = strrchr(function, ')')) {
+        // Without the parameters, whose types may have parentheses, too.
+        for (int depth = 0; end > function; --end)
+          if (depth += (*end == ')') - (*end == '('), depth == 0) break;
+        *end = 0;
+      }
       place.function = function + (strncmp(function, "void ", 5) ? 0 : 5);
       const char* name = strrchr(line, '/') ? strrchr(line, '/') + 1 : line;
       if (!settled) place.line.assign(name, strcspn(name, " \n"));
-      settled |= strncmp(name, "ptx.cuh", 7) && strncmp(name, "simt.h", 6);
+      settled |= strncmp(name, "ptx", 3) && strncmp(name, "simt.h", 6);
     }
   }
   pclose(pipe);
@@ -175,14 +183,38 @@ struct Copy {
   const void* site;
 };
 
+// An mbarrier: it has 64 bits in shared memory, which hold only a number to find it by. What a
+// thread released before it arrived, and the copies of the phase, are seen by those that waited.
+struct Phaser {
+  char* address;
+  int rank, count, pending;
+  int64_t bytes = 0;  // to come
+  uint32_t phase = 0;
+  Clocks arrived = {};  // of this phase
+  std::shared_ptr<const Clocks> ended = {};
+  std::vector<uint16_t> waiting = {};
+};
+
+// A tensor copy on its way to one block.
+struct TensorCopy {
+  MatrixMap map;
+  int thread, col, row, phaser;
+  uint32_t phase;
+  char* smem;
+  const void* site;
+};
+
 struct Thread {
   Fibre fibre;
-  int index;
+  int index;                           // in the cluster
+  int rank;                            // of the block
   std::shared_ptr<const Clocks> seen;  // of every thread, what a barrier has put before us
   uint32_t clock = 1;                  // counts the thread's barriers
   std::vector<Copy> copies = {};       // not yet waited for
   int committed = 0;
-  const char* waits_at = nullptr;  // a barrier or collective, at this site
+  std::vector<uint32_t> fences = {};  // clocks at which it fenced its writes for wgmma and copies
+  const char* waits_at = nullptr;     // a barrier or collective, at this site
+  int waits_for = -1, parity = 0;     // a phaser
   const void* site = nullptr;
   bool done = false;
 };
@@ -202,7 +234,26 @@ struct Meeting {
   unsigned mask, arrived = 0;
 };
 
+// A wgmma that is not finished, and the accumulators of one or several of them. Operands are read
+// as late as they may be; until then the lanes' accumulators are NaN.
+struct Sums {
+  float* lane[32];
+  int cols, pending = 0;
+  float sum[16][256];
+};
+struct Product {
+  Wgmma what;
+  const uint32_t* a[32];
+  std::shared_ptr<Sums> sums;
+  int group;
+  const void* site;
+};
+
 struct Warp {
+  std::vector<Product> products = {};
+  int committed = 0, issued = 0;
+  bool fenced = false;
+  uint32_t clock = 0;    // counts its waits for wgmma
   Meeting meetings[32];  // by the lowest lane of the mask
   Operand operand[32];
   std::vector<Group> groups;
@@ -215,9 +266,21 @@ struct Barrier {
   std::vector<Thread*> arrived;
 };
 
-enum Kind : uint8_t { kRead, kWrite, kMatrixRead, kAsyncRead, kAsyncWrite, kArrival, kAtomic };
-const char* const kKindNames[] = {
-    "read", "write", "ldmatrix", "cp.async read", "cp.async write", "cp.async arrival", "atomic"};
+enum Kind : uint8_t {
+  kRead,
+  kWrite,
+  kMatrixRead,
+  kAsyncRead,
+  kWgmmaRead,
+  kTensorRead,
+  kAsyncWrite,
+  kArrival,
+  kAtomic,
+  kTensorWrite
+};
+const char* const kKindNames[] = {"read",       "write",       "ldmatrix",       "cp.async read",
+                                  "wgmma read", "tensor read", "cp.async write", "cp.async arrival",
+                                  "atomic",     "tensor copy"};
 bool writes(Kind kind) { return kind == kWrite || kind >= kAsyncWrite; }
 
 struct Site {
@@ -252,8 +315,8 @@ Options options;
 std::vector<Buffer> buffers;
 std::vector<Record> records;
 
-char *arena, *shared;
-[[maybe_unused]] size_t arena_used = kSharedRoom;
+char *arena, *shared_of[kMaxCluster];
+[[maybe_unused]] size_t arena_used = kSharedRooms;
 size_t shared_bytes;
 size_t watched;                  // bytes of the arena that the hooks look at: 0 outside a launch
 Cell* cells;                     // one for two bytes of the arena
@@ -266,16 +329,21 @@ std::vector<SiteReport> counters;           // of this launch
 
 std::array<Thread, kMaxThreads> threads;
 std::array<Warp, kMaxThreads / 32> warps;
-std::array<Barrier, 16> barriers;
-std::array<uint16_t, kMaxThreads> ready;  // a ring
+std::array<Barrier, 16 * kMaxCluster + 1> barriers;  // the last is the cluster's
+std::array<uint16_t, kMaxThreads> ready;             // a ring
 unsigned ready_head, ready_count;
 Fibre main_fibre;
 Thread* self;
-int alive;
+int cluster_size, alive, alive_of[kMaxCluster];
+dim3 cluster, block_of[kMaxCluster];
+std::vector<Phaser> phasers;
+std::vector<TensorCopy> tensor_copies;
+// By warpgroup: what its warps' wgmma must be in turn.
+std::vector<std::vector<Wgmma>> warpgroups;
 const std::function<void()>* body;
 Record* record;
-std::vector<uint32_t> order;      // of the blocks
-uint32_t block, first_block = 1;  // numbered through all launches; 0 is never
+std::vector<uint32_t> order;      // of the clusters
+uint32_t block, first_block = 1;  // clusters, numbered through all launches; 0 is never
 std::set<std::pair<uint32_t, uint32_t>> race_sites;
 std::string races, error;
 uint64_t random_state;
@@ -316,12 +384,16 @@ void push_ready(const Thread& thread, bool front) {
 void run_next(Fibre& from, bool last = false) {
   self = &threads[ready[ready_head++ % kMaxThreads]];
   --ready_count;
-  threadIdx.x = self->index;
+  threadIdx.x = self->index % blockDim.x;
+  blockIdx = block_of[self->rank];
   switch_to(from, self->fibre, last);
 }
 
+void deliver_some();
+
 // Runs whoever is ready; back here once somebody has made this thread ready again.
 void leave(bool last = false) {
+  if (!tensor_copies.empty()) deliver_some();
   Fibre& mine = self->fibre;
   if (ready_count)
     run_next(mine, last);
@@ -329,6 +401,8 @@ void leave(bool last = false) {
     switch_to(mine, main_fibre, last);
   self->waits_at = nullptr;
 }
+
+void end_block();
 
 void enter() {
 #ifdef __SANITIZE_ADDRESS__
@@ -340,19 +414,25 @@ void enter() {
   (*body)();
   self->done = true;
   --alive;
+  if (!--alive_of[self->rank]) end_block();
   leave(true);
 }
 
-std::string block_name(uint32_t number) {
-  const uint32_t i = order[number - first_block];
-  return text("block (", i % gridDim.x, ", ", i / gridDim.x % gridDim.y, ", ",
-              i / gridDim.x / gridDim.y, ")");
+dim3 block_at(uint32_t number, int rank) {
+  const unsigned i = order[number - first_block], x = gridDim.x / cluster.x,
+                 y = gridDim.y / cluster.y;
+  return {i % x * cluster.x + rank % cluster.x, i / x % y * cluster.y + rank / cluster.x,
+          i / x / y};
+}
+std::string block_name(uint32_t number, int rank) {
+  const dim3 at = block_at(number, rank);
+  return text("block (", at.x, ", ", at.y, ", ", at.z, ")");
 }
 
 // Leaves the launch; the fibres are never resumed.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... what) {
-  error = text(block_name(block), " thread ", self->index, ": ", what...);
+  error = text(block_name(block, self->rank), " thread ", self->index % blockDim.x, ": ", what...);
   switch_to(self->fibre, main_fibre);
   __builtin_unreachable();
 }
@@ -361,9 +441,17 @@ std::string at(const void* site) { return " at " + place_of(site).line; }
 // "threads 0-15: __syncthreads at forward.cu:33; threads 16-31: exited"
 std::string who_waits_where() {
   std::map<std::string, std::vector<int>> groups;
-  for (unsigned i = 0; i < blockDim.x; ++i) {
+  for (unsigned i = 0; i < blockDim.x * cluster_size; ++i) {
     const Thread& t = threads[i];
-    groups[t.waits_at ? t.waits_at + at(t.site) : t.done ? "exited" : "run"].push_back(i);
+    std::string where = t.waits_at ? t.waits_at + at(t.site) : t.done ? "exited" : "run";
+    if (t.waits_at && t.waits_for >= 0) {
+      const Phaser& p = phasers[t.waits_for];
+      where += text(" for parity ", t.parity, " of shared memory + ", p.address - shared_of[p.rank],
+                    " (", p.phase, " phases ended, ", p.pending, " of ", p.count, " arrivals and ",
+                    p.bytes, " bytes missing)");
+    }
+    if (t.rank) where += text(" in block ", t.rank, " of the cluster");
+    groups[where].push_back(i % blockDim.x);
   }
   std::string list;
   for (const auto& [where, members] : groups) {
@@ -502,30 +590,58 @@ void report_race(const Mark& now, const Mark& before, uint64_t offset) {
   if (!race_sites.insert({now.site, before.site}).second) return;
   const auto describe = [](const Mark& mark) {
     const Site& site = sites[mark.site];
-    return text(block_name(mark.block), " thread ", mark.thread, " (", kKindNames[site.kind],
-                at(site.address), ")");
+    const int total = blockDim.x * cluster_size, warp = mark.thread - total - kMaxPhasers;
+    const int rank = warp >= 0              ? warp * 32 / blockDim.x
+                     : mark.thread >= total ? phasers[mark.thread - total].rank
+                                            : mark.thread / blockDim.x;
+    return text(block_name(mark.block, rank),
+                warp >= 0              ? text(" warp ", warp - rank * blockDim.x / 32)
+                : mark.thread >= total ? std::string(" a copy")
+                                       : text(" thread ", mark.thread % blockDim.x),
+                " (", kKindNames[site.kind], at(site.address), ")");
   };
   const Buffer* buffer = buffer_of(offset, 1);
   races += text("race on ", buffer ? buffer->name : "shared memory", " + ",
-                buffer ? arena + offset - buffer->begin : offset, ": ", describe(now), " and ",
-                describe(before), "\n");
+                buffer ? arena + offset - buffer->begin : offset % kSharedRoom, ": ", describe(now),
+                " and ", describe(before), "\n");
   if (race_sites.size() == kMaxRaces) switch_to(self->fibre, main_fibre);
 }
 
-void check_order(const Thread& thread, uint64_t offset, int bytes, uint32_t site) {
-  const Kind kind = sites[site].kind;
-  const Mark now{block, thread.clock, site, uint16_t(thread.index), kind == kAtomic};
+// The writer must have fenced between its write and what made it seen.
+void check_fence(const Thread& thread, const Mark& mark, uint64_t offset, uint32_t site) {
+  const Thread& writer = threads[mark.thread];
+  const auto fence = std::lower_bound(writer.fences.begin(), writer.fences.end(), mark.clock);
+  const uint32_t until = &writer == &thread ? thread.clock - 1 : (*thread.seen)[mark.thread];
+  if (fence != writer.fences.end() && *fence <= until) return;
+  fail("no fence for wgmma and copies between the write of thread ", mark.thread % blockDim.x,
+       at(sites[mark.site].address), " and this ", kKindNames[sites[site].kind],
+       at(sites[site].address), " of shared memory + ", offset % kSharedRoom);
+}
+
+// The same as `thread` does at `now`, which may be what it has started.
+void check_order(const Thread& thread, const Mark& now, uint64_t offset, int bytes,
+                 bool keep = true) {
+  const Kind kind = sites[now.site].kind;
   // Shared memory is a new one for every block; earlier launches come before this one.
-  const uint32_t oldest = offset < kSharedRoom ? block : first_block;
+  const uint32_t oldest = offset < kSharedRooms ? block : first_block;
   const uint32_t* seen = thread.seen->data();
   const auto before_now = [&](const Mark& mark) {
-    return mark.block < oldest ||
-           (mark.block == block && (mark.thread == now.thread || seen[mark.thread] >= mark.clock));
+    return mark.block < oldest || (mark.block == block && (mark.thread == thread.index ||
+                                                           seen[mark.thread] >= mark.clock));
   };
   const auto clash = [&](const Mark& mark) {
     if (before_now(mark) || (mark.atomic && now.atomic)) return;
     report_race(now, mark, offset);
   };
+  if (kind == kWgmmaRead) {
+    for (Cell* cell = cells + offset / 2; cell <= cells + (offset + bytes - 1) / 2; ++cell) {
+      clash(cell->write);
+      if (cell->write.block == block && sites[cell->write.site].kind != kTensorWrite)
+        check_fence(thread, cell->write, offset, now.site);
+      if (keep) (before_now(cell->first) ? cell->first : cell->latest) = now;
+    }
+    return;
+  }
   for (Cell* cell = cells + offset / 2; cell <= cells + (offset + bytes - 1) / 2; ++cell) {
     clash(cell->write);
     if (writes(kind)) {
@@ -538,12 +654,19 @@ void check_order(const Thread& thread, uint64_t offset, int bytes, uint32_t site
   }
 }
 
+void check_order(const Thread& thread, uint64_t offset, int bytes, uint32_t site) {
+  check_order(thread,
+              {block, thread.clock, site, uint16_t(thread.index), sites[site].kind == kAtomic},
+              offset, bytes);
+}
+
 // Every access of a kernel to shared or global memory comes by here in the instrumented build.
 void note(const Thread& thread, const void* address, int bytes, Kind kind, const void* site) {
   const uint64_t offset = static_cast<const char*>(address) - arena;
   if (offset >= watched) return;
-  const bool is_shared = offset < kSharedRoom;
-  if (is_shared ? offset + bytes > shared_bytes : !buffer_of(offset, bytes))
+  const bool is_shared = offset < kSharedRooms;
+  if (is_shared ? offset - thread.rank * kSharedRoom + bytes > shared_bytes
+                : !buffer_of(offset, bytes))
     fail(kKindNames[kind], at(site), " outside ",
          is_shared ? text("shared memory of ", shared_bytes, " bytes") : "every buffer");
   const uint32_t index = site_of(site, kind, is_shared);
@@ -609,6 +732,388 @@ void load_matrices(int warp, const Operand* operand) {
   }
 }
 
+// Mbarriers and tensor copies.
+
+bool inside(const void* smem, int rank, size_t bytes) {
+  const size_t offset = static_cast<const char*>(smem) - shared_of[rank];
+  return offset < shared_bytes && bytes <= shared_bytes - offset;
+}
+// What a warp or the copy engine does, in the number of clocks behind those of threads.
+uint16_t clock_of_phaser(int phaser) { return blockDim.x * cluster_size + phaser; }
+uint16_t clock_of_warp(int warp) { return blockDim.x * cluster_size + kMaxPhasers + warp; }
+
+void merge(Clocks& into, const Clocks& other) {
+  if (into.empty()) into.resize(other.size());
+  for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], other[i]);
+}
+// The thread has seen `clocks` too. Most threads of a warp have seen the same before.
+void see(Thread& thread, const std::shared_ptr<const Clocks>& clocks) {
+  static std::shared_ptr<const Clocks> mine, theirs, both;
+  if (!options.check_races) return;
+  if (thread.seen != mine || clocks != theirs) {
+    mine = thread.seen;
+    theirs = clocks;
+    const auto merged = std::make_shared<Clocks>(*mine);
+    merge(*merged, *theirs);
+    both = merged;
+  }
+  thread.seen = both;
+}
+
+constexpr uint64_t kPhaserMagic = 0x6d62617272696572, kMapMagic = 0x74656e736f724d61;
+
+int phaser_of(const uint64_t* barrier, int rank, const void* site) {
+  if (!inside(barrier, rank, 8) || reinterpret_cast<uintptr_t>(barrier) % 8)
+    fail("an mbarrier that is not 8 bytes of shared memory", at(site));
+  uint64_t state;
+  memcpy(&state, barrier, 8);
+  const uint64_t number = state ^ kPhaserMagic;
+  if (number >= phasers.size() || phasers[number].address != reinterpret_cast<const char*>(barrier))
+    fail("no mbarrier was initialised at shared memory + ",
+         reinterpret_cast<const char*>(barrier) - shared_of[rank], ", used", at(site));
+  return number;
+}
+void note_barrier(const uint64_t* barrier, Kind kind, const void* site) {
+  const uint64_t offset = reinterpret_cast<const char*>(barrier) - arena;
+  if (offset < watched && options.check_races)
+    check_order(*self, offset, 8, site_of(site, kind, true));
+}
+
+void end_phase_if_complete(int number) {
+  Phaser& p = phasers[number];
+  if (p.pending || p.bytes) return;
+  ++p.phase;
+  p.pending = p.count;
+  if (options.check_races) {
+    p.arrived[clock_of_phaser(number)] = p.phase;
+    p.ended = std::make_shared<const Clocks>(std::exchange(p.arrived, {}));
+  }
+  shuffle_order(p.waiting.data(), p.waiting.size());
+  for (uint16_t thread : p.waiting) push_ready(threads[thread], false);
+  p.waiting.clear();
+}
+
+void count_copy(const TensorCopy& copy, uint32_t site, const char* from, int64_t bytes) {
+  SiteReport& counter = counters[site];
+  const uint64_t begin = (from - arena) / kSector, end = (from + bytes - 1 - arena) / kSector + 1;
+  counter.bytes += bytes;
+  counter.sectors += end - begin;
+  (void)copy;
+  for (uint64_t sector = begin; sector < end; ++sector)
+    record->report.global_unique_read_sectors +=
+        std::exchange(read_in[sector], launches) != launches;
+}
+
+// Calls f(line of the box, byte in the line, place in memory, bytes) for what is in the matrix.
+template <class F>
+void for_lines(const TensorCopy& copy, const F& f) {
+  const MatrixMap& m = copy.map;
+  const int64_t first = int64_t(copy.col) * m.element_bytes;
+  const int64_t begin = std::max<int64_t>(first, 0);
+  const int64_t end = std::min<int64_t>(first + 128, m.cols * m.element_bytes);
+  if (begin >= end) return;
+  for (int line = 0; line < m.box_rows; ++line) {
+    const int64_t row = int64_t(copy.row) + line;
+    if (row >= 0 && row < m.rows)
+      f(line, int(begin - first), m.data + row * m.row_bytes + begin, end - begin);
+  }
+}
+
+void deliver(const TensorCopy& copy) {
+  Phaser& p = phasers[copy.phaser];
+  self = &threads[copy.thread];
+  if (p.phase != copy.phase)
+    fail(
+        "the phase ended before its copy came: more bytes are copied than expected by the mbarrier",
+        at(copy.site));
+  memset(copy.smem, 0, size_t(copy.map.box_rows) * 128);
+  for_lines(copy, [&](int line, int byte, const char* from, int64_t bytes) {
+    char whole[128] = {};
+    memcpy(whole + byte, from, bytes);
+    for (int chunk = 0; chunk < 8; ++chunk)
+      memcpy(copy.smem + line * 128 + (chunk ^ (line & 7)) * 16, whole + chunk * 16, 16);
+  });
+  p.bytes -= int64_t(copy.map.box_rows) * 128;
+  end_phase_if_complete(copy.phaser);
+}
+
+// Copies arrive in any order, now or later, at the latest when there is nothing else to do.
+void deliver_some() {
+  Thread* const me = self;
+  while (!tensor_copies.empty() && (!ready_count || random_below(4) == 0)) {
+    std::swap(tensor_copies[random_below(tensor_copies.size())], tensor_copies.back());
+    const TensorCopy copy = tensor_copies.back();
+    tensor_copies.pop_back();
+    deliver(copy);
+  }
+  self = me;
+}
+
+// The block's last thread has exited.
+void end_block() {
+  const int rank = self->rank;
+  for (const TensorCopy& copy : tensor_copies)
+    if (phasers[copy.phaser].rank == rank)
+      fail("the block exits before its copy has arrived, started", at(copy.site));
+  const int first = rank * blockDim.x / 32, end = (rank + 1) * blockDim.x / 32;
+  for (int warp = first; warp < end; ++warp) {
+    const std::vector<Product>& products = warps[warp].products;
+    if (!products.empty())
+      fail("warp ", warp - first, " exits without waiting for its wgmma", at(products[0].site));
+    if (warps[warp].issued != warps[first + (warp - first) / 4 * 4].issued)
+      fail("warps ", (warp - first) / 4 * 4, " and ", warp - first,
+           " of a warpgroup have issued different numbers of wgmma");
+  }
+}
+
+// wgmma.
+
+using WideRow = float __attribute__((vector_size(32)));
+
+// sum += A B, or = A B, of 16 rows, 16 deep; no multiply-add is fused.
+__attribute__((always_inline)) inline void multiply_rows(float (*sum)[256], const float (*a)[16],
+                                                         const float (*b)[256], int cols,
+                                                         bool add) {
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < cols; j += 16) {
+      WideRow acc[4][2] = {};
+      for (int k = 0; k < 16; ++k) {
+        WideRow w[2];
+        memcpy(w, &b[k][j], sizeof w);
+        for (int r = 0; r < 4; ++r)
+          for (int h = 0; h < 2; ++h) acc[r][h] += a[i + r][k] * w[h];
+      }
+      for (int r = 0; r < 4; ++r) {
+        WideRow before[2] = {};
+        if (add) memcpy(before, &sum[i + r][j], sizeof before);
+        for (int h = 0; h < 2; ++h) before[h] += acc[r][h];
+        memcpy(&sum[i + r][j], before, sizeof before);
+      }
+    }
+}
+using MultiplyRows = void(float (*)[256], const float (*)[16], const float (*)[256], int, bool);
+void multiply_rows_baseline(float (*sum)[256], const float (*a)[16], const float (*b)[256],
+                            int cols, bool add) {
+  multiply_rows(sum, a, b, cols, add);
+}
+#ifdef __x86_64__
+__attribute__((target("avx2"))) void multiply_rows_avx2(float (*sum)[256], const float (*a)[16],
+                                                        const float (*b)[256], int cols, bool add) {
+  multiply_rows(sum, a, b, cols, add);
+}
+MultiplyRows* const multiply_rows_best = (__builtin_cpu_init(), __builtin_cpu_supports("avx2"))
+                                             ? multiply_rows_avx2
+                                             : multiply_rows_baseline;
+#else
+MultiplyRows* const multiply_rows_best = multiply_rows_baseline;
+#endif
+
+// Calls f(mn or k, chunk along the other, address of 16 bytes) for the 16-byte chunks of an operand
+// of `extent` lines, 16 deep. Lines lie along k, or transposed along mn.
+template <class F>
+__attribute__((always_inline)) inline void for_chunks(uint64_t descriptor, bool transposed,
+                                                      int extent, char* base, const F& f) {
+  const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
+                 stride = (descriptor >> 32 & 0x3fff) << 4;
+  const auto place = [&](uint32_t address) {
+    return base + (int64_t(address ^ (address >> 7 & 7) << 4) - kSharedBase);
+  };
+  if (!transposed) {
+    for (int mn = 0; mn < extent; ++mn)
+      for (int c = 0; c < 2; ++c) f(mn, c, place(start + mn / 8 * stride + mn % 8 * 128 + c * 16));
+  } else {
+    for (int k = 0; k < 16; ++k)
+      for (int c = 0; c < extent / 8; ++c)
+        f(k, c, place(start + c / 8 * leading + k / 8 * stride + k % 8 * 128 + c % 8 * 16));
+  }
+}
+
+// The rows of A that the warp has.
+uint64_t descriptor_of_a(const Wgmma& w, int warp) {
+  const int first = warp % 4 * 16;
+  const uint64_t stride = w.a_descriptor >> 32 & 0x3fff;
+  return w.a_descriptor + (w.transposed_a ? first * 2 / 16 : first / 8 * stride);
+}
+
+// Is what wgmma reads there, and not being written? Adjacent chunks go together.
+void check_operand(int warp, uint64_t descriptor, bool transposed, int extent, bool finished,
+                   const void* site) {
+  const Thread& thread = threads[warp * 32];
+  char* const base = shared_of[thread.rank];
+  if (descriptor >> 62 != 1) fail("a wgmma descriptor without the 128-byte swizzle", at(site));
+  const bool watching = watched && options.check_races;
+  const Mark now{block, warps[warp].clock + 1, watching ? site_of(site, kWgmmaRead, true) : 0,
+                 clock_of_warp(warp), false};
+  uint64_t from = 0, to = 0;
+  const auto check = [&] {
+    if (to > from) check_order(thread, now, from, to - from, finished);
+  };
+  for_chunks(descriptor, transposed, extent, base, [&](int, int, const char* chunk) {
+    if (!inside(chunk, thread.rank, 16))
+      fail("wgmma reads shared memory + ", chunk - base, " of ", shared_bytes, " bytes", at(site));
+    if (!watching) return;
+    const uint64_t offset = chunk - arena;
+    if (offset == to) {
+      to += 16;
+    } else if (offset + 16 == from) {
+      from -= 16;
+    } else {
+      check();
+      from = offset;
+      to = offset + 16;
+    }
+  });
+  check();
+}
+
+void to_floats(float* out, const uint16_t* in, int count, MmaKind kind) {
+  if (kind == kBf16)
+    for (int i = 0; i < count; ++i) out[i] = from_bf16(in[i]);
+  else
+    for (int i = 0; i < count; ++i) out[i] = from_f16(in[i]);
+}
+
+// An operand as floats [16][extent], k first, and its bytes: most often another warp has just read
+// the same.
+struct Converted {
+  uint64_t descriptor;
+  int extent;
+  bool transposed;
+  MmaKind kind;
+  uint16_t raw[16 * 256];
+  float value[16][256];
+};
+
+const Converted& convert(uint64_t descriptor, bool transposed, int extent, MmaKind kind,
+                         char* base) {
+  static std::vector<Converted> cache(64);
+  static uint16_t raw[16 * 256];
+  for_chunks(descriptor, transposed, extent, base, [&](int line, int chunk, const char* from) {
+    memcpy(raw + (transposed ? line * extent : line * 16) + chunk * 8, from, 16);
+  });
+  Converted& c = cache[(descriptor & 0x3fff) * 0x9e3779b97f4a7c15 >> 58];
+  const size_t bytes = 32 * extent;
+  if (c.descriptor == descriptor && c.transposed == transposed && c.extent == extent &&
+      c.kind == kind && !memcmp(c.raw, raw, bytes))
+    return c;
+  c.descriptor = descriptor;
+  c.extent = extent;
+  c.transposed = transposed;
+  c.kind = kind;
+  memcpy(c.raw, raw, bytes);
+  if (transposed) {
+    for (int k = 0; k < 16; ++k) to_floats(c.value[k], raw + k * extent, extent, kind);
+  } else {
+    static float lines[16 * 256];
+    to_floats(lines, raw, 16 * extent, kind);
+    for (int mn = 0; mn < extent; ++mn)
+      for (int k = 0; k < 16; ++k) c.value[k][mn] = lines[mn * 16 + k];
+  }
+  return c;
+}
+
+// A lane's accumulators 4 j ... are row lane / 4 (and + 8), columns 8 j + lane % 4 * 2 (and + 1).
+__attribute__((no_sanitize("address", "undefined"))) void move_sums(Sums& sums, bool to_lanes) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < sums.cols / 2; i += 2) {
+      float* const here = &sums.sum[lane / 4 + i % 4 / 2 * 8][i / 4 * 8 + lane % 4 * 2];
+      float* const there = sums.lane[lane] + i;
+      __builtin_memcpy(to_lanes ? there : here, to_lanes ? here : there, 8);
+    }
+}
+__attribute__((no_sanitize("address", "undefined"))) void poison(const Sums& sums) {
+  for (float* lane : sums.lane)
+    for (int i = 0; i < sums.cols / 2; ++i) lane[i] = __builtin_nanf("");
+}
+__attribute__((no_sanitize("address", "undefined"))) void load_a(const Product& product,
+                                                                 float (*a)[16]) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (int e = 0; e < 2; ++e) {
+        const uint16_t bits = product.a[lane][i] >> 16 * e;
+        a[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + e] =
+            product.what.kind == kBf16 ? from_bf16(bits) : from_f16(bits);
+      }
+}
+
+void issue_wgmma(int number, const Operand* operand) {
+  Warp& warp = warps[number];
+  const void* site = self->site;
+  const int in_block = number - threads[number * 32].rank * blockDim.x / 32;
+  if ((in_block / 4 + 1) * 128 > int(blockDim.x))
+    fail("wgmma of a warpgroup that is not whole", at(site));
+  Product product{*static_cast<const Wgmma*>(operand[0].in), {}, nullptr, warp.committed, site};
+  const Wgmma& w = product.what;
+  const auto same = [](const Wgmma& a, const Wgmma& b) {
+    return a.kind == b.kind && a.cols == b.cols && a.a_descriptor == b.a_descriptor &&
+           a.b_descriptor == b.b_descriptor && a.transposed_a == b.transposed_a &&
+           a.transposed_b == b.transposed_b && a.add == b.add && !a.a == !b.a;
+  };
+  for (int lane = 0; lane < 32; ++lane) {
+    const Wgmma& other = *static_cast<const Wgmma*>(operand[lane].in);
+    if (!same(w, other)) fail("the lanes of a warp give wgmma different operands", at(site));
+    product.a[lane] = other.a;
+  }
+  std::vector<Wgmma>& issued = warpgroups[number / 4];
+  if (warp.issued == int(issued.size())) issued.push_back(w);
+  if (!same(issued[warp.issued++], w))
+    fail("the warps of a warpgroup give wgmma different operands", at(site));
+  for (const Product& other : warp.products)
+    if (other.sums->lane[0] == operand[0].out) product.sums = other.sums;
+  if (!warp.fenced && (w.a || !product.sums))
+    fail("wgmma whose registers may have changed since wgmma_fence", at(site));
+  if (!product.sums) {
+    product.sums = std::make_shared<Sums>();
+    product.sums->cols = w.cols;
+    for (int lane = 0; lane < 32; ++lane)
+      product.sums->lane[lane] = static_cast<float*>(operand[lane].out);
+    if (w.add) move_sums(*product.sums, false);
+    poison(*product.sums);
+  }
+  for (int lane = 0; lane < 32; ++lane)
+    if (product.sums->lane[lane] != operand[lane].out || product.sums->cols != w.cols)
+      fail("wgmma that are under way share some of their accumulators", at(site));
+  ++product.sums->pending;
+  if (!w.a) check_operand(number, descriptor_of_a(w, number), w.transposed_a, 16, false, site);
+  check_operand(number, w.b_descriptor, w.transposed_b, w.cols, false, site);
+  record->report.wgmma += in_block % 4 == 0;
+  warp.products.push_back(product);
+}
+
+void finish_wgmma(int number, const Product& product) {
+  const Wgmma& w = product.what;
+  char* const base = shared_of[threads[number * 32].rank];
+  float a[16][16];
+  if (w.a) {
+    load_a(product, a);
+  } else {
+    const uint64_t descriptor = descriptor_of_a(w, number);
+    check_operand(number, descriptor, w.transposed_a, 16, true, product.site);
+    const Converted& from = convert(descriptor, w.transposed_a, 16, w.kind, base);
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 16; ++k) a[i][k] = from.value[k][i];
+  }
+  check_operand(number, w.b_descriptor, w.transposed_b, w.cols, true, product.site);
+  const Converted& b = convert(w.b_descriptor, w.transposed_b, w.cols, w.kind, base);
+  multiply_rows_best(product.sums->sum, a, b.value, w.cols, w.add);
+  if (--product.sums->pending == 0) move_sums(*product.sums, true);
+}
+
+void wait_wgmma(int number, int pending) {
+  Warp& warp = warps[number];
+  auto product = warp.products.begin();
+  for (; product != warp.products.end() && product->group < warp.committed - pending; ++product)
+    finish_wgmma(number, *product);
+  if (product == warp.products.begin()) return;
+  warp.products.erase(warp.products.begin(), product);
+  warp.fenced = false;
+  if (!options.check_races) return;
+  Clocks finished(threads[0].seen->size());
+  finished[clock_of_warp(number)] = ++warp.clock;
+  const auto clocks = std::make_shared<const Clocks>(std::move(finished));
+  for (int lane = 0; lane < 32; ++lane) see(threads[number * 32 + lane], clocks);
+}
+
 void perform(int warp, const Meeting& meeting) {
   const Operand* operand = warps[warp].operand;
   int all[32], count = 0;
@@ -633,6 +1138,15 @@ void perform(int warp, const Meeting& meeting) {
   } else if (meeting.what == Collective::kLoadMatrix) {
     ++record->report.load_matrix;
     load_matrices(warp, operand);
+  } else if (meeting.what == Collective::kWgmma) {
+    issue_wgmma(warp, operand);
+  } else if (meeting.what == Collective::kWgmmaFence) {
+    warps[warp].fenced = true;
+  } else if (meeting.what == Collective::kWgmmaCommit) {
+    ++warps[warp].committed;
+    warps[warp].fenced = false;
+  } else if (meeting.what == Collective::kWgmmaWait) {
+    wait_wgmma(warp, operand->argument);
   } else {
     ++record->report.mma;
     if (operand->argument == kBf16) multiply<uint16_t, from_bf16>(operand);
@@ -641,7 +1155,11 @@ void perform(int warp, const Meeting& meeting) {
   }
 }
 
-const char* const kCollectiveNames[] = {"__syncwarp", "a shuffle", "a vote", "ldmatrix", "mma"};
+void meet_at(Barrier& barrier, int wanted);
+
+const char* const kCollectiveNames[] = {"__syncwarp",  "a shuffle",    "a vote",
+                                        "ldmatrix",    "mma",          "wgmma",
+                                        "wgmma_fence", "wgmma_commit", "wgmma_wait"};
 
 }  // namespace
 
@@ -682,7 +1200,13 @@ void named_barrier(int id, int wanted) {
   if (id < 0 || id > 15 || wanted <= 0 || wanted > int(blockDim.x) ||
       (wanted % 32 && wanted != int(blockDim.x)))
     fail("barrier ", id, " of ", wanted, " threads", at(thread.site));
-  Barrier& barrier = barriers[id];
+  meet_at(barriers[thread.rank * 16 + id], wanted);
+}
+
+namespace {
+
+void meet_at(Barrier& barrier, int wanted) {
+  Thread& thread = *self;
   if (barrier.arrived.empty()) barrier.wanted = wanted;
   if (barrier.wanted != wanted)
     fail("threads come to one barrier with different counts: ", who_waits_where());
@@ -699,7 +1223,9 @@ void named_barrier(int id, int wanted) {
   }
 }
 
-void* shared_memory() { return shared; }
+}  // namespace
+
+void* shared_memory() { return shared_of[self->rank]; }
 
 void cp_async(void* smem, const void* global, int bytes) {
   Thread& thread = *self;
@@ -732,29 +1258,187 @@ void note_atomic(const void* address, int bytes, const void* site) {
   note(*self, address, bytes, kAtomic, static_cast<const char*>(site) - 1);
 }
 
+uint32_t shared_address(const void* smem) {
+  const uint64_t offset = static_cast<const char*>(smem) - shared_of[self->rank];
+  if (offset > shared_bytes) fail("the address of what is not in shared memory", at(CALL_SITE));
+  return kSharedBase + offset;
+}
+
+int cluster_rank() { return self->rank; }
+
+void cluster_sync() {
+  self->site = CALL_SITE;
+  self->waits_at = "cluster_sync";
+  meet_at(barriers.back(), blockDim.x * cluster_size);
+}
+
+void fence_proxy() {
+  Thread& thread = *self;
+  if (options.check_races) thread.fences.push_back(thread.clock++);
+}
+
+void barrier_init(uint64_t* barrier, int arrivals) {
+  const void* site = CALL_SITE;
+  if (!inside(barrier, self->rank, 8) || reinterpret_cast<uintptr_t>(barrier) % 8)
+    fail("an mbarrier that is not 8 bytes of shared memory", at(site));
+  if (arrivals < 1 || arrivals >= 1 << 20) fail("an mbarrier of ", arrivals, " arrivals", at(site));
+  note_barrier(barrier, kWrite, site);
+  size_t number = 0;
+  while (number < phasers.size() && phasers[number].address != reinterpret_cast<char*>(barrier))
+    ++number;
+  if (number == kMaxPhasers) fail("more mbarriers than the emulator holds", at(site));
+  Phaser fresh{reinterpret_cast<char*>(barrier), self->rank, arrivals, arrivals};
+  if (number == phasers.size()) phasers.emplace_back();
+  // Phases are counted on, for the clock of copies; parity starts with 0.
+  fresh.phase = (phasers[number].phase + 1) / 2 * 2;
+  if (options.check_races) fresh.arrived.resize(self->seen->size());
+  fresh.ended = std::make_shared<const Clocks>(self->seen->size());
+  phasers[number] = std::move(fresh);
+  const uint64_t state = number ^ kPhaserMagic;
+  memcpy(barrier, &state, 8);
+}
+
+void barrier_arrive(int rank, uint64_t* barrier, int expected_bytes) {
+  Thread& thread = *self;
+  const void* site = CALL_SITE;
+  if (rank < 0 || rank >= cluster_size || !alive_of[rank])
+    fail("an arrival in block ", rank, " of the cluster, which is not running", at(site));
+  barrier = reinterpret_cast<uint64_t*>(
+      shared_of[rank] + (reinterpret_cast<char*>(barrier) - shared_of[thread.rank]));
+  const int number = phaser_of(barrier, rank, site);
+  note_barrier(barrier, kAtomic, site);
+  Phaser& p = phasers[number];
+  if (!p.pending)
+    fail("more arrivals than the ", p.count, " of the mbarrier at shared memory + ",
+         p.address - shared_of[rank], at(site));
+  if (options.check_races) {
+    merge(p.arrived, *thread.seen);
+    p.arrived[thread.index] = thread.clock++;
+  }
+  p.bytes += expected_bytes;
+  --p.pending;
+  end_phase_if_complete(number);
+}
+
+void barrier_wait(uint64_t* barrier, int parity) {
+  Thread& thread = *self;
+  const void* site = CALL_SITE;
+  const int number = phaser_of(barrier, thread.rank, site);
+  note_barrier(barrier, kAtomic, site);
+  if (parity != 0 && parity != 1) fail("parity ", parity, at(site));
+  const uint32_t phase = phasers[number].phase;
+  while (int(phasers[number].phase & 1) == parity) {
+    thread.site = site;
+    thread.waits_at = "barrier_wait";
+    thread.waits_for = number;
+    thread.parity = parity;
+    phasers[number].waiting.push_back(thread.index);
+    leave();
+    thread.waits_for = -1;
+    if (phasers[number].phase > phase + 1)
+      fail("the next phase has ended, too, before a thread has seen the end of its phase",
+           at(site));
+  }
+  see(thread, phasers[number].ended);
+}
+
+cudaError_t make_map(void* map, const void* data, int element_bytes, int64_t rows, int64_t cols,
+                     int64_t row_stride, int box_rows, int box_cols) {
+  const int64_t row_bytes = row_stride * element_bytes;
+  if (reinterpret_cast<uintptr_t>(map) % 64 || reinterpret_cast<uintptr_t>(data) % 16 ||
+      row_bytes < 0 || row_bytes % 16 || row_bytes >= int64_t(1) << 40 || rows < 1 || cols < 1 ||
+      rows > int64_t(1) << 32 || cols > int64_t(1) << 32 || box_rows < 1 || box_rows > 256 ||
+      box_cols * element_bytes != 128)
+    return cudaErrorInvalidValue;
+  const MatrixMap m{
+      kMapMagic, static_cast<const char*>(data), rows, cols, row_bytes, element_bytes, box_rows,
+      {}};
+  static_assert(sizeof m == 128);
+  memcpy(map, &m, sizeof m);
+  return cudaSuccess;
+}
+
+void tensor_copy(unsigned blocks, void* smem, const void* map, int col, int row,
+                 uint64_t* barrier) {
+  Thread& thread = *self;
+  const void* site = CALL_SITE;
+  TensorCopy copy{{}, thread.index, col, row, 0, 0, nullptr, site};
+  memcpy(&copy.map, map, sizeof copy.map);
+  if (reinterpret_cast<uintptr_t>(map) % 64 || copy.map.magic != kMapMagic)
+    fail("a tensor copy without a tensor map aligned to 64 bytes", at(site));
+  const int64_t bytes = int64_t(copy.map.box_rows) * 128;
+  const int64_t offset = static_cast<char*>(smem) - shared_of[thread.rank];
+  if (!inside(smem, thread.rank, bytes) || offset % 1024)
+    fail("a tensor copy of ", bytes, " bytes to shared memory + ", offset, " of ", shared_bytes,
+         ": outside, or not aligned to 1024", at(site));
+  if (!blocks || blocks >> cluster_size) fail("a tensor copy to no block of the cluster", at(site));
+  const bool watching = watched && options.check_races;
+  bool first = true;
+  for (int rank = 0; rank < cluster_size; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    if (!alive_of[rank]) fail("a tensor copy to a block that has exited", at(site));
+    uint64_t* const there = reinterpret_cast<uint64_t*>(
+        shared_of[rank] + (reinterpret_cast<char*>(barrier) - shared_of[thread.rank]));
+    copy.phaser = phaser_of(there, rank, site);
+    copy.phase = phasers[copy.phaser].phase;
+    copy.smem = shared_of[rank] + offset;
+    note_barrier(there, kAtomic, site);
+    Mark now{block, copy.phase + 1, 0, clock_of_phaser(copy.phaser), false};
+    if (watching) {
+      now.site = site_of(site, kTensorWrite, true);
+      check_order(thread, now, copy.smem - arena, bytes);
+    }
+    memset(copy.smem, 0xff, bytes);
+    if (std::exchange(first, false) && watched) {
+      now.site = site_of(site, kTensorRead, false);
+      for_lines(copy, [&](int, int, const char* from, int64_t count) {
+        if (!buffer_of(from - arena, count)) fail("tensor read outside every buffer", at(site));
+        if (options.check_races) check_order(thread, now, from - arena, count);
+        if (options.count) count_copy(copy, now.site, from, count);
+      });
+      if (options.count) ++counters[now.site].requests;
+    }
+    ++record->report.tensor_copies;
+    record->report.tensor_copy_bytes += bytes;
+    tensor_copies.push_back(copy);
+  }
+}
+
 namespace {
 
-void run_block() {
-  if (shared_bytes) memset(shared, 0xff, shared_bytes);
-  const auto seen = std::make_shared<const Clocks>(blockDim.x);
-  for (unsigned i = 0; i < blockDim.x; ++i) {
+void run_cluster() {
+  const unsigned count = blockDim.x * cluster_size;
+  for (int rank = 0; rank < cluster_size; ++rank) {
+    if (shared_bytes) memset(shared_of[rank], 0xff, shared_bytes);
+    block_of[rank] = block_at(block, rank);
+    alive_of[rank] = blockDim.x;
+  }
+  const auto seen = std::make_shared<const Clocks>(count + kMaxPhasers + count / 32);
+  for (unsigned i = 0; i < count; ++i) {
     Thread& thread = threads[i];
-    thread = {.fibre = thread.fibre, .index = int(i), .seen = seen};
+    thread = {.fibre = thread.fibre, .index = int(i), .rank = int(i / blockDim.x), .seen = seen};
     prepare(thread.fibre, i, enter);
     ready[i] = i;
   }
-  for (Warp& warp : warps)
+  for (Warp& warp : warps) {
     for (Meeting& meeting : warp.meetings) meeting.arrived = 0;
+    warp.products.clear();
+    warp.committed = warp.issued = warp.clock = 0;
+    warp.fenced = false;
+  }
   for (Barrier& barrier : barriers) barrier.arrived.clear();
-  shuffle_order(ready.data(), blockDim.x);
-  alive = ready_count = blockDim.x;
+  phasers.clear();
+  tensor_copies.clear();
+  warpgroups.assign((count + 127) / 128, {});
+  shuffle_order(ready.data(), count);
+  alive = ready_count = count;
   ready_head = 0;
   error.clear();
   run_next(main_fibre);
   if (alive && error.empty() && race_sites.size() < kMaxRaces)
-    error = block_name(block) + ": deadlock: " + who_waits_where();
+    error = block_name(block, 0) + ": deadlock: " + who_waits_where();
   if (options.count)
-    for (unsigned i = 0; i < (blockDim.x + 31) / 32; ++i) flush(warps[i]);
+    for (unsigned i = 0; i < (count + 31) / 32; ++i) flush(warps[i]);
 }
 
 void sum_counters() {
@@ -776,10 +1460,16 @@ void sum_counters() {
 }  // namespace
 
 cudaError_t run(const void* kernel, const std::function<void()>& kernel_body, dim3 grid,
-                int thread_count, int bytes) {
-  if (thread_count < 1 || thread_count > kMaxThreads || bytes < 0 || bytes > kMaxShared ||
+                int thread_count, int bytes, int cluster_x, int cluster_y) {
+  if (thread_count < 1 || thread_count > kMaxBlockThreads || bytes < 0 || bytes > kMaxShared ||
       !grid.x || grid.x > 0x7fffffff || !grid.y || grid.y > 65535 || !grid.z || grid.z > 65535)
     return cudaErrorInvalidValue;
+  if (cluster_x < 1 || cluster_y < 1 || cluster_x * cluster_y > kMaxCluster || grid.x % cluster_x ||
+      grid.y % cluster_y || cluster_x * cluster_y * thread_count > kMaxThreads ||
+      (cluster_x * cluster_y > 1 && thread_count % 32))
+    return cudaErrorInvalidValue;
+  cluster = {unsigned(cluster_x), unsigned(cluster_y), 1};
+  cluster_size = cluster_x * cluster_y;
   records.push_back({});
   record = &records.back();
   record->kernel = kernel;
@@ -789,25 +1479,27 @@ cudaError_t run(const void* kernel, const std::function<void()>& kernel_body, di
   body = &kernel_body;
   ++launches;
   random_state = options.seed << 32 | records.size();
-  order.resize(size_t(grid.x) * grid.y * grid.z);
+  order.resize(size_t(grid.x) * grid.y * grid.z / cluster_size);
   for (uint32_t i = 0; i < order.size(); ++i) order[i] = i;
   shuffle_order(order.data(), order.size());
   race_sites.clear();
   races.clear();
   counters.assign(sites.size(), SiteReport());
 #ifdef __SANITIZE_ADDRESS__
-  if (posix_memalign(reinterpret_cast<void**>(&shared), 128, bytes)) throw std::bad_alloc();
+  for (int rank = 0; rank < cluster_size; ++rank)
+    if (posix_memalign(reinterpret_cast<void**>(&shared_of[rank]), 1024, bytes))
+      throw std::bad_alloc();
 #else
+  for (int rank = 0; rank < cluster_size; ++rank) shared_of[rank] = arena + rank * kSharedRoom;
   watched = options.check_races || options.count ? kArenaBytes : 0;
 #endif
   for (uint32_t i = 0; i < order.size() && error.empty() && race_sites.size() < kMaxRaces; ++i) {
     block = first_block + i;
-    blockIdx = {order[i] % grid.x, order[i] / grid.x % grid.y, order[i] / grid.x / grid.y};
-    run_block();
+    run_cluster();
   }
   watched = 0;
 #ifdef __SANITIZE_ADDRESS__
-  free(shared);
+  for (int rank = 0; rank < cluster_size; ++rank) free(shared_of[rank]);
 #endif
   sum_counters();
   const std::string message = races + std::exchange(error, "");
@@ -824,7 +1516,7 @@ void* allocate(const std::string& name, size_t bytes) {
   if (posix_memalign(reinterpret_cast<void**>(&memory), 256, bytes)) throw std::bad_alloc();
 #else
   if (!arena) {
-    shared = arena = reserve(kArenaBytes);
+    arena = reserve(kArenaBytes);
     cells = reinterpret_cast<Cell*>(reserve(kCellsBytes));
     read_in = reinterpret_cast<uint32_t*>(reserve(kStampsBytes));
     written_in = reinterpret_cast<uint32_t*>(reserve(kStampsBytes));
@@ -848,7 +1540,7 @@ void release_all() {
     madvise(read_in, kStampsBytes, MADV_DONTNEED);
     madvise(written_in, kStampsBytes, MADV_DONTNEED);
   }
-  arena_used = kSharedRoom;
+  arena_used = kSharedRooms;
 #endif
   buffers.clear();
 }

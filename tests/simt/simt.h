@@ -69,6 +69,8 @@ struct LaunchReport {
   uint64_t global_unique_read_sectors = 0, global_unique_write_sectors = 0;
   uint64_t shared_wavefronts = 0, bank_conflicts = 0;
   uint64_t mma = 0, load_matrix = 0, barriers = 0, atomics = 0;
+  uint64_t wgmma = 0;                                 // of a warpgroup
+  uint64_t tensor_copies = 0, tensor_copy_bytes = 0;  // bytes that fill shared memory
   std::vector<SiteReport> sites;
 };
 std::vector<LaunchReport> reports();
@@ -76,7 +78,17 @@ void reset();  // forgets the reports
 
 // For the kernels: what ptx.cuh and the functions below are made of.
 
-enum class Collective : uint8_t { kSyncWarp, kShuffle, kBallot, kLoadMatrix, kMma };
+enum class Collective : uint8_t {
+  kSyncWarp,
+  kShuffle,
+  kBallot,
+  kLoadMatrix,
+  kMma,
+  kWgmma,
+  kWgmmaFence,
+  kWgmmaCommit,
+  kWgmmaWait
+};
 enum MmaKind { kBf16, kF16, kTf32 };
 
 struct Operand {
@@ -94,7 +106,38 @@ void cp_async_commit();
 void cp_async_wait(int pending);
 void note_atomic(const void* address, int bytes, const void* site);
 cudaError_t run(const void* kernel, const std::function<void()>& body, dim3 grid, int threads,
-                int shared_bytes);
+                int shared_bytes, int cluster_x = 1, int cluster_y = 1);
+
+// For ptx_sm90.cuh, whose functions these are.
+
+// What a lane gives to wgmma. Each warp multiplies its own 16 of the 64 rows: `a` are its
+// registers, or null where A is in shared memory.
+struct Wgmma {
+  MmaKind kind;
+  int cols;
+  const uint32_t* a;
+  uint64_t a_descriptor, b_descriptor;
+  bool transposed_a, transposed_b, add;
+};
+// A CUtensorMap's 128 bytes.
+struct MatrixMap {
+  uint64_t magic;
+  const char* data;
+  int64_t rows, cols, row_bytes;
+  int32_t element_bytes, box_rows;
+  uint64_t padding[10];
+};
+cudaError_t make_map(void* map, const void* data, int element_bytes, int64_t rows, int64_t cols,
+                     int64_t row_stride, int box_rows, int box_cols);
+uint32_t shared_address(const void* smem);
+int cluster_rank();
+void cluster_sync();
+void barrier_init(uint64_t* barrier, int arrivals);
+void barrier_arrive(int block, uint64_t* barrier, int expected_bytes);
+void barrier_wait(uint64_t* barrier, int parity);
+void tensor_copy(unsigned blocks, void* smem, const void* map, int col, int row, uint64_t* barrier);
+// Makes what the thread wrote to shared memory known to wgmma and to copies.
+void fence_proxy();
 
 // Lane l gives row l % 8 of matrix l / 8 and gets word l % 4 of row l / 4 of each matrix.
 __forceinline__ void load_matrix(uint32_t (&frag)[4], const void* row, bool transposed) {
@@ -127,6 +170,15 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
   static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096);
   const auto body = [&] { kernel(params); };
   return run(reinterpret_cast<const void*>(kernel), body, grid, threads, shared_bytes);
+}
+
+// `cluster` neighbouring blocks run at once, each in its own shared memory.
+template <class Params>
+cudaError_t launch_cluster(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
+                           int cluster, cudaStream_t, const Params& params) {
+  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096);
+  const auto body = [&] { kernel(params); };
+  return run(reinterpret_cast<const void*>(kernel), body, grid, threads, shared_bytes, cluster);
 }
 
 }  // namespace simt

@@ -1,0 +1,63 @@
+// What becomes of a warpgroup's products [64 classes, rows]: a lane has two classes, of them 8
+// successive rows of every 32. Sums over classes are shuffled together, 8 rows to 8 lanes.
+#pragma once
+
+#include "epilogue.cuh"
+#include "mainloop_sm90.cuh"
+
+namespace tvmf::sm90 {
+
+// v[i] of 8 lanes of a column of the warp; lane `group` gets all of v[group].
+template <class T, class Add>
+__device__ __forceinline__ T gather_rows(const T (&v)[8], int group, const Add& add) {
+  T four[4], two[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const T keep = group & 4 ? v[i + 4] : v[i], send = group & 4 ? v[i] : v[i + 4];
+    four[i] = add(keep, __shfl_xor_sync(0xffffffff, send, 16));
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const T keep = group & 2 ? four[i + 2] : four[i], send = group & 2 ? four[i] : four[i + 2];
+    two[i] = add(keep, __shfl_xor_sync(0xffffffff, send, 8));
+  }
+  const T keep = group & 1 ? two[1] : two[0], send = group & 1 ? two[0] : two[1];
+  return add(keep, __shfl_xor_sync(0xffffffff, send, 4));
+}
+
+__device__ __forceinline__ float sum_rows(const float (&v)[8], int group) {
+  return gather_rows(v, group, [](float a, float b) { return a + b; });
+}
+
+// The lane's 8 rows of 32, of a vector in shared memory.
+__device__ __forceinline__ void load_rows(float (&v)[8], const float* smem, int first) {
+  struct alignas(16) Four {
+    float v[4];
+  };
+  const Four low = load_as<Four>(smem + first), high = load_as<Four>(smem + first + 4);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = low.v[i], v[i + 4] = high.v[i];
+}
+
+// Of product row i of 8 of group b of 32, class h of 2.
+__host__ __device__ constexpr int accumulator_of(int b, int i, int h) {
+  return (b * 4 + i / 2) * 4 + h * 2 + i % 2;
+}
+
+// A lane's two classes.
+struct ClassPair {
+  ClassValues<float> terms[2];
+  float rnorm[2];
+};
+
+// The features as the products' operands: rows and columns in their order (source_of), zeros
+// beyond the last. One of the two may be null.
+struct ArrangeParams {
+  MatrixRef x;
+  int64_t N, D, rows, columns;  // rows: a multiple of 32, columns: of 64
+  void* by_rows;                // [rows, columns]  both arranged: the cosines' operand
+  void* by_columns;             // [N, columns]  columns arranged: the weight gradient's operand
+};
+cudaError_t arrange_rows(const ArrangeParams& params, cudaStream_t stream);
+
+}  // namespace tvmf::sm90

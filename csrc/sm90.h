@@ -1,0 +1,40 @@
+// The way to the kernels for Hopper: 16-bit features, float32 weights that bulk copies can read.
+#pragma once
+
+#include "mainloop_sm90.cuh"
+#include "passes.cuh"
+
+namespace tvmf::sm90 {
+
+#ifndef TVMF_SIMT
+// Rows [rows, cols] as boxes of box_rows lines of 128 bytes; what is outside is read as 0.
+cudaError_t make_tensor_map(TensorMap* map, const void* data, DType dtype, int64_t rows,
+                            int64_t cols, int64_t row_stride, int box_rows, int box_cols);
+#endif
+
+// Calls f with the plan's kind of 16-bit product and its shape of cosine tiles.
+template <class F>
+cudaError_t with_cosine_shape(const CudaPlan& plan, const F& f) {
+  const auto with_math = [&](auto shape) {
+    return plan.math == Math::kBf16 ? f(MathConstant<Math::kBf16>{}, shape)
+                                    : f(MathConstant<Math::kF16>{}, shape);
+  };
+  return plan.hopper.few ? with_math(CosineShape<128, true>{})
+                         : with_math(CosineShape<256, false>{});
+}
+
+// `arranged` takes plan.hopper.rows x columns numbers of the features' dtype.
+cudaError_t row_statistics(const ForwardParams<float>& p, const CudaPlan& plan, void* arranged,
+                           cudaStream_t stream);
+
+// All chunks of classes: weights', bias', kappa's gradients and the sums that are left to finish.
+struct GradientBuffers {
+  void* arranged;          // [rows, columns]  rows and columns arranged
+  void* arranged_columns;  // [N, columns]
+  void* grad;              // [chunk, grad_stride]  t_nc r_n q_c gain, a class a line
+  void* weight;            // [chunk, weight_stride]  the chunk's weights, rounded
+};
+cudaError_t class_gradients(const BackwardParams<float>& p, const CudaPlan& plan,
+                            const GradientBuffers& buffers, cudaStream_t stream);
+
+}  // namespace tvmf::sm90
