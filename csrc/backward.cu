@@ -20,9 +20,20 @@ __device__ __forceinline__ T block_max(T v, T* smem) {
   return v;
 }
 
+template <class T>
+__device__ __forceinline__ void store_row(GradientRow<T>* to, const GradientRow<T>& row) {
+  struct Parts {
+    Chunk part[sizeof(GradientRow<T>) / 16];
+  };
+  const auto parts = bits_as<Parts>(row);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(Parts) / 16); ++i) reinterpret_cast<Chunk*>(to)[i] = parts.part[i];
+}
+
 constexpr int kPrepareThreads = 512;
 
 // One block: dL/dlse, dL/dtarget and dL/dsum of every row, and the gain of float16's gradient tile.
+// It is all latency: a row's terms are under way while sums are made over all rows and classes.
 template <class T>
 __global__ void __launch_bounds__(kPrepareThreads, 1)
     prepare_gradient(const __grid_constant__ BackwardParams<T> p) {
@@ -30,63 +41,97 @@ __global__ void __launch_bounds__(kPrepareThreads, 1)
   const CudaHead& head = p.head;
   const bool of_loss = p.upstream.loss.data, mean = p.options.reduction == Reduction::kMean;
   const double keep = 1 - p.options.label_smoothing, smooth = p.options.label_smoothing / head.C;
-  const auto label_of = [&](int64_t n) {
-    const int64_t y = head.target[n * head.target_stride];
-    return y == head.ignore_index ? -1 : y >= 0 && y < head.C ? y : -2;
+  const auto label_of = [&](int64_t target) {
+    return target == head.ignore_index ? -1 : target >= 0 && target < head.C ? target : -2;
   };
   const auto omega_of = [&](int64_t label) {
     return double(value_at<T>(head.class_weight, label));
   };
+  struct Terms {
+    int64_t target;
+    T rnorm, max, sum_exp, target_product;
+    T upstream[3];  // of the loss, or of lse, target and sum
+  };
+  const auto terms_of = [&](int64_t n) {
+    if (n >= head.N) return Terms{};
+    const T* saved = p.saved + n;
+    Terms terms{head.target[n * head.target_stride],
+                saved[p.layout.x_rnorm],
+                saved[p.layout.max],
+                saved[p.layout.sum_exp],
+                saved[p.layout.target_product],
+                {}};
+    if (of_loss) {
+      terms.upstream[0] = value_at<T>(p.upstream.loss, n);
+    } else {
+      terms.upstream[0] = value_at<T>(p.upstream.lse, n);
+      terms.upstream[1] = value_at<T>(p.upstream.target, n);
+      terms.upstream[2] = value_at<T>(p.upstream.sum, n);
+    }
+    return terms;
+  };
+  Terms next = terms_of(threadIdx.x);
 
-  double total_weight = 0, omega_sum = 0, omega_max = 0;
+  double sums[2] = {};    // of the rows' weights and of the classes'
+  double maxima[3] = {};  // of the classes' weights, of phi' and of the classes' 1/norm
   if (of_loss && mean) {
     for (int64_t n = threadIdx.x; n < head.N; n += kPrepareThreads) {
-      const int64_t label = label_of(n);
-      total_weight += label == -1 ? 0 : label == -2 ? 1 : omega_of(label);
+      const int64_t label = label_of(head.target[n * head.target_stride]);
+      sums[0] += label == -1 ? 0 : label == -2 ? 1 : omega_of(label);
     }
-    total_weight = block_sum(total_weight, smem);
   }
-  if (p.with_sum) {
-    for (int64_t c = threadIdx.x; c < head.C; c += kPrepareThreads) {
-      const double omega = omega_of(c);
-      omega_sum += omega;
-      omega_max = larger(omega_max, omega);
-    }
-    omega_sum = block_sum(omega_sum, smem);
-    omega_max = block_max(omega_max, smem);
+  const bool weighted = head.class_weight.data;
+  if (p.with_sum && weighted) {
+    for_values<T>(head.class_weight, head.C, [&](double omega) {
+      sums[1] += omega;
+      maxima[0] = larger(omega, maxima[0]);
+    });
   }
+  if (p.float16) {
+    const auto note_kappa = [&](double kappa) {
+      maxima[1] = larger(kappa > 0 ? 1 + 2 * kappa : 1 / (1 + 2 * kappa), maxima[1]);
+    };
+    if (head.kappa.data && head.kappa.stride != 0)
+      for_values<T>(head.kappa, head.C, note_kappa);
+    else
+      note_kappa(value_at<T>(head.kappa, 0));
+    const VectorRef rnorms{p.saved + p.layout.weight_rnorm, DType::kFloat32, 1, 0};
+    for_values<T>(rnorms, head.C, [&](T rnorm) {
+      maxima[2] = larger(double(inner_rnorm(rnorm, true)), maxima[2]);
+    });
+  }
+  if ((of_loss && mean) || (p.with_sum && weighted)) block_sums(sums, smem);
+  if ((p.with_sum && weighted) || p.float16) block_maxima(maxima, smem);
+  const double total_weight = sums[0];
+  const double omega_sum = weighted ? sums[1] : head.class_weight.value * double(head.C);
+  const double omega_max = weighted ? maxima[0] : head.class_weight.value;
 
-  double largest = 0;
+  double largest[1] = {};
   for (int64_t n = threadIdx.x; n < head.N; n += kPrepareThreads) {
-    const int64_t label = label_of(n);
+    const Terms terms = next;
+    next = terms_of(n + kPrepareThreads);
+    const int64_t label = label_of(terms.target);
     T a = 0, b = 0, s = 0;
     if (of_loss) {
       if (label >= 0) {
-        double g = value_at<T>(p.upstream.loss, n);
+        double g = terms.upstream[0];
         if (mean) g /= total_weight;
-        const double weighted = keep * omega_of(label);
-        a = T(g * (weighted + smooth * omega_sum));
-        b = T(-g * weighted);
+        const double weight = keep * omega_of(label);
+        a = T(g * (weight + smooth * omega_sum));
+        b = T(-g * weight);
         s = T(-g * smooth);
       }
     } else {
-      a = value_at<T>(p.upstream.lse, n);
-      b = value_at<T>(p.upstream.target, n);
-      s = value_at<T>(p.upstream.sum, n);
+      a = terms.upstream[0];
+      b = terms.upstream[1];
+      s = terms.upstream[2];
     }
     if (label == -2) a = b = s = T(__builtin_nan(""));
-    const T rnorm = p.saved[p.layout.x_rnorm + n], inner = inner_rnorm(rnorm, p.float16);
-    p.rows[n] = {rnorm,
-                 inner,
-                 p.saved[p.layout.max + n],
-                 1 / p.saved[p.layout.sum_exp + n],
-                 a,
-                 b,
-                 s,
-                 p.saved[p.layout.target_product + n],
-                 label};
-    largest = larger(
-        largest, (fabs(double(a)) + fabs(double(b)) + fabs(double(s)) * omega_max) * double(inner));
+    const T inner = inner_rnorm(terms.rnorm, p.float16);
+    store_row(p.rows + n, {terms.rnorm, inner, terms.max, 1 / terms.sum_exp, a, b, s,
+                           terms.target_product, label, 0});
+    const double bound = fabs(double(a)) + fabs(double(b)) + fabs(double(s)) * omega_max;
+    largest[0] = larger(bound * double(inner), largest[0]);
   }
   if (!p.float16) {
     if (threadIdx.x == 0) p.gain[0] = p.gain[1] = 1;
@@ -94,14 +139,8 @@ __global__ void __launch_bounds__(kPrepareThreads, 1)
   }
 
   // |t r q| <= largest * scale * max phi' * max q: bring that to 2^12 of float16's 2^16.
-  double steepest = 0, longest = 0;
-  for (int64_t c = threadIdx.x; c < head.C; c += kPrepareThreads) {
-    const double kappa = value_at<T>(head.kappa, c);
-    steepest = larger(steepest, kappa > 0 ? 1 + 2 * kappa : 1 / (1 + 2 * kappa));
-    longest = larger(longest, double(inner_rnorm(p.saved[p.layout.weight_rnorm + c], true)));
-  }
-  const double bound = block_max(largest, smem) * block_max(steepest, smem) *
-                       block_max(longest, smem) * double(Scale<T>::of(head).value);
+  block_maxima(largest, smem);
+  const double bound = largest[0] * maxima[1] * maxima[2] * double(Scale<T>::of(head).value);
   const int exponent = bound > 1e-30 && bound < 1e30 ? 12 - ilogb(bound) : 0;
   const T gain = T(exp2(double(exponent)));
   if (threadIdx.x == 0) p.gain[0] = gain, p.gain[1] = 1 / gain;
@@ -485,7 +524,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   }
 }
 
-constexpr int kFinishThreads = 256;
+constexpr int kFinishThreads = 512;
+
+// Rows of a block of finish_gradient: several share the sectors of row_dot, as long as a thread has
+// but four features and there is a block for every multiprocessor.
+TVMF_HOST_DEVICE int rows_to_finish(int64_t N, int64_t D) {
+  int rows = 1;
+  while (rows < 8 && 2 * rows * D <= 4 * kFinishThreads && 2 * rows * 128 <= N) rows *= 2;
+  return rows;
+}
 
 template <class T>
 __device__ __forceinline__ T element_at(const MatrixRef& matrix, int64_t row, int64_t col) {
@@ -493,38 +540,164 @@ __device__ __forceinline__ T element_at(const MatrixRef& matrix, int64_t row, in
   return value_at<T>(line, row * matrix.row_stride + col * matrix.col_stride);
 }
 
-// A block a row: adds up the runs of classes in order, and projects. The last block has the totals.
+// Four neighbours of a row of x, which lie side by side and aligned.
 template <class T>
-__global__ void __launch_bounds__(kFinishThreads)
+__device__ __forceinline__ void elements_at(const MatrixRef& matrix, int64_t at, T (&out)[4]) {
+  const auto load = [&](const auto* data) {
+    struct Run {
+      std::remove_cvref_t<decltype(*data)> element[4];
+    };
+    const auto run = load_as<Run>(data + at);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) out[k] = to_number<T>(run.element[k]);
+  };
+  switch (matrix.dtype) {
+    case DType::kFloat16: load(static_cast<const f16*>(matrix.data)); break;
+    case DType::kBFloat16: load(static_cast<const bf16*>(matrix.data)); break;
+    case DType::kFloat32: load(static_cast<const float*>(matrix.data)); break;
+    default:
+      if constexpr (sizeof(T) == 8) load(static_cast<const double*>(matrix.data));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_four_at(const GradientRef& to, int64_t at,
+                                              const T (&values)[4]) {
+  const auto store = [&](auto* data) {
+    using Y = std::remove_cvref_t<decltype(*data)>;
+    struct {
+      Pair<Y> pair[2];
+    } run{round_pair<Y>(values[0], values[1]), round_pair<Y>(values[2], values[3])};
+    store_as(data + at, run);
+  };
+  switch (to.dtype) {
+    case DType::kFloat16: store(static_cast<f16*>(to.data)); break;
+    case DType::kBFloat16: store(static_cast<bf16*>(to.data)); break;
+    case DType::kFloat32: store(static_cast<float*>(to.data)); break;
+    default:
+      store_pair_at(to, at, values[0], values[1], true);
+      store_pair_at(to, at + 2, values[2], values[3], true);
+  }
+}
+
+// A block some rows: adds up the runs of classes in order, and projects. The last block has the
+// totals. It is all latency and bytes: of up to four slots and eight runs (float64: four) the loads
+// are under way together, before the sum over slots is made.
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads, sizeof(T) == 4 ? 2 : 1)
     finish_gradient(const __grid_constant__ BackwardParams<T> p) {
-  double* smem = static_cast<double*>(simt::shared_memory());
+  constexpr int kWarps = kFinishThreads / kWarp, kSlots = 4, kRuns = 32 / int(sizeof(T));
   const CudaHead& head = p.head;
-  const int64_t n = blockIdx.x;
-  if (n == head.N) {
-    double scale = 0, kappa = 0;
+  if (blockIdx.x == gridDim.x - 1) {
+    double sums[2] = {};
     for (int64_t i = threadIdx.x; i < p.total_count; i += kFinishThreads) {
-      scale += p.totals[2 * i];
-      kappa += p.totals[2 * i + 1];
+      const auto pair = load_as<Pair<double>>(p.totals + 2 * i);
+      sums[0] += pair.low;
+      sums[1] += pair.high;
     }
-    scale = block_sum(scale, smem);
-    kappa = block_sum(kappa, smem);
+    block_sums(sums, static_cast<double*>(simt::shared_memory()));
     if (threadIdx.x != 0) return;
-    if (p.out.scale.data) store_at(p.out.scale, 0, T(scale * Scale<T>::of(head).derivative));
-    if (p.out.kappa.data && head.kappa.stride == 0) store_at(p.out.kappa, 0, T(kappa));
+    if (p.out.scale.data) store_at(p.out.scale, 0, T(sums[0] * Scale<T>::of(head).derivative));
+    if (p.out.kappa.data && head.kappa.stride == 0) store_at(p.out.kappa, 0, T(sums[1]));
     return;
   }
-  if (!p.out.x.data) return;
-  const int64_t slots = p.dot_slots;
-  T dot = 0;
-  for (int64_t s = threadIdx.x; s < slots; s += kFinishThreads) dot += p.row_dot[s * head.N + n];
-  dot = block_sum(dot, reinterpret_cast<T*>(smem));
-  const T rnorm = p.saved[p.layout.x_rnorm + n], factor = projection(dot, rnorm);
-  const T gain = p.gain[1] * (inner_rnorm(rnorm, p.float16) == rnorm ? T(1) : rnorm);
-  for (int64_t d = threadIdx.x; d < head.D; d += kFinishThreads) {
-    T sum = 0;
-    for (int64_t s = 0; s < p.input_splits; ++s) sum += p.dx[(s * head.N + n) * head.D + d];
-    store_at(p.out.x, n * head.D + d, gain * sum - factor * element_at<T>(head.x, n, d));
-  }
+
+  T* dots_smem = static_cast<T*>(simt::shared_memory());  // [rows, kWarps]
+  const int rows = rows_to_finish(head.N, head.D), lane = threadIdx.x % kWarp;
+  const int64_t first_row = int64_t(blockIdx.x) * rows, left = head.N - first_row;
+  const T* dot_column = p.row_dot + first_row + threadIdx.x % rows;
+  const int64_t slots = threadIdx.x % rows < left ? p.dot_slots : 0;
+  const auto load_slots = [&](int64_t first, T(&dots)[kSlots]) {
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) {
+      const int64_t slot = first + k * (kFinishThreads / rows);
+      dots[k] = slot < slots ? dot_column[slot * head.N] : T(0);
+    }
+  };
+  // Everything but the loads is done once their first ones are under way.
+  const auto project = [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    struct Run {
+      T element[kWidth];
+    };
+    const int units = int((head.D + kWidth - 1) / kWidth);
+    const int64_t count = (left < rows ? left : rows) * units;
+    T sum[kWidth], x[kWidth], rnorm = 0, gain = 0;
+    int row = 0;
+    int64_t d = 0;
+    const auto gather = [&](int64_t unit) {
+      row = rows == 1 ? 0 : int(unit) / units;
+      d = (unit - int64_t(row) * units) * kWidth;
+      const int64_t n = first_row + row;
+      const auto load_runs = [&](int64_t first, Run(&runs)[kRuns]) {
+#pragma unroll
+        for (int k = 0; k < kRuns; ++k)
+          runs[k] = first + k < p.input_splits
+                        ? load_as<Run>(p.dx + ((first + k) * head.N + n) * head.D + d)
+                        : Run{};
+      };
+      Run runs[kRuns];
+      load_runs(0, runs);
+      rnorm = p.saved[p.layout.x_rnorm + n];
+      gain = p.gain[1];
+      if constexpr (kWidth == 4)
+        elements_at(head.x, n * head.x.row_stride + d, x);
+      else
+        x[0] = element_at<T>(head.x, n, d);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sum[i] = 0;
+      for (int64_t s = 0;;) {
+#pragma unroll
+        for (int k = 0; k < kRuns; ++k)
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i) sum[i] += runs[k].element[i];
+        s += kRuns;
+        if (s >= p.input_splits) break;
+        load_runs(s, runs);
+      }
+    };
+    T dots[kSlots];
+    int64_t slot = int(threadIdx.x) / rows, unit = threadIdx.x;
+    load_slots(slot, dots);
+    if (unit < count) gather(unit);
+
+    T dot = 0;
+    for (;;) {
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k) dot += dots[k];
+      slot += kSlots * (kFinishThreads / rows);
+      if (slot >= slots) break;
+      load_slots(slot, dots);
+    }
+    for (int mask = rows; mask < kWarp; mask *= 2) dot += __shfl_xor_sync(0xffffffff, dot, mask);
+    if (lane < rows) dots_smem[lane * kWarps + int(threadIdx.x) / kWarp] = dot;
+    __syncthreads();
+
+    while (unit < count) {
+      dot = 0;
+#pragma unroll
+      for (int warp = 0; warp < kWarps; ++warp) dot += dots_smem[row * kWarps + warp];
+      const T factor = projection(dot, rnorm);
+      const T all = gain * (inner_rnorm(rnorm, p.float16) == rnorm ? T(1) : rnorm);
+      const int64_t at = (first_row + row) * head.D + d;
+      if constexpr (kWidth == 4) {
+        T values[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[i] = all * sum[i] - factor * x[i];
+        store_four_at(p.out.x, at, values);
+      } else {
+        store_at(p.out.x, at, all * sum[0] - factor * x[0]);
+      }
+      unit += kFinishThreads;
+      if (unit < count) gather(unit);
+    }
+  };
+  const bool fours = head.D % 4 == 0 && head.x.col_stride == 1 && head.x.row_stride % 4 == 0 &&
+                     reinterpret_cast<uintptr_t>(head.x.data) % 16 == 0;
+  if (fours)
+    project(std::integral_constant<int, 4>{});
+  else
+    project(std::integral_constant<int, 1>{});
 }
 
 template <Math kMath, class W, class Shape, class T>
@@ -574,15 +747,8 @@ cudaError_t backward(const CudaHead& head, const LossOptions& options, const Cud
                       .dot_slots = dot_slots(plan)};
   const bool class_outputs = out.weight.data || out.bias.data || out.kappa.data;
   cudaError_t error = simt::launch(prepare_gradient<T>, dim3(1), kPrepareThreads,
-                                   kPrepareThreads / kWarp * 8, stream, p);
-  if constexpr (sizeof(W) > sizeof(typename MathTraits<kMath>::X))
-    if (plan.hopper.used && error == cudaSuccess)
-      error = sm90::class_gradients(p, plan,
-                                    {base + at.arranged, base + at.arranged_columns,
-                                     base + at.grad, base + at.weight},
-                                    stream);
-  for (int64_t begin = plan.hopper.used ? head.C : 0; begin < head.C && error == cudaSuccess;
-       begin += plan.chunk) {
+                                   3 * kPrepareThreads / kWarp * 8, stream, p);
+  for (int64_t begin = 0; begin < head.C && error == cudaSuccess; begin += plan.chunk) {
     p.chunk_begin = begin;
     p.chunk_count = std::min(plan.chunk, head.C - begin);
     const unsigned tiles = unsigned(ceil_div(p.chunk_count, kClasses));
@@ -610,8 +776,9 @@ cudaError_t backward(const CudaHead& head, const LossOptions& options, const Cud
   }
   const bool scalars = out.scale.data || (out.kappa.data && head.kappa.stride == 0);
   if (error != cudaSuccess || !(out.x.data || scalars)) return error;
-  return simt::launch(finish_gradient<T>, dim3(unsigned(head.N + 1)), kFinishThreads,
-                      kFinishThreads / kWarp * 8, stream, p);
+  const int64_t row_blocks = out.x.data ? ceil_div(head.N, rows_to_finish(head.N, head.D)) : 0;
+  return simt::launch(finish_gradient<T>, dim3(unsigned(row_blocks + 1)), kFinishThreads,
+                      8 * kFinishThreads / kWarp * int(sizeof(T)), stream, p);
 }
 
 }  // namespace

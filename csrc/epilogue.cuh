@@ -2,6 +2,8 @@
 // rows or the gradient. Both directions compute a logit in the one way, to the same bits.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "similarity.h"
 #include "tile.cuh"
@@ -17,6 +19,38 @@ __device__ __forceinline__ T value_at(const VectorRef& vector, int64_t i) {
     case DType::kBFloat16: return T(to_float(static_cast<const bf16*>(vector.data)[at]));
     case DType::kFloat32: return T(static_cast<const float*>(vector.data)[at]);
     default: return T(static_cast<const double*>(vector.data)[at]);
+  }
+}
+
+// Calls f with a vector's first `count` values, the block's threads sharing them out; the loads of
+// four are under way together.
+template <class T, class F>
+__device__ __forceinline__ void for_values(const VectorRef& vector, int64_t count, const F& f) {
+  const auto walk = [&](const auto* data, const auto& number) {
+    const int64_t threads = blockDim.x;
+    for (int64_t first = threadIdx.x; first < count; first += 4 * threads) {
+      std::remove_cvref_t<decltype(*data)> values[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int64_t i = first + k * threads;
+        values[k] = data[(i < count ? i : first) * vector.stride];
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (first + k * threads < count) f(number(values[k]));
+    }
+  };
+  switch (vector.dtype) {
+    case DType::kFloat16:
+      walk(static_cast<const f16*>(vector.data), [](f16 v) { return T(to_float(v)); });
+      break;
+    case DType::kBFloat16:
+      walk(static_cast<const bf16*>(vector.data), [](bf16 v) { return T(to_float(v)); });
+      break;
+    case DType::kFloat32:
+      walk(static_cast<const float*>(vector.data), [](float v) { return T(v); });
+      break;
+    default: walk(static_cast<const double*>(vector.data), [](double v) { return T(v); });
   }
 }
 
@@ -139,6 +173,37 @@ __device__ __forceinline__ T block_sum(T v, T* smem) {
   T total = 0;
   for (int warp = 0; warp < int(blockDim.x) / kWarp; ++warp) total += smem[warp];
   return total;
+}
+
+// Several values of every thread at once, by sum or the larger; `smem` has kCount T a warp.
+template <int kCount, class T, class F>
+__device__ __forceinline__ void block_reduce(T (&v)[kCount], T* smem, const F& combine) {
+  const int lane = threadIdx.x % kWarp, warps = int(blockDim.x) / kWarp;
+  const auto over_warp = [&] {
+#pragma unroll
+    for (int mask = 1; mask < kWarp; mask *= 2)
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        v[k] = combine(v[k], __shfl_xor_sync(0xffffffff, v[k], mask));
+  };
+  over_warp();
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+    if (lane == 0) smem[k * warps + int(threadIdx.x) / kWarp] = v[k];
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) v[k] = lane < warps ? smem[k * warps + lane] : T(0);
+  over_warp();
+}
+template <int kCount, class T>
+__device__ __forceinline__ void block_sums(T (&v)[kCount], T* smem) {
+  block_reduce(v, smem, [](T a, T b) { return a + b; });
+}
+// Of what is not negative and no NaN.
+template <int kCount, class T>
+__device__ __forceinline__ void block_maxima(T (&v)[kCount], T* smem) {
+  block_reduce(v, smem, [](T a, T b) { return larger(a, b); });
 }
 
 // What the forward pass knows of a tile's rows before their products.

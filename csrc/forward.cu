@@ -9,67 +9,74 @@
 namespace tvmf {
 namespace {
 
-// A run of a line's elements as numbers, at most 16 bytes; what lies beyond the line is 0.
-template <int kCount, class Acc, class T>
-__device__ __forceinline__ void load_run(const Operand<T>& operand, int64_t line, int64_t first,
-                                         Acc (&out)[kCount]) {
-  struct Run {
-    T element[kCount];
-  };
-  const T* from = operand.data + line * operand.line_stride + first * operand.element_stride;
-  if (operand.vectors && first + kCount <= operand.elements) {
-    const Run run = load_as<Run>(from);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) out[k] = to_number<Acc>(run.element[k]);
-  } else {
-    for (int k = 0; k < kCount; ++k)
-      out[k] =
-          first + k < operand.elements ? to_number<Acc>(from[k * operand.element_stride]) : Acc(0);
-  }
-}
+constexpr int kPrepareThreads = 128, kPrepareLoads = 4;
 
-constexpr int kPrepareThreads = 256;
-
-// One warp a row: its norm, its product with its target's weight, and that class's score.
+// A block a row: its norm, its product with its target's weight, and that class's score. It is all
+// latency, so the loads of a row of up to 2048 features are under way at once: with four blocks
+// promised the compiler has the registers for it, where it would put each load before its use.
 template <Math kMath, class W>
-__global__ void __launch_bounds__(kPrepareThreads)
+__global__ void __launch_bounds__(kPrepareThreads, 4)
     prepare_rows(const __grid_constant__ ForwardParams<typename MathTraits<kMath>::Acc> p) {
   using X = typename MathTraits<kMath>::X;
   using T = typename MathTraits<kMath>::Acc;
-  constexpr int kRun = 16 / (sizeof(W) > sizeof(X) ? sizeof(W) : sizeof(X));
   const CudaHead& head = p.head;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t n = int64_t(blockIdx.x) * (kPrepareThreads / kWarp) + threadIdx.x / kWarp;
-  if (n >= head.N) return;
+  const int64_t n = blockIdx.x;
   const auto x = Operand<X>::of(head.x.data, head.x.row_stride, head.x.col_stride, head.N, head.D);
   const auto weight = Operand<W>::of(head.weight.data, head.weight.row_stride,
                                      head.weight.col_stride, head.C, head.D);
 
   const int64_t y = head.target[n * head.target_stride];
   const bool ignored = y == head.ignore_index, valid = !ignored && y >= 0 && y < head.C;
-  T x_squares = 0, w_squares = 0, product = 0;
-  for (int64_t k = lane * kRun; k < head.D; k += kWarp * kRun) {
-    T xs[kRun], ws[kRun] = {};
-    load_run(x, n, k, xs);
-    if (valid) load_run(weight, y, k, ws);
+  const T kappa = valid ? value_at<T>(head.kappa, y) : T(0);
+  const T bias = valid ? value_at<T>(head.bias, y) : T(0);
+  const X* x_line = x.data + n * x.line_stride;
+  const W* w_line = weight.data + (valid ? y : 0) * weight.line_stride;
+  T sums[3] = {};  // |x|^2, |w|^2, <x, w>
+  const auto add_runs = [&](auto run) {
+    constexpr int kRun = decltype(run)::value;
+    struct XRun {
+      X element[kRun];
+    };
+    struct WRun {
+      W element[kRun];
+    };
+    constexpr int64_t kStep = kPrepareThreads * kRun;
+    for (int64_t first = threadIdx.x * kRun; first < head.D; first += kPrepareLoads * kStep) {
+      XRun xs[kPrepareLoads];
+      WRun ws[kPrepareLoads];
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const T xi = as_operand<kMath>(xs[i]), wi = as_operand<kMath>(ws[i]);
-      x_squares = fma(xi, xi, x_squares);
-      w_squares = fma(wi, wi, w_squares);
-      product = fma(xi, wi, product);
+      for (int load = 0; load < kPrepareLoads; ++load) {
+        const int64_t k = first + load * kStep;
+        const bool inside = k < head.D;
+        xs[load] = inside ? load_as<XRun>(x_line + k * x.element_stride) : XRun{};
+        ws[load] = inside && valid ? load_as<WRun>(w_line + k * weight.element_stride) : WRun{};
+      }
+#pragma unroll
+      for (int load = 0; load < kPrepareLoads; ++load)
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          const T xi = as_operand<kMath>(to_number<T>(xs[load].element[i]));
+          const T wi = as_operand<kMath>(to_number<T>(ws[load].element[i]));
+          sums[0] = fma(xi, xi, sums[0]);
+          sums[1] = fma(wi, wi, sums[1]);
+          sums[2] = fma(xi, wi, sums[2]);
+        }
     }
-  }
-  x_squares = warp_sum(x_squares);
-  w_squares = warp_sum(w_squares);
-  product = warp_sum(product);
-  if (lane != 0) return;
+  };
+  constexpr int kRun = 16 / (sizeof(W) > sizeof(X) ? sizeof(W) : sizeof(X));
+  if (x.vectors && weight.vectors && head.D % kRun == 0)
+    add_runs(std::integral_constant<int, kRun>{});
+  else
+    add_runs(std::integral_constant<int, 1>{});
+  block_sums(sums, static_cast<T*>(simt::shared_memory()));
+  if (threadIdx.x != 0) return;
 
+  const auto [x_squares, w_squares, product] = sums;
   const T x_rnorm = rnorm_of(x_squares);
   T score = 0;
   if (valid) {
     const T cosine = cosine_of(product, x_rnorm, rnorm_of(w_squares));
-    score = similarity(cosine, value_at<T>(head.kappa, y)) + value_at<T>(head.bias, y);
+    score = similarity(cosine, kappa) + bias;
   }
   // The context must survive a wrong label: its row is NaN, and the host finds the flag.
   const bool wrong = !ignored && !valid;
@@ -260,42 +267,76 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 
 constexpr int kFinishThreads = 512;
 
-// One block: merges each row's runs of classes in order, and sums the losses.
+// One block: merges each row's runs of classes in a fixed order, and sums the losses. With few rows
+// several lanes share one, so that all loads are under way in one or two batches.
 //   loss_n = (1 - e) omega_y (lse - target) + e / C (lse sum_c omega_c - sum)
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads, 1)
     finish_rows(const __grid_constant__ ForwardParams<T> p) {
+  constexpr int kLoads = sizeof(T) == 4 ? 16 : 4;
   double* smem = static_cast<double*>(simt::shared_memory());
   const CudaHead& head = p.head;
-  const bool smoothed = p.out.loss && p.options.label_smoothing > 0;
+  const bool smoothed = p.out.loss && p.options.label_smoothing > 0, ranked = p.out.lse;
   const double keep = 1 - p.options.label_smoothing, smooth = p.options.label_smoothing / head.C;
-  double omega_sum = 0;
-  if (smoothed) {
-    for (int64_t c = threadIdx.x; c < head.C; c += kFinishThreads)
-      omega_sum += value_at<T>(head.class_weight, c);
-    omega_sum = block_sum(omega_sum, smem);
+  double omega_sum[1] = {};
+  if (smoothed && head.class_weight.data) {
+    for_values<T>(head.class_weight, head.C, [&](T omega) { omega_sum[0] += omega; });
+    block_sums(omega_sum, smem);
+  } else if (smoothed) {
+    omega_sum[0] = head.class_weight.value * double(head.C);
   }
 
-  double total_loss = 0, total_weight = 0;
-  for (int64_t n = threadIdx.x; n < head.N; n += kFinishThreads) {
-    T max = kLowest<T>, sum_exp = 0, sum = 0;
+  // A warp has `rows` neighbouring rows, and `parts` lanes for each.
+  int parts = kWarp;
+  while (parts > 1 && parts * head.N > kFinishThreads) parts /= 2;
+  const int rows = kWarp / parts, lane = threadIdx.x % kWarp, part = lane / rows;
+  double totals[2] = {};  // of the losses, of their weights
+  for (int64_t first = 0; first < head.N; first += kFinishThreads / parts) {
+    const int64_t n = first + int(threadIdx.x) / kWarp * rows + lane % rows;
+    const bool inside = n < head.N;
+    const int64_t label = inside ? p.label[n] : -1;
+    const T target = inside ? p.target[n] : T(0);
+    T own_max = kLowest<T>, sum_exp = 0, sum = 0;
+    if (p.target_apart && label >= 0 && part == 0) own_max = target, sum_exp = 1;
     int64_t rank = 0;
-    for (int64_t s = 0; s < p.splits; ++s) max = larger(max, p.max[s * head.N + n]);
-    if (p.target_apart && p.label[n] >= 0) {
-      max = larger(max, p.target[n]);
-      sum_exp = exp_of(p.target[n] - max);
+    for (int64_t s = part; inside && s < p.splits; s += kLoads * parts) {
+      T maxs[kLoads], sum_exps[kLoads], sums[kLoads];
+      int ranks[kLoads];
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+        const bool there = s + k * parts < p.splits;
+        const int64_t at = (s + k * parts) * head.N + n;
+        maxs[k] = there ? p.max[at] : kLowest<T>;
+        sum_exps[k] = there ? p.sum_exp[at] : T(0);
+        ranks[k] = there && ranked ? p.rank[at] : 0;
+        sums[k] = there && p.with_sum ? p.sum[at] : T(0);
+      }
+      T max = own_max;
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) max = larger(max, maxs[k]);
+      sum_exp *= exp_of(own_max - max);
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+        sum_exp += sum_exps[k] * exp_of(maxs[k] - max);
+        rank += ranks[k];
+        sum += sums[k];
+      }
+      own_max = max;
     }
-    for (int64_t s = 0; s < p.splits; ++s) {
-      const int64_t at = s * head.N + n;
-      sum_exp += p.sum_exp[at] * exp_of(p.max[at] - max);
-      rank += p.rank[at];
-      if (p.with_sum) sum += p.sum[at];
+    T max = own_max;
+    for (int mask = rows; mask < kWarp; mask *= 2)
+      max = larger(max, __shfl_xor_sync(0xffffffff, max, mask));
+    sum_exp *= exp_of(own_max - max);
+    for (int mask = rows; mask < kWarp; mask *= 2) {
+      sum_exp += __shfl_xor_sync(0xffffffff, sum_exp, mask);
+      rank += __shfl_xor_sync(0xffffffff, rank, mask);
+      sum += __shfl_xor_sync(0xffffffff, sum, mask);
     }
+    if (!inside || part != 0) continue;
+
     p.saved[p.layout.max + n] = max;
     p.saved[p.layout.sum_exp + n] = sum_exp;
-    const int64_t label = p.label[n];
-    const T target = p.target[n];
-    const double log_sum = log(double(sum_exp));
+    const double log_sum = log(sum_exp);
     if (p.out.lse) {
       static_cast<T*>(p.out.lse)[n] = T(max + log_sum);
       static_cast<T*>(p.out.target)[n] = target;
@@ -308,21 +349,20 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
         // max - target first: of a row that fits well it is exactly 0.
         const double omega = label == -2 ? 1.0 : double(value_at<T>(head.class_weight, label));
         loss = keep * omega * (double(max - target) + log_sum);
-        if (smoothed) loss += smooth * (omega_sum * (max + log_sum) - sum);
-        total_weight += omega;
+        if (smoothed) loss += smooth * (omega_sum[0] * (max + log_sum) - sum);
+        totals[1] += omega;
       }
       if (p.options.reduction == Reduction::kNone)
         static_cast<T*>(p.out.loss)[n] = T(loss);
       else
-        total_loss += loss;
+        totals[0] += loss;
     }
   }
   if (!p.out.loss || p.options.reduction == Reduction::kNone) return;
-  total_loss = block_sum(total_loss, smem);
-  total_weight = block_sum(total_weight, smem);
+  block_sums(totals, smem);
   if (threadIdx.x == 0)
     *static_cast<T*>(p.out.loss) =
-        T(p.options.reduction == Reduction::kMean ? total_loss / total_weight : total_loss);
+        T(p.options.reduction == Reduction::kMean ? totals[0] / totals[1] : totals[0]);
 }
 
 template <Math kMath, class W, class Shape, class T>
@@ -361,12 +401,9 @@ cudaError_t forward(const CudaHead& head, const LossOptions& options, const Cuda
                            in(at.max),
                            in(at.sum_exp),
                            in(at.sum),
-                           reinterpret_cast<int*>(base + at.rank),
-                           plan.hopper.used};
-  constexpr int kRowsPerBlock = kPrepareThreads / kWarp;
-  cudaError_t error =
-      simt::launch(prepare_rows<kMath, W>, dim3(unsigned(ceil_div(head.N, kRowsPerBlock))),
-                   kPrepareThreads, 0, stream, p);
+                           reinterpret_cast<int*>(base + at.rank)};
+  cudaError_t error = simt::launch(prepare_rows<kMath, W>, dim3(unsigned(head.N)), kPrepareThreads,
+                                   3 * kPrepareThreads / kWarp * int(sizeof(T)), stream, p);
   if (error != cudaSuccess) return error;
   if constexpr (sizeof(W) > sizeof(typename MathTraits<kMath>::X)) {
     if (plan.hopper.used) {
@@ -384,7 +421,8 @@ cudaError_t forward(const CudaHead& head, const LossOptions& options, const Cuda
     error = launch_statistics<kMath, W, SmallTile>(p, plan, stream);
   }
   if (error != cudaSuccess) return error;
-  return finish(p, stream);
+  return simt::launch(finish_rows<T>, dim3(1), kFinishThreads, 2 * kFinishThreads / kWarp * 8,
+                      stream, p);
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ struct alignas(16) GradientRow {
   T rnorm, rnorm_gain;  // rnorm_gain = rnorm * gain: what the gradient tile is multiplied by
   T max, inv_sum_exp;
   T grad_lse, grad_target, grad_sum, target_product;
-  int64_t label;
+  int64_t label, padding;  // in 16 bytes, which are all written: they are read as a whole
 };
 
 template <class T>

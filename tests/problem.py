@@ -206,7 +206,7 @@ def error(got, exact, size=0.0, rows=False):
     got, exact = got.double().reshape(shape), exact.double().reshape(shape)
     both = got.isnan() & exact.isnan()
     got, exact = (torch.where(both, 0, t) for t in (got, exact))
-    size = torch.as_tensor(size).double()
+    size = torch.as_tensor(size, dtype=torch.float64, device=exact.device)
     size = exact.norm(dim=1).clamp_min(size if rows else size.norm())
     difference = (got - exact).norm(dim=1)
     return torch.where(difference == 0, 0, difference / size).max().item()

@@ -17,6 +17,7 @@ from problem import (
     compute_dtype,
     error,
     evaluate,
+    judge,
     leaves_of,
     make_problem,
     oracle,
@@ -249,6 +250,34 @@ def test_two_runs_give_the_same_bits(operator, shape, dtype):
     del spoilt  # what the next call's memory held
     for _ in range(3):
         assert_same_bits(evaluate(operator, problem), first)
+
+
+# What a sanitizer that looks at our kernels alone is to see
+
+
+NATIVE = [(d, d) for d in DTYPES] + [(d, torch.float32) for d in DTYPES[2:]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtypes"),
+    [
+        *(((70, 333, 77), dtypes) for dtypes in NATIVE),
+        *(((300, 9001, 24), dtypes) for dtypes in NATIVE),
+        ((1100, 20011, 40), (torch.bfloat16, torch.float32)),  # many chunks of classes
+    ],
+    ids=str,
+)
+@OPERATORS
+def test_between_copies_nothing_but_our_kernels(operator, shape, dtypes):
+    """All that these read is copied to the device or written by them, with no kernel of torch's
+    between, and all that they return is copied back: initcheck misses no write and no gap."""
+    problem = everything(*shape, dtype=dtypes[0], weight_dtype=dtypes[1])
+    if operator is row_statistics:
+        problem = statistics_arguments(problem)
+    results = evaluate(operator, on_device(problem))
+    outputs, gradients = ({name: t.cpu() for name, t in part.items()} for part in results)
+    for line in judge(operator, problem, outputs, gradients, eager_dtype=dtypes[0]):
+        assert line.error <= line.bound, str(line)
 
 
 # Graphs, streams, devices
