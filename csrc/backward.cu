@@ -748,7 +748,14 @@ cudaError_t backward(const CudaHead& head, const LossOptions& options, const Cud
   const bool class_outputs = out.weight.data || out.bias.data || out.kappa.data;
   cudaError_t error = simt::launch(prepare_gradient<T>, dim3(1), kPrepareThreads,
                                    3 * kPrepareThreads / kWarp * 8, stream, p);
-  for (int64_t begin = 0; begin < head.C && error == cudaSuccess; begin += plan.chunk) {
+  if constexpr (sizeof(W) > sizeof(typename MathTraits<kMath>::X))
+    if (plan.hopper.used && error == cudaSuccess)
+      error = sm90::class_gradients(p, plan,
+                                    {base + at.arranged, base + at.arranged_columns,
+                                     base + at.grad, base + at.weight},
+                                    stream);
+  for (int64_t begin = plan.hopper.used ? head.C : 0; begin < head.C && error == cudaSuccess;
+       begin += plan.chunk) {
     p.chunk_begin = begin;
     p.chunk_count = std::min(plan.chunk, head.C - begin);
     const unsigned tiles = unsigned(ceil_div(p.chunk_count, kClasses));

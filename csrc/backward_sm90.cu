@@ -307,19 +307,25 @@ __global__ void __launch_bounds__(kThreads, 1)
         struct alignas(16) Four {
           float v[4];
         };
+        // Eight loads are under way at once; stores may not alias what is still to be read.
+        constexpr int kLoads = 8;
 #pragma unroll
-        for (int b = 0; b < Shape::kCols / 32; ++b)
+        for (int first = 0; first < Shape::kCols / 16; first += kLoads) {
+          const int64_t from_column = col * Shape::kCols + first * 16 + lane.quad * 4;
+          Four w[kLoads];
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            const int64_t d = col * Shape::kCols + b * 32 + lane.quad * 8 + k * 4;
-            if (d >= head.D) continue;
-            const Four w = load_as<Four>(from + d);
+          for (int k = 0; k < kLoads; ++k)
+            if (from_column + k * 16 < head.D) w[k] = load_as<Four>(from + from_column + k * 16);
+#pragma unroll
+          for (int k = 0; k < kLoads; ++k) {
             Four out;
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              out.v[i] = gain[h] * acc[accumulator_of(b, k * 4 + i, h)] - factor[h] * w.v[i];
-            store_as(to + d, out);
+              out.v[i] = gain[h] * acc[((first + k) * 2 + i / 2) * 4 + h * 2 + i % 2] -
+                         factor[h] * w[k].v[i];
+            if (from_column + k * 16 < head.D) store_as(to + from_column + k * 16, out);
           }
+        }
       }
     }
   }
@@ -424,7 +430,7 @@ cudaError_t launch_weight(const BackwardParams<float>& p, const CudaPlan& plan,
   using Shape = ProductShape<false>;
   const HopperPlan& hopper = plan.hopper;
   const CudaHead& head = p.head;
-  ProductParams params{p, {}, {}};
+  ProductParams params{p, {}, {}, 0, 0, 0, 0};
   params.row_tiles = int(ceil_div(p.chunk_count, Shape::kRows));
   params.col_tiles = int(ceil_div(head.D, Shape::kCols));
   params.steps = int(ceil_div(head.N, kDepth));
@@ -446,7 +452,7 @@ cudaError_t launch_features(const BackwardParams<float>& p, const CudaPlan& plan
   using Shape = ProductShape<true>;
   const HopperPlan& hopper = plan.hopper;
   const CudaHead& head = p.head;
-  ProductParams params{p, {}, {}};
+  ProductParams params{p, {}, {}, 0, 0, 0, 0};
   params.row_tiles = int(ceil_div(head.N, Shape::kRows));
   params.col_tiles = int(ceil_div(head.D, Shape::kCols));
   params.steps = int(ceil_div(p.chunk_count, kDepth));

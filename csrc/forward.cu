@@ -375,8 +375,8 @@ cudaError_t launch_statistics(const ForwardParams<T>& p, const CudaPlan& plan,
 
 template <class T>
 cudaError_t finish(const ForwardParams<T>& p, cudaStream_t stream) {
-  return simt::launch(finish_rows<T>, dim3(1), kFinishThreads, kFinishThreads / kWarp * 8, stream,
-                      p);
+  return simt::launch(finish_rows<T>, dim3(1), kFinishThreads, 2 * kFinishThreads / kWarp * 8,
+                      stream, p);
 }
 
 template <Math kMath, class W>
@@ -401,15 +401,15 @@ cudaError_t forward(const CudaHead& head, const LossOptions& options, const Cuda
                            in(at.max),
                            in(at.sum_exp),
                            in(at.sum),
-                           reinterpret_cast<int*>(base + at.rank)};
+                           reinterpret_cast<int*>(base + at.rank),
+                           plan.hopper.used};
   cudaError_t error = simt::launch(prepare_rows<kMath, W>, dim3(unsigned(head.N)), kPrepareThreads,
                                    3 * kPrepareThreads / kWarp * int(sizeof(T)), stream, p);
   if (error != cudaSuccess) return error;
   if constexpr (sizeof(W) > sizeof(typename MathTraits<kMath>::X)) {
     if (plan.hopper.used) {
       error = sm90::row_statistics(p, plan, base + at.arranged, stream);
-      if (error != cudaSuccess) return error;
-      return finish(p, stream);
+      return error == cudaSuccess ? finish(p, stream) : error;
     }
   }
   if constexpr (kTensorCores<kMath>) {
@@ -420,9 +420,7 @@ cudaError_t forward(const CudaHead& head, const LossOptions& options, const Cuda
   } else {
     error = launch_statistics<kMath, W, SmallTile>(p, plan, stream);
   }
-  if (error != cudaSuccess) return error;
-  return simt::launch(finish_rows<T>, dim3(1), kFinishThreads, 2 * kFinishThreads / kWarp * 8,
-                      stream, p);
+  return error == cudaSuccess ? finish(p, stream) : error;
 }
 
 }  // namespace

@@ -284,20 +284,22 @@ __global__ void __launch_bounds__(kArrangeThreads)
   struct alignas(16) Eight {
     uint16_t v[8];
   };
-  const auto eight_of = [&](int64_t n) {
+  const auto eight_of = [&](int64_t n, const auto& column) {
     Eight eight{};
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      const int64_t d = col / 32 * 32 + source_of(col % 32 + k);
+      const int64_t d = column(k);
       if (n < p.N && d < p.D) eight.v[k] = x[n * p.x.row_stride + d * p.x.col_stride];
     }
     return eight;
   };
   if (p.by_rows)
     store_as(static_cast<uint16_t*>(p.by_rows) + row * p.columns + col,
-             eight_of(row / 32 * 32 + source_of(int(row % 32))));
+             eight_of(row / 32 * 32 + source_of(int(row % 32)),
+                      [&](int k) { return col / 32 * 32 + source_of(col % 32 + k); }));
   if (p.by_columns && row < p.N)
-    store_as(static_cast<uint16_t*>(p.by_columns) + row * p.columns + col, eight_of(row));
+    store_as(static_cast<uint16_t*>(p.by_columns) + row * p.columns + col,
+             eight_of(row, [&](int k) { return col / 16 * 16 + column_of(col % 16 + k); }));
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ struct Place {
 // Barriers of a ring of stages, whose two operands become empty on their own: when all consumer
 // warps have read them.
 template <int kStages>
-struct Ring {
+struct alignas(16) Ring {
   Barrier full[kStages], empty_a[kStages], empty_b[kStages];
 
   // All threads of the block.
@@ -57,6 +57,12 @@ __device__ __forceinline__ void release(Barrier* empty) {
 // a lane's products are of 8 successive rows.
 __host__ __device__ constexpr int source_of(int position) {
   return position % 8 / 2 * 8 + position / 8 * 2 + position % 2;
+}
+
+// The weight gradient's columns: a lane has 4 successive ones, four lanes 64 bytes of float32.
+// Position 8 t + 2 q + e of 16 holds column 4 q + 2 t + e.
+__host__ __device__ constexpr int column_of(int position) {
+  return position % 8 / 2 * 4 + position / 8 * 2 + position % 2;
 }
 
 // A warp's 16 lines of a warpgroup's 64, two a lane.
