@@ -39,6 +39,10 @@ __global__ void __launch_bounds__(kPrepareThreads, 1)
     prepare_gradient(const __grid_constant__ BackwardParams<T> p) {
   double* smem = static_cast<double*>(simt::shared_memory());
   const CudaHead& head = p.head;
+  if (blockIdx.x > 0) {
+    arrange(head, p.arranged, int64_t(blockIdx.x - 1) * kPrepareThreads + threadIdx.x);
+    return;
+  }
   const bool of_loss = p.upstream.loss.data, mean = p.options.reduction == Reduction::kMean;
   const double keep = 1 - p.options.label_smoothing, smooth = p.options.label_smoothing / head.C;
   const auto label_of = [&](int64_t target) {
@@ -744,16 +748,17 @@ cudaError_t backward(const CudaHead& head, const LossOptions& options, const Cud
                       .col_sums = in(at.col_sums),
                       .dx = in(at.dx),
                       .totals = reinterpret_cast<double*>(base + at.totals),
-                      .dot_slots = dot_slots(plan)};
+                      .dot_slots = dot_slots(plan),
+                      .arranged = {plan.hopper.rows, plan.hopper.columns,
+                                   plan.hopper.used ? base + at.arranged : nullptr,
+                                   base + at.arranged_columns}};
   const bool class_outputs = out.weight.data || out.bias.data || out.kappa.data;
-  cudaError_t error = simt::launch(prepare_gradient<T>, dim3(1), kPrepareThreads,
-                                   3 * kPrepareThreads / kWarp * 8, stream, p);
+  const int64_t arranging = ceil_div(p.arranged.chunks(), kPrepareThreads);
+  cudaError_t error = simt::launch(prepare_gradient<T>, dim3(unsigned(1 + arranging)),
+                                   kPrepareThreads, 3 * kPrepareThreads / kWarp * 8, stream, p);
   if constexpr (sizeof(W) > sizeof(typename MathTraits<kMath>::X))
     if (plan.hopper.used && error == cudaSuccess)
-      error = sm90::class_gradients(p, plan,
-                                    {base + at.arranged, base + at.arranged_columns,
-                                     base + at.grad, base + at.weight},
-                                    stream);
+      error = sm90::class_gradients(p, plan, base + at.weight, stream);
   for (int64_t begin = plan.hopper.used ? head.C : 0; begin < head.C && error == cudaSuccess;
        begin += plan.chunk) {
     p.chunk_begin = begin;

@@ -231,6 +231,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 struct ProductParams {
   BackwardParams<float> p;
   TensorMap a, b;
+  TensorMap weight;                   // weight_gradient's projection
   int row_tiles, col_tiles;
   int steps, slots;                   // slots: of p.col_sums
 };
@@ -258,10 +259,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       prefetch_map(params.a);
       prefetch_map(params.b);
       typename Shape::Place place;
-      for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
+      for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const int row = tile / params.col_tiles * Shape::kRows;
+        const int col = tile % params.col_tiles * Shape::kCols;
+        // The projection's weights are on their way while the products are made.
+        for (int d = 0; d < Shape::kCols; d += 32)
+          tensor_prefetch(params.weight, col + d, int(p.chunk_begin) + row);
         for (int step = 0; step < params.steps; ++step)
-          Shape::copy(smem, ring, place, params.a, params.b, tile / params.col_tiles * Shape::kRows,
-                      tile % params.col_tiles * Shape::kCols, step * kDepth);
+          Shape::copy(smem, ring, place, params.a, params.b, row, col, step * kDepth);
+      }
     }
   } else {
     take_registers<kConsumerRegisters>();
@@ -397,7 +403,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <Math kMath, class Shape>
 cudaError_t launch_gradient(const BackwardParams<float>& p, const CudaPlan& plan,
-                            const GradientBuffers& buffers, cudaStream_t stream) {
+                            void* rounded, cudaStream_t stream) {
   const HopperPlan& hopper = plan.hopper;
   const CudaHead& head = p.head;
   GradientParams params{p,
@@ -406,14 +412,14 @@ cudaError_t launch_gradient(const BackwardParams<float>& p, const CudaPlan& plan
                         int(ceil_div(p.chunk_count, Shape::kClasses)),
                         int(hopper.row_blocks),
                         int(hopper.gradient_walkers),
-                        static_cast<uint16_t*>(buffers.grad),
+                        static_cast<uint16_t*>(p.grad),
                         hopper.grad_stride,
-                        p.out.x.data ? static_cast<uint16_t*>(buffers.weight) : nullptr,
+                        p.out.x.data ? static_cast<uint16_t*>(rounded) : nullptr,
                         hopper.weight_stride};
   cudaError_t error = make_tensor_map(&params.weight, head.weight.data, DType::kFloat32, head.C,
                                       head.D, head.weight.row_stride, Shape::kClasses, 32);
   if (error == cudaSuccess)
-    error = make_tensor_map(&params.x, buffers.arranged, plan.problem.x, hopper.rows,
+    error = make_tensor_map(&params.x, p.arranged.by_rows, plan.problem.x, hopper.rows,
                             hopper.columns, hopper.columns, Shape::kRows, kDepth);
   if (error != cudaSuccess) return error;
   const dim3 grid(unsigned(hopper.row_blocks * hopper.gradient_walkers));
@@ -426,20 +432,23 @@ cudaError_t launch_gradient(const BackwardParams<float>& p, const CudaPlan& plan
 
 template <Math kMath>
 cudaError_t launch_weight(const BackwardParams<float>& p, const CudaPlan& plan,
-                          const GradientBuffers& buffers, cudaStream_t stream) {
+                          cudaStream_t stream) {
   using Shape = ProductShape<false>;
   const HopperPlan& hopper = plan.hopper;
   const CudaHead& head = p.head;
-  ProductParams params{p, {}, {}, 0, 0, 0, 0};
+  ProductParams params{p, {}, {}, {}, 0, 0, 0, 0};
   params.row_tiles = int(ceil_div(p.chunk_count, Shape::kRows));
   params.col_tiles = int(ceil_div(head.D, Shape::kCols));
   params.steps = int(ceil_div(head.N, kDepth));
   params.slots = int(hopper.col_slots);
-  cudaError_t error = make_tensor_map(&params.a, buffers.grad, plan.problem.x, p.chunk_count,
+  cudaError_t error = make_tensor_map(&params.a, p.grad, plan.problem.x, p.chunk_count,
                                       head.N, hopper.grad_stride, Shape::kRows, kDepth);
   if (error == cudaSuccess)
-    error = make_tensor_map(&params.b, buffers.arranged_columns, plan.problem.x, head.N,
+    error = make_tensor_map(&params.b, p.arranged.by_columns, plan.problem.x, head.N,
                             hopper.columns, hopper.columns, kDepth, kAtom);
+  if (error == cudaSuccess)
+    error = make_tensor_map(&params.weight, head.weight.data, DType::kFloat32, head.C, head.D,
+                            head.weight.row_stride, Shape::kRows, 32);
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min(int64_t(params.row_tiles) * params.col_tiles, hopper.blocks);
   return simt::launch(weight_gradient<kMath>, dim3(unsigned(blocks)), kThreads,
@@ -448,18 +457,18 @@ cudaError_t launch_weight(const BackwardParams<float>& p, const CudaPlan& plan,
 
 template <Math kMath>
 cudaError_t launch_features(const BackwardParams<float>& p, const CudaPlan& plan,
-                            const GradientBuffers& buffers, cudaStream_t stream) {
+                            const void* rounded, cudaStream_t stream) {
   using Shape = ProductShape<true>;
   const HopperPlan& hopper = plan.hopper;
   const CudaHead& head = p.head;
-  ProductParams params{p, {}, {}, 0, 0, 0, 0};
+  ProductParams params{p, {}, {}, {}, 0, 0, 0, 0};
   params.row_tiles = int(ceil_div(head.N, Shape::kRows));
   params.col_tiles = int(ceil_div(head.D, Shape::kCols));
   params.steps = int(ceil_div(p.chunk_count, kDepth));
-  cudaError_t error = make_tensor_map(&params.a, buffers.grad, plan.problem.x, p.chunk_count,
+  cudaError_t error = make_tensor_map(&params.a, p.grad, plan.problem.x, p.chunk_count,
                                       head.N, hopper.grad_stride, kDepth, kAtom);
   if (error == cudaSuccess)
-    error = make_tensor_map(&params.b, buffers.weight, plan.problem.x, p.chunk_count, head.D,
+    error = make_tensor_map(&params.b, rounded, plan.problem.x, p.chunk_count, head.D,
                             hopper.weight_stride, kDepth, kAtom);
   if (error != cudaSuccess) return error;
   const int64_t blocks = int64_t(params.row_tiles) * params.col_tiles * p.input_splits;
@@ -470,24 +479,20 @@ cudaError_t launch_features(const BackwardParams<float>& p, const CudaPlan& plan
 }  // namespace
 
 cudaError_t class_gradients(const BackwardParams<float>& given, const CudaPlan& plan,
-                            const GradientBuffers& buffers, cudaStream_t stream) {
+                            void* rounded, cudaStream_t stream) {
   BackwardParams<float> p = given;
   const CudaHead& head = p.head;
-  cudaError_t error =
-      arrange_rows({head.x, head.N, head.D, plan.hopper.rows, plan.hopper.columns,
-                    buffers.arranged, buffers.arranged_columns},
-                   stream);
+  cudaError_t error = cudaSuccess;
   for (int64_t begin = 0; begin < head.C && error == cudaSuccess; begin += plan.chunk) {
     p.chunk_begin = begin;
     p.chunk_count = std::min(plan.chunk, head.C - begin);
     error = with_cosine_shape(plan, [&](auto math, auto shape) {
       constexpr Math kMath = decltype(math)::value;
-      cudaError_t each = launch_gradient<kMath, decltype(shape)>(p, plan, buffers, stream);
+      cudaError_t each = launch_gradient<kMath, decltype(shape)>(p, plan, rounded, stream);
       const bool class_outputs = p.out.weight.data || p.out.bias.data || p.out.kappa.data;
-      if (each == cudaSuccess && class_outputs)
-        each = launch_weight<kMath>(p, plan, buffers, stream);
+      if (each == cudaSuccess && class_outputs) each = launch_weight<kMath>(p, plan, stream);
       if (each == cudaSuccess && p.out.x.data)
-        each = launch_features<kMath>(p, plan, buffers, stream);
+        each = launch_features<kMath>(p, plan, rounded, stream);
       return each;
     });
   }

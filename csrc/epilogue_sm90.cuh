@@ -50,13 +50,4 @@ struct ClassPair {
   float rnorm[2];
 };
 
-// The features as the products' operands, zeros beyond the last. One of the two may be null.
-struct ArrangeParams {
-  MatrixRef x;
-  int64_t N, D, rows, columns;  // rows: a multiple of 32, columns: of 64
-  void* by_rows;     // [rows, columns]  rows and columns by source_of: the cosines' operand
-  void* by_columns;  // [N, columns]  columns by column_of: the weight gradient's operand
-};
-cudaError_t arrange_rows(const ArrangeParams& params, cudaStream_t stream);
-
 }  // namespace tvmf::sm90

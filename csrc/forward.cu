@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kPrepareThreads = 128, kPrepareLoads = 4;
 
-// A block a row: its norm, its product with its target's weight, and that class's score. It is all
+// A block a row, and blocks that arrange them: its norm, its product with its target's weight, and that class's score. It is all
 // latency, so the loads of a row of up to 2048 features are under way at once: with four blocks
 // promised the compiler has the registers for it, where it would put each load before its use.
 template <Math kMath, class W>
@@ -21,6 +21,10 @@ __global__ void __launch_bounds__(kPrepareThreads, 4)
   using T = typename MathTraits<kMath>::Acc;
   const CudaHead& head = p.head;
   const int64_t n = blockIdx.x;
+  if (n >= head.N) {
+    arrange(head, p.arranged, (n - head.N) * kPrepareThreads + threadIdx.x);
+    return;
+  }
   const auto x = Operand<X>::of(head.x.data, head.x.row_stride, head.x.col_stride, head.N, head.D);
   const auto weight = Operand<W>::of(head.weight.data, head.weight.row_stride,
                                      head.weight.col_stride, head.C, head.D);
@@ -402,13 +406,17 @@ cudaError_t forward(const CudaHead& head, const LossOptions& options, const Cuda
                            in(at.sum_exp),
                            in(at.sum),
                            reinterpret_cast<int*>(base + at.rank),
-                           plan.hopper.used};
-  cudaError_t error = simt::launch(prepare_rows<kMath, W>, dim3(unsigned(head.N)), kPrepareThreads,
-                                   3 * kPrepareThreads / kWarp * int(sizeof(T)), stream, p);
+                           plan.hopper.used,
+                           {plan.hopper.rows, plan.hopper.columns,
+                            plan.hopper.used ? base + at.arranged : nullptr, nullptr}};
+  const int64_t arranging = ceil_div(p.arranged.chunks(), kPrepareThreads);
+  cudaError_t error =
+      simt::launch(prepare_rows<kMath, W>, dim3(unsigned(head.N + arranging)), kPrepareThreads,
+                   3 * kPrepareThreads / kWarp * int(sizeof(T)), stream, p);
   if (error != cudaSuccess) return error;
   if constexpr (sizeof(W) > sizeof(typename MathTraits<kMath>::X)) {
     if (plan.hopper.used) {
-      error = sm90::row_statistics(p, plan, base + at.arranged, stream);
+      error = sm90::row_statistics(p, plan, stream);
       return error == cudaSuccess ? finish(p, stream) : error;
     }
   }

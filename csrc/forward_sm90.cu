@@ -251,8 +251,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <Math kMath, class Shape>
-cudaError_t launch(const ForwardParams<float>& p, const CudaPlan& plan, const void* x,
-                   cudaStream_t stream) {
+cudaError_t launch(const ForwardParams<float>& p, const CudaPlan& plan, cudaStream_t stream) {
   const auto& hopper = plan.hopper;
   StatisticsParams params{p, {}, {}, int(hopper.class_tiles), int(hopper.row_blocks),
                           int(hopper.walkers)};
@@ -260,7 +259,7 @@ cudaError_t launch(const ForwardParams<float>& p, const CudaPlan& plan, const vo
   cudaError_t error = make_tensor_map(&params.weight, head.weight.data, DType::kFloat32, head.C,
                                       head.D, head.weight.row_stride, Shape::kClasses, 32);
   if (error == cudaSuccess)
-    error = make_tensor_map(&params.x, x, plan.problem.x, hopper.rows, hopper.columns,
+    error = make_tensor_map(&params.x, p.arranged.by_rows, plan.problem.x, hopper.rows, hopper.columns,
                             hopper.columns, Shape::kRows, kDepth);
   if (error != cudaSuccess) return error;
   const auto run = [&](auto kernel) {
@@ -271,53 +270,12 @@ cudaError_t launch(const ForwardParams<float>& p, const CudaPlan& plan, const vo
                                  : run(statistics<kMath, Shape, false>);
 }
 
-constexpr int kArrangeThreads = 256;
-
-// A thread has 16 bytes: four pairs of neighbours, 8 columns from one to the next.
-__global__ void __launch_bounds__(kArrangeThreads)
-    arrange(const __grid_constant__ ArrangeParams p) {
-  const int64_t i = int64_t(blockIdx.x) * kArrangeThreads + threadIdx.x;
-  const int64_t row = i / (p.columns / 8);
-  if (row >= p.rows) return;
-  const int col = int(i % (p.columns / 8)) * 8;
-  const uint16_t* x = static_cast<const uint16_t*>(p.x.data);
-  struct alignas(16) Eight {
-    uint16_t v[8];
-  };
-  const auto eight_of = [&](int64_t n, const auto& column) {
-    Eight eight{};
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const int64_t d = column(k);
-      if (n < p.N && d < p.D) eight.v[k] = x[n * p.x.row_stride + d * p.x.col_stride];
-    }
-    return eight;
-  };
-  if (p.by_rows)
-    store_as(static_cast<uint16_t*>(p.by_rows) + row * p.columns + col,
-             eight_of(row / 32 * 32 + source_of(int(row % 32)),
-                      [&](int k) { return col / 32 * 32 + source_of(col % 32 + k); }));
-  if (p.by_columns && row < p.N)
-    store_as(static_cast<uint16_t*>(p.by_columns) + row * p.columns + col,
-             eight_of(row, [&](int k) { return col / 16 * 16 + column_of(col % 16 + k); }));
-}
-
 }  // namespace
 
-cudaError_t arrange_rows(const ArrangeParams& params, cudaStream_t stream) {
-  const int64_t chunks = params.rows * (params.columns / 8);
-  return simt::launch(arrange, dim3(unsigned(ceil_div(chunks, kArrangeThreads))), kArrangeThreads,
-                      0, stream, params);
-}
-
-cudaError_t row_statistics(const ForwardParams<float>& p, const CudaPlan& plan, void* arranged,
+cudaError_t row_statistics(const ForwardParams<float>& p, const CudaPlan& plan,
                            cudaStream_t stream) {
-  cudaError_t error = arrange_rows({p.head.x, p.head.N, p.head.D, plan.hopper.rows,
-                                    plan.hopper.columns, arranged, nullptr},
-                                   stream);
-  if (error != cudaSuccess) return error;
   return with_cosine_shape(plan, [&](auto math, auto shape) {
-    return launch<decltype(math)::value, decltype(shape)>(p, plan, arranged, stream);
+    return launch<decltype(math)::value, decltype(shape)>(p, plan, stream);
   });
 }
 

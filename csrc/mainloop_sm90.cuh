@@ -52,19 +52,6 @@ __device__ __forceinline__ void release(Barrier* empty) {
   if (threadIdx.x % kWarp == 0) barrier_arrive(empty);
 }
 
-// The features' columns are stored so that a lane's 8 successive weights are what it multiplies in
-// two instructions: position 8 t + 2 q + e of 32 holds column 8 q + 2 t + e. Rows likewise, so that
-// a lane's products are of 8 successive rows.
-__host__ __device__ constexpr int source_of(int position) {
-  return position % 8 / 2 * 8 + position / 8 * 2 + position % 2;
-}
-
-// The weight gradient's columns: a lane has 4 successive ones, four lanes 64 bytes of float32.
-// Position 8 t + 2 q + e of 16 holds column 4 q + 2 t + e.
-__host__ __device__ constexpr int column_of(int position) {
-  return position % 8 / 2 * 4 + position / 8 * 2 + position % 2;
-}
-
 // A warp's 16 lines of a warpgroup's 64, two a lane.
 struct WgmmaLane {
   int lane, group, quad, warp;  // warp: of the consumers'

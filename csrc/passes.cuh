@@ -5,6 +5,53 @@
 
 namespace tvmf {
 
+// 16-bit features as the operands of Hopper's products (csrc/mainloop_sm90.cuh), zeros beyond the
+// last. Null where they are not wanted.
+struct ArrangedRows {
+  int64_t rows, columns;  // rows: a multiple of 32, columns: of 64
+  void* by_rows;          // [rows, columns]  rows and columns by source_of: the cosines' operand
+  void* by_columns;       // [N, columns]  columns by column_of: the weight gradient's operand
+
+  int64_t chunks() const { return by_rows ? rows * (columns / 8) : 0; }
+};
+
+// Position 8 t + 2 q + e of 32 holds column 8 q + 2 t + e: a lane's 8 successive weights are what it
+// multiplies in two instructions. Rows likewise, so that a lane's products are of 8 successive rows.
+__host__ __device__ constexpr int source_of(int position) {
+  return position % 8 / 2 * 8 + position / 8 * 2 + position % 2;
+}
+// The weight gradient's columns: a lane has 4 successive ones, four lanes 64 bytes of float32.
+// Position 8 t + 2 q + e of 16 holds column 4 q + 2 t + e.
+__host__ __device__ constexpr int column_of(int position) {
+  return position % 8 / 2 * 4 + position / 8 * 2 + position % 2;
+}
+
+// Chunk i: 16 bytes, four pairs of neighbours.
+__device__ __forceinline__ void arrange(const CudaHead& head, const ArrangedRows& to, int64_t i) {
+  const int64_t row = i / (to.columns / 8);
+  if (row >= to.rows) return;
+  const int col = int(i % (to.columns / 8)) * 8;
+  const uint16_t* x = static_cast<const uint16_t*>(head.x.data);
+  struct alignas(16) Eight {
+    uint16_t v[8];
+  };
+  const auto eight_of = [&](int64_t n, const auto& column) {
+    Eight eight{};
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const int64_t d = column(k);
+      if (n < head.N && d < head.D) eight.v[k] = x[n * head.x.row_stride + d * head.x.col_stride];
+    }
+    return eight;
+  };
+  store_as(static_cast<uint16_t*>(to.by_rows) + row * to.columns + col,
+           eight_of(row / 32 * 32 + source_of(int(row % 32)),
+                    [&](int k) { return col / 32 * 32 + source_of(col % 32 + k); }));
+  if (to.by_columns && row < head.N)
+    store_as(static_cast<uint16_t*>(to.by_columns) + row * to.columns + col,
+             eight_of(row, [&](int k) { return col / 16 * 16 + column_of(col % 16 + k); }));
+}
+
 template <class T>
 struct ForwardParams {
   CudaHead head;
@@ -24,6 +71,7 @@ struct ForwardParams {
   T* sum;           // [splits, N], or null
   int* rank;        // [splits, N]
   bool target_apart;  // sum_exp is without the target's
+  ArrangedRows arranged;
 };
 
 // A row's part in every class's gradient.
@@ -60,6 +108,7 @@ struct BackwardParams {
   T* dx;                 // [input_splits, N, D]  over all chunks
   double* totals;        // [total_count, 2]  sum g (phi + bias), sum g dphi/dkappa, over all chunks
   int64_t dot_slots;
+  ArrangedRows arranged;
 };
 
 // A row or class of zeros has rnorm 1e12, too large for float16; its elements are 0, so any factor

@@ -23,18 +23,14 @@ cudaError_t with_cosine_shape(const CudaPlan& plan, const F& f) {
                          : with_math(CosineShape<256, false>{});
 }
 
-// `arranged` takes plan.hopper.rows x columns numbers of the features' dtype.
-cudaError_t row_statistics(const ForwardParams<float>& p, const CudaPlan& plan, void* arranged,
+// Both want the arranged features in `p`.
+cudaError_t row_statistics(const ForwardParams<float>& p, const CudaPlan& plan,
                            cudaStream_t stream);
 
 // All chunks of classes: weights', bias', kappa's gradients and the sums that are left to finish.
-struct GradientBuffers {
-  void* arranged;          // [rows, columns]  rows and columns arranged
-  void* arranged_columns;  // [N, columns]
-  void* grad;              // [chunk, grad_stride]  t_nc r_n q_c gain, a class a line
-  void* weight;            // [chunk, weight_stride]  the chunk's weights, rounded
-};
-cudaError_t class_gradients(const BackwardParams<float>& p, const CudaPlan& plan,
-                            const GradientBuffers& buffers, cudaStream_t stream);
+// p.grad is [chunk, grad_stride] here, a class a line; `rounded` [chunk, weight_stride] takes the
+// chunk's weights.
+cudaError_t class_gradients(const BackwardParams<float>& p, const CudaPlan& plan, void* rounded,
+                            cudaStream_t stream);
 
 }  // namespace tvmf::sm90
