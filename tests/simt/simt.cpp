@@ -664,6 +664,16 @@ void note(const Thread& thread, const void* address, int bytes, Kind kind, const
   if (options.count && kind < kArrival) join_group(thread.index, index, offset, bytes);
 }
 
+// Of what is written as one access; what the compiler knows to be less aligned, nvcc takes apart.
+void check_alignment(const void* address, int bytes, Kind kind, const void* site) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  const int64_t offset = static_cast<const char*>(address) - arena;
+  const Buffer* buffer = buffer_of(offset, 1);
+  fail("misaligned address: ", kKindNames[kind], at(site), " of ", bytes, " bytes at ",
+       buffer ? buffer->name : "shared memory", " + ",
+       buffer ? static_cast<const char*>(address) - buffer->begin : offset);
+}
+
 // The low bits that a tf32 operand has no room for are ignored, as the hardware does.
 float from_tf32(uint32_t bits) { return std::bit_cast<float>(bits & ~0x1fffu); }
 float from_bf16(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
@@ -1240,7 +1250,9 @@ void cp_async_wait(int pending) {
 
 void note_atomic(const void* address, int bytes, const void* site) {
   ++record->report.atomics;
-  note(*self, address, bytes, kAtomic, static_cast<const char*>(site) - 1);
+  site = static_cast<const char*>(site) - 1;
+  if (watched) check_alignment(address, bytes, kAtomic, site);
+  note(*self, address, bytes, kAtomic, site);
 }
 
 uint32_t shared_address(const void* smem) {
@@ -1522,30 +1534,32 @@ void reset() { records.clear(); }
 
 #ifndef __SANITIZE_ADDRESS__
 namespace {
-__attribute__((always_inline)) inline void hook(const void* address, size_t bytes, bool write,
-                                                const void* site) {
+__attribute__((always_inline)) inline void hook(const void* address, size_t bytes, bool aligned,
+                                                bool write, const void* site) {
   using namespace simt;
   if (size_t(static_cast<const char*>(address) - arena) >= watched) return;
+  const Kind kind = write ? kWrite : kRead;
+  if (aligned) check_alignment(address, bytes, kind, site);
   // A larger object is so many instructions of at most 16 bytes.
   const char* from = static_cast<const char*>(address);
   for (size_t done = 0; done < bytes; done += 16)
-    note(*self, from + done, std::min<size_t>(16, bytes - done), write ? kWrite : kRead, site);
+    note(*self, from + done, std::min<size_t>(16, bytes - done), kind, site);
 }
 }  // namespace
 
 extern "C" {
-#define HOOKS(size)                                                              \
-  void __tsan_read##size(void* p) { hook(p, size, false, CALL_SITE); }           \
-  void __tsan_write##size(void* p) { hook(p, size, true, CALL_SITE); }           \
-  void __tsan_unaligned_read##size(void* p) { hook(p, size, false, CALL_SITE); } \
-  void __tsan_unaligned_write##size(void* p) { hook(p, size, true, CALL_SITE); }
+#define HOOKS(size)                                                                     \
+  void __tsan_read##size(void* p) { hook(p, size, true, false, CALL_SITE); }            \
+  void __tsan_write##size(void* p) { hook(p, size, true, true, CALL_SITE); }            \
+  void __tsan_unaligned_read##size(void* p) { hook(p, size, false, false, CALL_SITE); } \
+  void __tsan_unaligned_write##size(void* p) { hook(p, size, false, true, CALL_SITE); }
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
-void __tsan_read_range(void* p, size_t n) { hook(p, n, false, CALL_SITE); }
-void __tsan_write_range(void* p, size_t n) { hook(p, n, true, CALL_SITE); }
+void __tsan_read_range(void* p, size_t n) { hook(p, n, false, false, CALL_SITE); }
+void __tsan_write_range(void* p, size_t n) { hook(p, n, false, true, CALL_SITE); }
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
 void __tsan_func_entry(void*) {}
