@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto row = inside ? load_as<GradientRow<float>>(p.rows + n) : GradientRow<float>{};
     tail.rnorm[i] = row.rnorm;
     tail.rnorm_gain[i] = row.rnorm_gain;
-    tail.max[i] = row.max;
+    tail.max[i] = inside ? row.max : -kLowest<float>;  // no exponential overflows, or 0 times it
     tail.lse[i] = row.grad_lse * row.inv_sum_exp;
     tail.target[i] = row.grad_target;
     tail.sum[i] = row.grad_sum;

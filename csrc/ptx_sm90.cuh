@@ -47,26 +47,17 @@ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
 }
 __forceinline__ void barrier_init_fence() {}
 __forceinline__ void barrier_arrive(Barrier* barrier) {
-  simt::barrier_arrive(simt::cluster_rank(), &barrier->state, 0);
+  simt::barrier_arrive(&barrier->state, 0);
 }
-__forceinline__ void barrier_arrive_at(int block, Barrier* barrier) {
-  simt::barrier_arrive(block, &barrier->state, 0);
-}
-__forceinline__ int cluster_rank() { return simt::cluster_rank(); }
-__forceinline__ void cluster_sync() { simt::cluster_sync(); }
 __forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
-  simt::barrier_arrive(simt::cluster_rank(), &barrier->state, bytes);
+  simt::barrier_arrive(&barrier->state, bytes);
 }
 __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
   simt::barrier_wait(&barrier->state, parity);
 }
 __forceinline__ void tensor_copy(void* smem, const TensorMap& map, int col, int row,
                                  Barrier* barrier) {
-  simt::tensor_copy(1u << simt::cluster_rank(), smem, &map, col, row, &barrier->state);
-}
-__forceinline__ void tensor_copy_to(uint16_t mask, void* smem, const TensorMap& map, int col,
-                                    int row, Barrier* barrier) {
-  simt::tensor_copy(mask, smem, &map, col, row, &barrier->state);
+  simt::tensor_copy(smem, &map, col, row, &barrier->state);
 }
 __forceinline__ void prefetch_map(const TensorMap&) {}
 __forceinline__ void tensor_prefetch(const TensorMap&, int, int) {}
@@ -123,28 +114,6 @@ __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
-// Arrives at the barrier of the same place in another block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(int block, Barrier* barrier) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(block)
-      : "memory");
-}
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-// All threads of the cluster: what was written before, shared memory of any block too, is seen.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 // Arrives, and lets the phase end only when so many bytes have been copied.
 __device__ __forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -174,15 +143,6 @@ __device__ __forceinline__ void tensor_copy(void* smem, const TensorMap& map, in
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(smem)),
       "l"(&map), "r"(col), "r"(row), "r"(shared_address(barrier))
-      : "memory");
-}
-// The same, to the same place and barrier of every block of the cluster that the mask names.
-__device__ __forceinline__ void tensor_copy_to(uint16_t mask, void* smem, const TensorMap& map,
-                                               int col, int row, Barrier* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(smem)),
-      "l"(&map), "r"(col), "r"(row), "r"(shared_address(barrier)), "h"(mask)
       : "memory");
 }
 // Brings the box as far as the second-level cache.
@@ -273,30 +233,3 @@ TVMF_WGMMA(128, 64, f16, 64, 65, 66, 67, 68, 69)
 #endif
 
 }  // namespace tvmf
-
-#ifndef TVMF_SIMT
-namespace simt {
-
-// The same as launch, the grid's blocks in clusters of so many.
-template <class Params>
-cudaError_t launch_cluster(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
-                           int cluster, cudaStream_t stream, const Params& params) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
-
-}  // namespace simt
-#endif

@@ -1,6 +1,6 @@
 """Hopper's own kernels on a real device: 16-bit features with float32 weights, every way to them.
 
-The same source runs under the emulator in tests/test_simt_sm90.py, clusters of one block alone.
+The same source runs under the emulator in tests/test_simt_hopper.py.
 """
 
 import pytest

@@ -73,6 +73,22 @@ def test_a_planted_fault_is_found_and_its_twin_passes(name, seed):
     np.testing.assert_array_equal(right, run(name, seed=seed, **launch))
 
 
+@pytest.mark.parametrize("size", [4, 8, 16])
+@pytest.mark.parametrize(
+    ("argument", "access"), [(0, "read"), (1, "write"), (2, "read")], ids=["global", "write", "shared"]
+)
+def test_an_address_is_a_multiple_of_what_is_accessed(size, argument, access):
+    launch = {"outputs": 128, "shared_bytes": 528, "argument": argument, "count": False}
+    run(f"misaligned_{size}", **launch)
+    memory = "shared memory" if argument else "x"
+    with pytest.raises(
+        RuntimeError,
+        match=rf"^faults::.*::misaligned.*: block \(0, 0, 0\) thread 5: misaligned address: {access} "
+        rf"at {LINE} of {size} bytes at {memory} \+ {5 * 16 + size // 2}$",
+    ):
+        run(f"misaligned_{size}", right=False, **launch)
+
+
 @pytest.mark.parametrize("name", ["async_without_wait", "async_pending"])
 def test_data_not_waited_for_are_nan(name):
     launch = {"outputs": 64, "shared_bytes": 1024}

@@ -1,5 +1,4 @@
-"""What the emulator has of Hopper: mbarriers, tensor copies, wgmma and clusters do what hardware
-does, and each planted fault is found. The kernels are tests/simt/faults_sm90.cu."""
+"""What the emulator has of Hopper: mbarriers, tensor copies and wgmma do what hardware does, and each planted fault is found. The kernels are tests/simt/faults_sm90.cu."""
 
 import subprocess
 import sys
@@ -26,14 +25,6 @@ def fails(message, name, *arguments, **launch):
         RuntimeError, match=f"(?s)^faults::.*::{name.split('_bf16')[0]}.*: .*({message})"
     ):
         run(name, *arguments, right=False, **launch)
-
-
-def error_of(*arguments, **launch):
-    try:
-        run(*arguments, **launch)
-    except RuntimeError as error:
-        return str(error)
-    return ""
 
 
 def floats(rows, cols, seed=0):
@@ -125,32 +116,6 @@ def test_a_ring_of_stages(seed):
 @pytest.mark.parametrize(("fault", "message"), RING_FAULTS)
 def test_faults_of_a_ring(fault, message, seed):
     fails(message, "ring", floats(128, 400), argument=[fault, 0, 0, 0], seed=seed, **RING)
-
-
-CLUSTER = RING | {"grid": 4, "outputs": 4 * 64, "cluster": 2}
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_cluster_shares_its_copies(seed):
-    a = floats(128, 400)
-    y = run("cluster_ring", a, box_a=32, seed=seed, **CLUSTER)
-    columns = np.zeros((2, 13 * 32), np.float32)
-    columns[:, :400] = a.reshape(2, 64, 400).sum(1)
-    sums = columns.reshape(2, 13, 32).sum(1)
-    np.testing.assert_array_equal(y.reshape(2, 2, 2, 32).sum(2), np.stack([sums, 2 * sums], 1))
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [(1, "no mbarrier was initialised|race on shared memory"),
-     (2, "race on shared memory|deadlock"),
-     (3, "which is not running|a block that has exited")],
-)  # fmt: skip
-def test_faults_of_a_cluster(fault, message):
-    """Whether it shows depends on which block is ahead."""
-    launch = CLUSTER | {"a": floats(128, 400), "box_a": 32, "argument": [fault, 0, 0, 0]}
-    found = [error_of("cluster_ring", seed=seed, right=False, **launch) for seed in range(8)]
-    assert any(part in error for part in message.split("|") for error in found)
 
 
 def bf16(values):
@@ -248,7 +213,6 @@ def test_address_sanitizer_passes_what_is_right():
         "a, b = [bits for bits, _ in t.operands('bf16', 256)]\n"
         "run('product_bf16_00_256', a, b, 64 * 256, shared_bytes=t.shared_of(256))\n"
         "run('ring', t.floats(128, 400), t.NOTHING, **t.RING)\n"
-        "run('cluster_ring', t.floats(128, 400), t.NOTHING, box_a=32, **t.CLUSTER)\n"
         "print('passed')"
     )
     done = subprocess.run(

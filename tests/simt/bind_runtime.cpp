@@ -65,7 +65,7 @@ static faults::Matrix matrix(const char* name, const py::array& array, int box_r
 static py::array_t<float> run_fault_sm90(const std::string& name, py::array a, py::array b,
                                          int outputs, int box_a, int box_b, bool right,
                                          std::array<int, 4> argument, unsigned grid, int threads,
-                                         int shared_bytes, int cluster, int box_cols) {
+                                         int shared_bytes, int box_cols) {
   simt::release_all();
   faults::CaseSm90 c{matrix("a", a, box_a, box_cols),
                      matrix("b", b, box_b, box_cols),
@@ -73,7 +73,7 @@ static py::array_t<float> run_fault_sm90(const std::string& name, py::array a, p
                      {},
                      right};
   std::copy(argument.begin(), argument.end(), c.argument);
-  faults::launch_sm90(name, grid, threads, shared_bytes, cluster, c);
+  faults::launch_sm90(name, grid, threads, shared_bytes, c);
   py::array_t<float> y(outputs);
   std::memcpy(y.mutable_data(), c.y, y.nbytes());
   return y;
@@ -85,5 +85,5 @@ void bind_faults(py::module_& module) {
              "argument"_a = 0, "grid"_a = 1, "threads"_a = 32, "shared_bytes"_a = 0);
   module.def("run_fault_sm90", run_fault_sm90, "name"_a, "a"_a, "b"_a, "outputs"_a, "box_a"_a = 64,
              "box_b"_a = 64, "right"_a = true, "argument"_a = std::array<int, 4>{}, "grid"_a = 1,
-             "threads"_a = 128, "shared_bytes"_a = 0, "cluster"_a = 1, "box_cols"_a = 0);
+             "threads"_a = 128, "shared_bytes"_a = 0, "box_cols"_a = 0);
 }

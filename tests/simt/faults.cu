@@ -183,6 +183,19 @@ __global__ void read_global(Case c) {
   reinterpret_cast<T*>(c.y)[threadIdx.x] = value;
 }
 
+// Lane 5 accesses T at half of its size; what lies behind an odd number of barriers is read so.
+template <class T>
+__global__ void misaligned(Case c) {
+  const bool half = !c.right && threadIdx.x == 5;
+  char* const memory = c.argument ? static_cast<char*>(simt::shared_memory())
+                                  : static_cast<char*>(const_cast<void*>(c.x));
+  T* const there = reinterpret_cast<T*>(memory + threadIdx.x * 16 + half * sizeof(T) / 2);
+  if (c.argument == 1)
+    *there = T{};
+  else
+    reinterpret_cast<T*>(c.y)[threadIdx.x] = *there;
+}
+
 // Some lanes take a branch, and go round a loop as often as they are in it.
 __global__ void divergent_reads(Case c) {
   float sum = 0;
@@ -270,6 +283,9 @@ void launch(const std::string& name, unsigned grid, int threads, int shared_byte
       ENTRY(read_matrices),
       ENTRY(matrix_product),
       ENTRY(many_products),
+      {"misaligned_4", misaligned<float>},
+      {"misaligned_8", misaligned<uint64_t>},
+      {"misaligned_16", misaligned<tvmf::Chunk>},
       {"read_shared_4", read_shared<float>},
       {"read_shared_8", read_shared<uint64_t>},
       {"read_shared_16", read_shared<tvmf::Chunk>},

@@ -28,7 +28,7 @@ struct CaseSm90 {
   int argument[4];
   bool right;
 };
-void launch_sm90(const std::string& name, unsigned grid, int threads, int shared_bytes, int cluster,
+void launch_sm90(const std::string& name, unsigned grid, int threads, int shared_bytes,
                  const CaseSm90& c);
 
 }  // namespace faults

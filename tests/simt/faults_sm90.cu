@@ -48,8 +48,8 @@ __global__ void copy_alignment(const __grid_constant__ Params p) {
   }
 }
 
-// Sums the columns of a, boxes of 64 x 32 floats through three stages; a block (of a cluster) has
-// its own rows. The last warp copies, the others consume.
+// Sums the columns of a, boxes of 64 x 32 floats through three stages; a block has its own
+// rows. The last warp copies, the others consume.
 constexpr int kStages = 3;
 struct Ring {
   Barrier full[kStages], empty[kStages];
@@ -95,52 +95,6 @@ __global__ void ring(const __grid_constant__ Params p) {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
   if (warp < warps) p.c.y[blockIdx.x * warps * 32 + threadIdx.x] = sum[0] + sum[1];
-}
-
-// Two blocks copy a half of each box into both, and release stages to each other.
-__global__ void cluster_ring(const __grid_constant__ Params p) {
-  Ring& r = *reinterpret_cast<Ring*>(shared() + kStages * kBox);
-  const int warps = blockDim.x / 32 - 1, rank = cluster_rank();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(&r.full[i], 1);
-      barrier_init(&r.empty[i], 2 * warps);
-    }
-    barrier_init_fence();
-  }
-  if (p.c.right || p.c.argument[0] != 1)
-    cluster_sync();
-  else
-    __syncthreads();
-  const int steps = int((p.c.a.cols + 31) / 32), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int stage = 0, parity = 0;
-  float sum = 0;
-  for (int step = 0; step < steps; ++step) {
-    if (warp == warps) {
-      if (lane == 0) {
-        barrier_wait(&r.empty[stage], parity ^ 1);
-        barrier_expect(&r.full[stage], kBox);
-        tensor_copy_to(3, shared() + stage * kBox + rank * kBox / 2, p.a, step * 32,
-                       blockIdx.x / 2 * 64 + rank * 32, &r.full[stage]);
-      }
-    } else {
-      barrier_wait(&r.full[stage], parity);
-      for (int row = warp; row < 64; row += warps)
-        sum += (1 + rank) *
-               reinterpret_cast<const float*>(
-                   shared() + stage * kBox)[row * 32 + ((lane / 4 ^ row % 8) * 4 | lane % 4)];
-      __syncwarp();
-      if (!p.c.right && p.c.argument[0] == 2) {
-        // Only this block's producer learns of it, twice.
-        if (lane < 2) barrier_arrive(&r.empty[stage]);
-      } else if (lane < 2) {
-        barrier_arrive_at(lane, &r.empty[stage]);
-      }
-    }
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-  if (warp < warps) p.c.y[blockIdx.x * warps * 32 + threadIdx.x] = sum;
-  if (p.c.right || p.c.argument[0] != 3) cluster_sync();
 }
 
 // y [64, kCols] = 1 + A B^T over a depth of 64. A transposed operand lies in boxes of 64 of its
@@ -289,7 +243,7 @@ cudaError_t map_of(TensorMap* map, const Matrix& m) {
 
 }  // namespace
 
-void launch_sm90(const std::string& name, unsigned grid, int threads, int shared_bytes, int cluster,
+void launch_sm90(const std::string& name, unsigned grid, int threads, int shared_bytes,
                  const CaseSm90& c) {
 #define ENTRY(kernel) {#kernel, kernel}
 #define PRODUCT(a, b)                                                   \
@@ -302,7 +256,6 @@ void launch_sm90(const std::string& name, unsigned grid, int threads, int shared
       ENTRY(copy_box),
       ENTRY(copy_alignment),
       ENTRY(ring),
-      ENTRY(cluster_ring),
       ENTRY(early_release),
       ENTRY(written_operand),
       ENTRY(barrier_uses),
@@ -321,8 +274,7 @@ void launch_sm90(const std::string& name, unsigned grid, int threads, int shared
   cudaError_t error = map_of(&p.a, c.a);
   if (error == cudaSuccess) error = map_of(&p.b, c.b);
   if (error == cudaSuccess)
-    error = simt::launch_cluster(kernels.at(name), {grid, 1, 1}, threads, shared_bytes, cluster,
-                                 nullptr, p);
+    error = simt::launch(kernels.at(name), {grid, 1, 1}, threads, shared_bytes, nullptr, p);
   if (error != cudaSuccess) throw std::invalid_argument(cudaGetErrorString(error));
 }
 

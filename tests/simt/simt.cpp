@@ -41,11 +41,11 @@ constexpr bool kAsan = true;
 constexpr bool kAsan = false;
 #endif
 constexpr int kMaxBlockThreads = 1024, kMaxShared = 227 * 1024, kMaxRaces = 5;
-constexpr int kMaxThreads = 2048, kMaxCluster = 8, kMaxPhasers = 128;  // of a cluster
+constexpr int kMaxPhasers = 128;  // of a block
 constexpr size_t kStackBytes = kAsan ? 512 << 10 : 128 << 10, kPage = 4096;
-// The instrumented build's memory: shared memory of a cluster, then the global buffers. Pages cost
-// nothing until touched, so room for a large array and for the marks on it is only reserved.
-constexpr size_t kSharedRoom = 256 << 10, kSharedRooms = kMaxCluster * kSharedRoom;
+// The instrumented build's memory: shared memory, then the global buffers. Pages cost nothing until
+// touched, so room for a large array and for the marks on it is only reserved.
+constexpr size_t kSharedRoom = 256 << 10;
 constexpr size_t kArenaBytes = size_t(32) << 30, kSector = 32, kGap = 256;
 constexpr uint32_t kSharedBase = 1024;  // what a kernel sees as its shared memory's address
 
@@ -187,7 +187,7 @@ struct Copy {
 // thread released before it arrived, and the copies of the phase, are seen by those that waited.
 struct Phaser {
   char* address;
-  int rank, count, pending;
+  int count, pending;
   int64_t bytes = 0;  // to come
   uint32_t phase = 0;
   Clocks arrived = {};  // of this phase
@@ -195,7 +195,7 @@ struct Phaser {
   std::vector<uint16_t> waiting = {};
 };
 
-// A tensor copy on its way to one block.
+// A tensor copy on its way.
 struct TensorCopy {
   MatrixMap map;
   int thread, col, row, phaser;
@@ -206,8 +206,7 @@ struct TensorCopy {
 
 struct Thread {
   Fibre fibre;
-  int index;                           // in the cluster
-  int rank;                            // of the block
+  int index;
   std::shared_ptr<const Clocks> seen;  // of every thread, what a barrier has put before us
   uint32_t clock = 1;                  // counts the thread's barriers
   std::vector<Copy> copies = {};       // not yet waited for
@@ -315,8 +314,8 @@ Options options;
 std::vector<Buffer> buffers;
 std::vector<Record> records;
 
-char *arena, *shared_of[kMaxCluster];
-[[maybe_unused]] size_t arena_used = kSharedRooms;
+char *arena, *shared;
+[[maybe_unused]] size_t arena_used = kSharedRoom;
 size_t shared_bytes;
 size_t watched;                  // bytes of the arena that the hooks look at: 0 outside a launch
 Cell* cells;                     // one for two bytes of the arena
@@ -327,23 +326,22 @@ std::vector<Site> sites;
 std::vector<uint32_t> site_slots(1 << 16);  // hash table: 1 + index into sites
 std::vector<SiteReport> counters;           // of this launch
 
-std::array<Thread, kMaxThreads> threads;
-std::array<Warp, kMaxThreads / 32> warps;
-std::array<Barrier, 16 * kMaxCluster + 1> barriers;  // the last is the cluster's
-std::array<uint16_t, kMaxThreads> ready;             // a ring
+std::array<Thread, kMaxBlockThreads> threads;
+std::array<Warp, kMaxBlockThreads / 32> warps;
+std::array<Barrier, 16> barriers;
+std::array<uint16_t, kMaxBlockThreads> ready;             // a ring
 unsigned ready_head, ready_count;
 Fibre main_fibre;
 Thread* self;
-int cluster_size, alive, alive_of[kMaxCluster];
-dim3 cluster, block_of[kMaxCluster];
+int alive;
 std::vector<Phaser> phasers;
 std::vector<TensorCopy> tensor_copies;
 // By warpgroup: what its warps' wgmma must be in turn.
 std::vector<std::vector<Wgmma>> warpgroups;
 const std::function<void()>* body;
 Record* record;
-std::vector<uint32_t> order;      // of the clusters
-uint32_t block, first_block = 1;  // clusters, numbered through all launches; 0 is never
+std::vector<uint32_t> order;      // of the blocks
+uint32_t block, first_block = 1;  // numbered through all launches; 0 is never
 std::set<std::pair<uint32_t, uint32_t>> race_sites;
 std::string races, error;
 uint64_t random_state;
@@ -377,15 +375,14 @@ void switch_to(Fibre& from, Fibre& to, [[maybe_unused]] bool last = false) {
 
 void push_ready(const Thread& thread, bool front) {
   const unsigned at = front ? --ready_head : ready_head + ready_count;
-  ready[at % kMaxThreads] = thread.index;
+  ready[at % kMaxBlockThreads] = thread.index;
   ++ready_count;
 }
 
 void run_next(Fibre& from, bool last = false) {
-  self = &threads[ready[ready_head++ % kMaxThreads]];
+  self = &threads[ready[ready_head++ % kMaxBlockThreads]];
   --ready_count;
-  threadIdx.x = self->index % blockDim.x;
-  blockIdx = block_of[self->rank];
+  threadIdx.x = self->index;
   switch_to(from, self->fibre, last);
 }
 
@@ -413,26 +410,23 @@ void enter() {
 #endif
   (*body)();
   self->done = true;
-  --alive;
-  if (!--alive_of[self->rank]) end_block();
+  if (!--alive) end_block();
   leave(true);
 }
 
-dim3 block_at(uint32_t number, int rank) {
-  const unsigned i = order[number - first_block], x = gridDim.x / cluster.x,
-                 y = gridDim.y / cluster.y;
-  return {i % x * cluster.x + rank % cluster.x, i / x % y * cluster.y + rank / cluster.x,
-          i / x / y};
+dim3 block_at(uint32_t number) {
+  const unsigned i = order[number - first_block], x = gridDim.x, y = gridDim.y;
+  return {i % x, i / x % y, i / x / y};
 }
-std::string block_name(uint32_t number, int rank) {
-  const dim3 at = block_at(number, rank);
+std::string block_name(uint32_t number) {
+  const dim3 at = block_at(number);
   return text("block (", at.x, ", ", at.y, ", ", at.z, ")");
 }
 
 // Leaves the launch; the fibres are never resumed.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... what) {
-  error = text(block_name(block, self->rank), " thread ", self->index % blockDim.x, ": ", what...);
+  error = text(block_name(block), " thread ", self->index, ": ", what...);
   switch_to(self->fibre, main_fibre);
   __builtin_unreachable();
 }
@@ -441,17 +435,16 @@ std::string at(const void* site) { return " at " + place_of(site).line; }
 // "threads 0-15: __syncthreads at forward.cu:33; threads 16-31: exited"
 std::string who_waits_where() {
   std::map<std::string, std::vector<int>> groups;
-  for (unsigned i = 0; i < blockDim.x * cluster_size; ++i) {
+  for (unsigned i = 0; i < blockDim.x; ++i) {
     const Thread& t = threads[i];
     std::string where = t.waits_at ? t.waits_at + at(t.site) : t.done ? "exited" : "run";
     if (t.waits_at && t.waits_for >= 0) {
       const Phaser& p = phasers[t.waits_for];
-      where += text(" for parity ", t.parity, " of shared memory + ", p.address - shared_of[p.rank],
+      where += text(" for parity ", t.parity, " of shared memory + ", p.address - shared,
                     " (", p.phase, " phases ended, ", p.pending, " of ", p.count, " arrivals and ",
                     p.bytes, " bytes missing)");
     }
-    if (t.rank) where += text(" in block ", t.rank, " of the cluster");
-    groups[where].push_back(i % blockDim.x);
+    groups[where].push_back(i);
   }
   std::string list;
   for (const auto& [where, members] : groups) {
@@ -590,19 +583,16 @@ void report_race(const Mark& now, const Mark& before, uint64_t offset) {
   if (!race_sites.insert({now.site, before.site}).second) return;
   const auto describe = [](const Mark& mark) {
     const Site& site = sites[mark.site];
-    const int total = blockDim.x * cluster_size, warp = mark.thread - total - kMaxPhasers;
-    const int rank = warp >= 0              ? warp * 32 / blockDim.x
-                     : mark.thread >= total ? phasers[mark.thread - total].rank
-                                            : mark.thread / blockDim.x;
-    return text(block_name(mark.block, rank),
-                warp >= 0              ? text(" warp ", warp - rank * blockDim.x / 32)
+    const int total = blockDim.x, warp = mark.thread - total - kMaxPhasers;
+    return text(block_name(mark.block),
+                warp >= 0              ? text(" warp ", warp)
                 : mark.thread >= total ? std::string(" a copy")
-                                       : text(" thread ", mark.thread % blockDim.x),
+                                       : text(" thread ", mark.thread),
                 " (", kKindNames[site.kind], at(site.address), ")");
   };
   const Buffer* buffer = buffer_of(offset, 1);
   races += text("race on ", buffer ? buffer->name : "shared memory", " + ",
-                buffer ? arena + offset - buffer->begin : offset % kSharedRoom, ": ", describe(now),
+                buffer ? arena + offset - buffer->begin : offset, ": ", describe(now),
                 " and ", describe(before), "\n");
   if (race_sites.size() == kMaxRaces) switch_to(self->fibre, main_fibre);
 }
@@ -613,9 +603,9 @@ void check_fence(const Thread& thread, const Mark& mark, uint64_t offset, uint32
   const auto fence = std::lower_bound(writer.fences.begin(), writer.fences.end(), mark.clock);
   const uint32_t until = &writer == &thread ? thread.clock - 1 : (*thread.seen)[mark.thread];
   if (fence != writer.fences.end() && *fence <= until) return;
-  fail("no fence for wgmma and copies between the write of thread ", mark.thread % blockDim.x,
+  fail("no fence for wgmma and copies between the write of thread ", mark.thread,
        at(sites[mark.site].address), " and this ", kKindNames[sites[site].kind],
-       at(sites[site].address), " of shared memory + ", offset % kSharedRoom);
+       at(sites[site].address), " of shared memory + ", offset);
 }
 
 // The same as `thread` does at `now`, which may be what it has started.
@@ -623,7 +613,7 @@ void check_order(const Thread& thread, const Mark& now, uint64_t offset, int byt
                  bool keep = true) {
   const Kind kind = sites[now.site].kind;
   // Shared memory is a new one for every block; earlier launches come before this one.
-  const uint32_t oldest = offset < kSharedRooms ? block : first_block;
+  const uint32_t oldest = offset < kSharedRoom ? block : first_block;
   const uint32_t* seen = thread.seen->data();
   const auto before_now = [&](const Mark& mark) {
     return mark.block < oldest || (mark.block == block && (mark.thread == thread.index ||
@@ -664,14 +654,24 @@ void check_order(const Thread& thread, uint64_t offset, int bytes, uint32_t site
 void note(const Thread& thread, const void* address, int bytes, Kind kind, const void* site) {
   const uint64_t offset = static_cast<const char*>(address) - arena;
   if (offset >= watched) return;
-  const bool is_shared = offset < kSharedRooms;
-  if (is_shared ? offset - thread.rank * kSharedRoom + bytes > shared_bytes
+  const bool is_shared = offset < kSharedRoom;
+  if (is_shared ? offset + bytes > shared_bytes
                 : !buffer_of(offset, bytes))
     fail(kKindNames[kind], at(site), " outside ",
          is_shared ? text("shared memory of ", shared_bytes, " bytes") : "every buffer");
   const uint32_t index = site_of(site, kind, is_shared);
   if (options.check_races) check_order(thread, offset, bytes, index);
   if (options.count && kind < kArrival) join_group(thread.index, index, offset, bytes);
+}
+
+// Of what is written as one access; what the compiler knows to be less aligned, nvcc takes apart.
+void check_alignment(const void* address, int bytes, Kind kind, const void* site) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  const int64_t offset = static_cast<const char*>(address) - arena;
+  const Buffer* buffer = buffer_of(offset, 1);
+  fail("misaligned address: ", kKindNames[kind], at(site), " of ", bytes, " bytes at ",
+       buffer ? buffer->name : "shared memory", " + ",
+       buffer ? static_cast<const char*>(address) - buffer->begin : offset);
 }
 
 // The low bits that a tf32 operand has no room for are ignored, as the hardware does.
@@ -734,13 +734,13 @@ void load_matrices(int warp, const Operand* operand) {
 
 // Mbarriers and tensor copies.
 
-bool inside(const void* smem, int rank, size_t bytes) {
-  const size_t offset = static_cast<const char*>(smem) - shared_of[rank];
+bool inside(const void* smem, size_t bytes) {
+  const size_t offset = static_cast<const char*>(smem) - shared;
   return offset < shared_bytes && bytes <= shared_bytes - offset;
 }
 // What a warp or the copy engine does, in the number of clocks behind those of threads.
-uint16_t clock_of_phaser(int phaser) { return blockDim.x * cluster_size + phaser; }
-uint16_t clock_of_warp(int warp) { return blockDim.x * cluster_size + kMaxPhasers + warp; }
+uint16_t clock_of_phaser(int phaser) { return blockDim.x + phaser; }
+uint16_t clock_of_warp(int warp) { return blockDim.x + kMaxPhasers + warp; }
 
 void merge(Clocks& into, const Clocks& other) {
   if (into.empty()) into.resize(other.size());
@@ -762,15 +762,15 @@ void see(Thread& thread, const std::shared_ptr<const Clocks>& clocks) {
 
 constexpr uint64_t kPhaserMagic = 0x6d62617272696572, kMapMagic = 0x74656e736f724d61;
 
-int phaser_of(const uint64_t* barrier, int rank, const void* site) {
-  if (!inside(barrier, rank, 8) || reinterpret_cast<uintptr_t>(barrier) % 8)
+int phaser_of(const uint64_t* barrier, const void* site) {
+  if (!inside(barrier, 8) || reinterpret_cast<uintptr_t>(barrier) % 8)
     fail("an mbarrier that is not 8 bytes of shared memory", at(site));
   uint64_t state;
   memcpy(&state, barrier, 8);
   const uint64_t number = state ^ kPhaserMagic;
   if (number >= phasers.size() || phasers[number].address != reinterpret_cast<const char*>(barrier))
     fail("no mbarrier was initialised at shared memory + ",
-         reinterpret_cast<const char*>(barrier) - shared_of[rank], ", used", at(site));
+         reinterpret_cast<const char*>(barrier) - shared, ", used", at(site));
   return number;
 }
 void note_barrier(const uint64_t* barrier, Kind kind, const void* site) {
@@ -793,12 +793,11 @@ void end_phase_if_complete(int number) {
   p.waiting.clear();
 }
 
-void count_copy(const TensorCopy& copy, uint32_t site, const char* from, int64_t bytes) {
+void count_copy(uint32_t site, const char* from, int64_t bytes) {
   SiteReport& counter = counters[site];
   const uint64_t begin = (from - arena) / kSector, end = (from + bytes - 1 - arena) / kSector + 1;
   counter.bytes += bytes;
   counter.sectors += end - begin;
-  (void)copy;
   for (uint64_t sector = begin; sector < end; ++sector)
     record->report.global_unique_read_sectors +=
         std::exchange(read_in[sector], launches) != launches;
@@ -851,17 +850,14 @@ void deliver_some() {
 
 // The block's last thread has exited.
 void end_block() {
-  const int rank = self->rank;
-  for (const TensorCopy& copy : tensor_copies)
-    if (phasers[copy.phaser].rank == rank)
-      fail("the block exits before its copy has arrived, started", at(copy.site));
-  const int first = rank * blockDim.x / 32, end = (rank + 1) * blockDim.x / 32;
-  for (int warp = first; warp < end; ++warp) {
+  if (!tensor_copies.empty())
+    fail("the block exits before its copy has arrived, started", at(tensor_copies[0].site));
+  for (int warp = 0; warp < int(blockDim.x / 32); ++warp) {
     const std::vector<Product>& products = warps[warp].products;
     if (!products.empty())
-      fail("warp ", warp - first, " exits without waiting for its wgmma", at(products[0].site));
-    if (warps[warp].issued != warps[first + (warp - first) / 4 * 4].issued)
-      fail("warps ", (warp - first) / 4 * 4, " and ", warp - first,
+      fail("warp ", warp, " exits without waiting for its wgmma", at(products[0].site));
+    if (warps[warp].issued != warps[warp / 4 * 4].issued)
+      fail("warps ", warp / 4 * 4, " and ", warp,
            " of a warpgroup have issued different numbers of wgmma");
   }
 }
@@ -939,7 +935,7 @@ uint64_t descriptor_of_a(const Wgmma& w, int warp) {
 void check_operand(int warp, uint64_t descriptor, bool transposed, int extent, bool finished,
                    const void* site) {
   const Thread& thread = threads[warp * 32];
-  char* const base = shared_of[thread.rank];
+  char* const base = shared;
   if (descriptor >> 62 != 1) fail("a wgmma descriptor without the 128-byte swizzle", at(site));
   const bool watching = watched && options.check_races;
   const Mark now{block, warps[warp].clock + 1, watching ? site_of(site, kWgmmaRead, true) : 0,
@@ -949,7 +945,7 @@ void check_operand(int warp, uint64_t descriptor, bool transposed, int extent, b
     if (to > from) check_order(thread, now, from, to - from, finished);
   };
   for_chunks(descriptor, transposed, extent, base, [&](int, int, const char* chunk) {
-    if (!inside(chunk, thread.rank, 16))
+    if (!inside(chunk, 16))
       fail("wgmma reads shared memory + ", chunk - base, " of ", shared_bytes, " bytes", at(site));
     if (!watching) return;
     const uint64_t offset = chunk - arena;
@@ -1039,8 +1035,7 @@ __attribute__((no_sanitize("address", "undefined"))) void load_a(const Product& 
 void issue_wgmma(int number, const Operand* operand) {
   Warp& warp = warps[number];
   const void* site = self->site;
-  const int in_block = number - threads[number * 32].rank * blockDim.x / 32;
-  if ((in_block / 4 + 1) * 128 > int(blockDim.x))
+  if ((number / 4 + 1) * 128 > int(blockDim.x))
     fail("wgmma of a warpgroup that is not whole", at(site));
   Product product{*static_cast<const Wgmma*>(operand[0].in), {}, nullptr, warp.committed, site};
   const Wgmma& w = product.what;
@@ -1076,13 +1071,13 @@ void issue_wgmma(int number, const Operand* operand) {
   ++product.sums->pending;
   if (!w.a) check_operand(number, descriptor_of_a(w, number), w.transposed_a, 16, false, site);
   check_operand(number, w.b_descriptor, w.transposed_b, w.cols, false, site);
-  record->report.wgmma += in_block % 4 == 0;
+  record->report.wgmma += number % 4 == 0;
   warp.products.push_back(product);
 }
 
 void finish_wgmma(int number, const Product& product) {
   const Wgmma& w = product.what;
-  char* const base = shared_of[threads[number * 32].rank];
+  char* const base = shared;
   float a[16][16];
   if (w.a) {
     load_a(product, a);
@@ -1200,7 +1195,7 @@ void named_barrier(int id, int wanted) {
   if (id < 0 || id > 15 || wanted <= 0 || wanted > int(blockDim.x) ||
       (wanted % 32 && wanted != int(blockDim.x)))
     fail("barrier ", id, " of ", wanted, " threads", at(thread.site));
-  meet_at(barriers[thread.rank * 16 + id], wanted);
+  meet_at(barriers[id], wanted);
 }
 
 namespace {
@@ -1225,7 +1220,7 @@ void meet_at(Barrier& barrier, int wanted) {
 
 }  // namespace
 
-void* shared_memory() { return shared_of[self->rank]; }
+void* shared_memory() { return shared; }
 
 void cp_async(void* smem, const void* global, int bytes) {
   Thread& thread = *self;
@@ -1255,21 +1250,15 @@ void cp_async_wait(int pending) {
 
 void note_atomic(const void* address, int bytes, const void* site) {
   ++record->report.atomics;
-  note(*self, address, bytes, kAtomic, static_cast<const char*>(site) - 1);
+  site = static_cast<const char*>(site) - 1;
+  if (watched) check_alignment(address, bytes, kAtomic, site);
+  note(*self, address, bytes, kAtomic, site);
 }
 
 uint32_t shared_address(const void* smem) {
-  const uint64_t offset = static_cast<const char*>(smem) - shared_of[self->rank];
+  const uint64_t offset = static_cast<const char*>(smem) - shared;
   if (offset > shared_bytes) fail("the address of what is not in shared memory", at(CALL_SITE));
   return kSharedBase + offset;
-}
-
-int cluster_rank() { return self->rank; }
-
-void cluster_sync() {
-  self->site = CALL_SITE;
-  self->waits_at = "cluster_sync";
-  meet_at(barriers.back(), blockDim.x * cluster_size);
 }
 
 void fence_proxy() {
@@ -1279,7 +1268,7 @@ void fence_proxy() {
 
 void barrier_init(uint64_t* barrier, int arrivals) {
   const void* site = CALL_SITE;
-  if (!inside(barrier, self->rank, 8) || reinterpret_cast<uintptr_t>(barrier) % 8)
+  if (!inside(barrier, 8) || reinterpret_cast<uintptr_t>(barrier) % 8)
     fail("an mbarrier that is not 8 bytes of shared memory", at(site));
   if (arrivals < 1 || arrivals >= 1 << 20) fail("an mbarrier of ", arrivals, " arrivals", at(site));
   note_barrier(barrier, kWrite, site);
@@ -1287,7 +1276,7 @@ void barrier_init(uint64_t* barrier, int arrivals) {
   while (number < phasers.size() && phasers[number].address != reinterpret_cast<char*>(barrier))
     ++number;
   if (number == kMaxPhasers) fail("more mbarriers than the emulator holds", at(site));
-  Phaser fresh{reinterpret_cast<char*>(barrier), self->rank, arrivals, arrivals};
+  Phaser fresh{reinterpret_cast<char*>(barrier), arrivals, arrivals};
   if (number == phasers.size()) phasers.emplace_back();
   // Phases are counted on, for the clock of copies; parity starts with 0.
   fresh.phase = (phasers[number].phase + 1) / 2 * 2;
@@ -1298,19 +1287,15 @@ void barrier_init(uint64_t* barrier, int arrivals) {
   memcpy(barrier, &state, 8);
 }
 
-void barrier_arrive(int rank, uint64_t* barrier, int expected_bytes) {
+void barrier_arrive(uint64_t* barrier, int expected_bytes) {
   Thread& thread = *self;
   const void* site = CALL_SITE;
-  if (rank < 0 || rank >= cluster_size || !alive_of[rank])
-    fail("an arrival in block ", rank, " of the cluster, which is not running", at(site));
-  barrier = reinterpret_cast<uint64_t*>(
-      shared_of[rank] + (reinterpret_cast<char*>(barrier) - shared_of[thread.rank]));
-  const int number = phaser_of(barrier, rank, site);
+  const int number = phaser_of(barrier, site);
   note_barrier(barrier, kAtomic, site);
   Phaser& p = phasers[number];
   if (!p.pending)
     fail("more arrivals than the ", p.count, " of the mbarrier at shared memory + ",
-         p.address - shared_of[rank], at(site));
+         p.address - shared, at(site));
   if (options.check_races) {
     merge(p.arrived, *thread.seen);
     p.arrived[thread.index] = thread.clock++;
@@ -1323,7 +1308,7 @@ void barrier_arrive(int rank, uint64_t* barrier, int expected_bytes) {
 void barrier_wait(uint64_t* barrier, int parity) {
   Thread& thread = *self;
   const void* site = CALL_SITE;
-  const int number = phaser_of(barrier, thread.rank, site);
+  const int number = phaser_of(barrier, site);
   note_barrier(barrier, kAtomic, site);
   if (parity != 0 && parity != 1) fail("parity ", parity, at(site));
   const uint32_t phase = phasers[number].phase;
@@ -1358,65 +1343,51 @@ cudaError_t make_map(void* map, const void* data, int element_bytes, int64_t row
   return cudaSuccess;
 }
 
-void tensor_copy(unsigned blocks, void* smem, const void* map, int col, int row,
-                 uint64_t* barrier) {
+void tensor_copy(void* smem, const void* map, int col, int row, uint64_t* barrier) {
   Thread& thread = *self;
   const void* site = CALL_SITE;
-  TensorCopy copy{{}, thread.index, col, row, 0, 0, nullptr, site};
+  TensorCopy copy{{}, thread.index, col, row, 0, 0, static_cast<char*>(smem), site};
   memcpy(&copy.map, map, sizeof copy.map);
   if (reinterpret_cast<uintptr_t>(map) % 64 || copy.map.magic != kMapMagic)
     fail("a tensor copy without a tensor map aligned to 64 bytes", at(site));
   const int64_t bytes = int64_t(copy.map.box_rows) * 128;
-  const int64_t offset = static_cast<char*>(smem) - shared_of[thread.rank];
-  if (!inside(smem, thread.rank, bytes) || offset % 1024)
+  const int64_t offset = copy.smem - shared;
+  if (!inside(smem, bytes) || offset % 1024)
     fail("a tensor copy of ", bytes, " bytes to shared memory + ", offset, " of ", shared_bytes,
          ": outside, or not aligned to 1024", at(site));
-  if (!blocks || blocks >> cluster_size) fail("a tensor copy to no block of the cluster", at(site));
-  const bool watching = watched && options.check_races;
-  bool first = true;
-  for (int rank = 0; rank < cluster_size; ++rank) {
-    if (!(blocks >> rank & 1)) continue;
-    if (!alive_of[rank]) fail("a tensor copy to a block that has exited", at(site));
-    uint64_t* const there = reinterpret_cast<uint64_t*>(
-        shared_of[rank] + (reinterpret_cast<char*>(barrier) - shared_of[thread.rank]));
-    copy.phaser = phaser_of(there, rank, site);
-    copy.phase = phasers[copy.phaser].phase;
-    copy.smem = shared_of[rank] + offset;
-    note_barrier(there, kAtomic, site);
-    Mark now{block, copy.phase + 1, 0, clock_of_phaser(copy.phaser), false};
-    if (watching) {
-      now.site = site_of(site, kTensorWrite, true);
-      check_order(thread, now, copy.smem - arena, bytes);
-    }
-    memset(copy.smem, 0xff, bytes);
-    if (std::exchange(first, false) && watched) {
-      now.site = site_of(site, kTensorRead, false);
-      for_lines(copy, [&](int, int, const char* from, int64_t count) {
-        if (!buffer_of(from - arena, count)) fail("tensor read outside every buffer", at(site));
-        if (options.check_races) check_order(thread, now, from - arena, count);
-        if (options.count) count_copy(copy, now.site, from, count);
-      });
-      if (options.count) ++counters[now.site].requests;
-    }
-    ++record->report.tensor_copies;
-    record->report.tensor_copy_bytes += bytes;
-    tensor_copies.push_back(copy);
+  copy.phaser = phaser_of(barrier, site);
+  copy.phase = phasers[copy.phaser].phase;
+  note_barrier(barrier, kAtomic, site);
+  Mark now{block, copy.phase + 1, 0, clock_of_phaser(copy.phaser), false};
+  if (watched && options.check_races) {
+    now.site = site_of(site, kTensorWrite, true);
+    check_order(thread, now, copy.smem - arena, bytes);
   }
+  memset(copy.smem, 0xff, bytes);
+  if (watched) {
+    now.site = site_of(site, kTensorRead, false);
+    for_lines(copy, [&](int, int, const char* from, int64_t count) {
+      if (!buffer_of(from - arena, count)) fail("tensor read outside every buffer", at(site));
+      if (options.check_races) check_order(thread, now, from - arena, count);
+      if (options.count) count_copy(now.site, from, count);
+    });
+    if (options.count) ++counters[now.site].requests;
+  }
+  ++record->report.tensor_copies;
+  record->report.tensor_copy_bytes += bytes;
+  tensor_copies.push_back(copy);
 }
 
 namespace {
 
-void run_cluster() {
-  const unsigned count = blockDim.x * cluster_size;
-  for (int rank = 0; rank < cluster_size; ++rank) {
-    if (shared_bytes) memset(shared_of[rank], 0xff, shared_bytes);
-    block_of[rank] = block_at(block, rank);
-    alive_of[rank] = blockDim.x;
-  }
+void run_block() {
+  const unsigned count = blockDim.x;
+  if (shared_bytes) memset(shared, 0xff, shared_bytes);
+  blockIdx = block_at(block);
   const auto seen = std::make_shared<const Clocks>(count + kMaxPhasers + count / 32);
   for (unsigned i = 0; i < count; ++i) {
     Thread& thread = threads[i];
-    thread = {.fibre = thread.fibre, .index = int(i), .rank = int(i / blockDim.x), .seen = seen};
+    thread = {.fibre = thread.fibre, .index = int(i), .seen = seen};
     prepare(thread.fibre, i, enter);
     ready[i] = i;
   }
@@ -1436,7 +1407,7 @@ void run_cluster() {
   error.clear();
   run_next(main_fibre);
   if (alive && error.empty() && race_sites.size() < kMaxRaces)
-    error = block_name(block, 0) + ": deadlock: " + who_waits_where();
+    error = block_name(block) + ": deadlock: " + who_waits_where();
   if (options.count)
     for (unsigned i = 0; i < (count + 31) / 32; ++i) flush(warps[i]);
 }
@@ -1460,16 +1431,10 @@ void sum_counters() {
 }  // namespace
 
 cudaError_t run(const void* kernel, const std::function<void()>& kernel_body, dim3 grid,
-                int thread_count, int bytes, int cluster_x, int cluster_y) {
+                int thread_count, int bytes) {
   if (thread_count < 1 || thread_count > kMaxBlockThreads || bytes < 0 || bytes > kMaxShared ||
       !grid.x || grid.x > 0x7fffffff || !grid.y || grid.y > 65535 || !grid.z || grid.z > 65535)
     return cudaErrorInvalidValue;
-  if (cluster_x < 1 || cluster_y < 1 || cluster_x * cluster_y > kMaxCluster || grid.x % cluster_x ||
-      grid.y % cluster_y || cluster_x * cluster_y * thread_count > kMaxThreads ||
-      (cluster_x * cluster_y > 1 && thread_count % 32))
-    return cudaErrorInvalidValue;
-  cluster = {unsigned(cluster_x), unsigned(cluster_y), 1};
-  cluster_size = cluster_x * cluster_y;
   records.push_back({});
   record = &records.back();
   record->kernel = kernel;
@@ -1479,27 +1444,25 @@ cudaError_t run(const void* kernel, const std::function<void()>& kernel_body, di
   body = &kernel_body;
   ++launches;
   random_state = options.seed << 32 | records.size();
-  order.resize(size_t(grid.x) * grid.y * grid.z / cluster_size);
+  order.resize(size_t(grid.x) * grid.y * grid.z);
   for (uint32_t i = 0; i < order.size(); ++i) order[i] = i;
   shuffle_order(order.data(), order.size());
   race_sites.clear();
   races.clear();
   counters.assign(sites.size(), SiteReport());
 #ifdef __SANITIZE_ADDRESS__
-  for (int rank = 0; rank < cluster_size; ++rank)
-    if (posix_memalign(reinterpret_cast<void**>(&shared_of[rank]), 1024, bytes))
-      throw std::bad_alloc();
+  if (posix_memalign(reinterpret_cast<void**>(&shared), 1024, bytes)) throw std::bad_alloc();
 #else
-  for (int rank = 0; rank < cluster_size; ++rank) shared_of[rank] = arena + rank * kSharedRoom;
+  shared = arena;
   watched = options.check_races || options.count ? kArenaBytes : 0;
 #endif
   for (uint32_t i = 0; i < order.size() && error.empty() && race_sites.size() < kMaxRaces; ++i) {
     block = first_block + i;
-    run_cluster();
+    run_block();
   }
   watched = 0;
 #ifdef __SANITIZE_ADDRESS__
-  for (int rank = 0; rank < cluster_size; ++rank) free(shared_of[rank]);
+  free(shared);
 #endif
   sum_counters();
   const std::string message = races + std::exchange(error, "");
@@ -1540,7 +1503,7 @@ void release_all() {
     madvise(read_in, kStampsBytes, MADV_DONTNEED);
     madvise(written_in, kStampsBytes, MADV_DONTNEED);
   }
-  arena_used = kSharedRooms;
+  arena_used = kSharedRoom;
 #endif
   buffers.clear();
 }
@@ -1571,30 +1534,32 @@ void reset() { records.clear(); }
 
 #ifndef __SANITIZE_ADDRESS__
 namespace {
-__attribute__((always_inline)) inline void hook(const void* address, size_t bytes, bool write,
-                                                const void* site) {
+__attribute__((always_inline)) inline void hook(const void* address, size_t bytes, bool aligned,
+                                                bool write, const void* site) {
   using namespace simt;
   if (size_t(static_cast<const char*>(address) - arena) >= watched) return;
+  const Kind kind = write ? kWrite : kRead;
+  if (aligned) check_alignment(address, bytes, kind, site);
   // A larger object is so many instructions of at most 16 bytes.
   const char* from = static_cast<const char*>(address);
   for (size_t done = 0; done < bytes; done += 16)
-    note(*self, from + done, std::min<size_t>(16, bytes - done), write ? kWrite : kRead, site);
+    note(*self, from + done, std::min<size_t>(16, bytes - done), kind, site);
 }
 }  // namespace
 
 extern "C" {
-#define HOOKS(size)                                                              \
-  void __tsan_read##size(void* p) { hook(p, size, false, CALL_SITE); }           \
-  void __tsan_write##size(void* p) { hook(p, size, true, CALL_SITE); }           \
-  void __tsan_unaligned_read##size(void* p) { hook(p, size, false, CALL_SITE); } \
-  void __tsan_unaligned_write##size(void* p) { hook(p, size, true, CALL_SITE); }
+#define HOOKS(size)                                                                     \
+  void __tsan_read##size(void* p) { hook(p, size, true, false, CALL_SITE); }            \
+  void __tsan_write##size(void* p) { hook(p, size, true, true, CALL_SITE); }            \
+  void __tsan_unaligned_read##size(void* p) { hook(p, size, false, false, CALL_SITE); } \
+  void __tsan_unaligned_write##size(void* p) { hook(p, size, false, true, CALL_SITE); }
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
-void __tsan_read_range(void* p, size_t n) { hook(p, n, false, CALL_SITE); }
-void __tsan_write_range(void* p, size_t n) { hook(p, n, true, CALL_SITE); }
+void __tsan_read_range(void* p, size_t n) { hook(p, n, false, false, CALL_SITE); }
+void __tsan_write_range(void* p, size_t n) { hook(p, n, false, true, CALL_SITE); }
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
 void __tsan_func_entry(void*) {}

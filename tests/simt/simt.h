@@ -106,7 +106,7 @@ void cp_async_commit();
 void cp_async_wait(int pending);
 void note_atomic(const void* address, int bytes, const void* site);
 cudaError_t run(const void* kernel, const std::function<void()>& body, dim3 grid, int threads,
-                int shared_bytes, int cluster_x = 1, int cluster_y = 1);
+                int shared_bytes);
 
 // For ptx_sm90.cuh, whose functions these are.
 
@@ -130,12 +130,10 @@ struct MatrixMap {
 cudaError_t make_map(void* map, const void* data, int element_bytes, int64_t rows, int64_t cols,
                      int64_t row_stride, int box_rows, int box_cols);
 uint32_t shared_address(const void* smem);
-int cluster_rank();
-void cluster_sync();
 void barrier_init(uint64_t* barrier, int arrivals);
-void barrier_arrive(int block, uint64_t* barrier, int expected_bytes);
+void barrier_arrive(uint64_t* barrier, int expected_bytes);
 void barrier_wait(uint64_t* barrier, int parity);
-void tensor_copy(unsigned blocks, void* smem, const void* map, int col, int row, uint64_t* barrier);
+void tensor_copy(void* smem, const void* map, int col, int row, uint64_t* barrier);
 // Makes what the thread wrote to shared memory known to wgmma and to copies.
 void fence_proxy();
 
@@ -170,15 +168,6 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
   static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096);
   const auto body = [&] { kernel(params); };
   return run(reinterpret_cast<const void*>(kernel), body, grid, threads, shared_bytes);
-}
-
-// `cluster` neighbouring blocks run at once, each in its own shared memory.
-template <class Params>
-cudaError_t launch_cluster(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
-                           int cluster, cudaStream_t, const Params& params) {
-  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096);
-  const auto body = [&] { kernel(params); };
-  return run(reinterpret_cast<const void*>(kernel), body, grid, threads, shared_bytes, cluster);
 }
 
 }  // namespace simt
