@@ -12,7 +12,7 @@ struct GradientParams {
   int class_tiles, row_blocks, walkers;
   uint16_t* grad;  // [chunk, grad_stride]
   int64_t grad_stride;
-  uint16_t* rounded;  // [chunk, weight_stride], or null where no features' gradient is wanted
+  uint16_t* rounded;  // [chunk, weight_stride]
   int64_t weight_stride;
 };
 
@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int walker = int(blockIdx.x) / params.row_blocks;
   const int steps = int((head.D + kDepth - 1) / kDepth);
   const WgmmaLane lane = WgmmaLane::of();
+
 
   // Fetch the rows' terms.
   for (int i = threadIdx.x; i < Shape::kRows; i += kThreads) {
@@ -105,8 +106,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         classes.rnorm[h] = inside[h] ? p.saved[p.layout.weight_rnorm + c] : 0.0f;
         weight_gain[h] = inner_rnorm(classes.rnorm[h], p.float16);
       }
-      // The first rows' block keeps the rounded weights for the features' gradient.
-      const bool keep = params.rounded && first_row + warp_row == 0;
+      // The blocks of a tile take turns to write the rounded weights.
+      const bool keep = tile % params.row_blocks == row_block && warp_row == 0;
       const auto use = [&](int step, int half, const uint32_t* pairs) {
         const int64_t d = step * kDepth + half * 32 + lane.quad * 8;
         if (!keep || d >= params.weight_stride) return;
@@ -231,15 +232,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 struct ProductParams {
   BackwardParams<float> p;
   TensorMap a, b;
-  TensorMap weight;                   // weight_gradient's projection
   int row_tiles, col_tiles;
   int steps, slots;                   // slots: of p.col_sums
+  const uint16_t* rounded;            // [chunk, weight_stride]
+  int64_t weight_stride;
 };
 
 template <class Shape>
 constexpr int kProductBytes = Shape::kStagesBytes + int(sizeof(typename Shape::Ring));
 
-// dw of 128 classes x 256 features: all rows' gradient tile by the features, less the projection.
+// dw of 128 classes x 256 features: all rows' gradient tile by the features, less the projection on
+// the rounded weights, whose cosines these are.
 template <Math kMath>
 __global__ void __launch_bounds__(kThreads, 1)
     weight_gradient(const __grid_constant__ ProductParams params) {
@@ -259,15 +262,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       prefetch_map(params.a);
       prefetch_map(params.b);
       typename Shape::Place place;
-      for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int row = tile / params.col_tiles * Shape::kRows;
-        const int col = tile % params.col_tiles * Shape::kCols;
-        // The projection's weights are on their way while the products are made.
-        for (int d = 0; d < Shape::kCols; d += 32)
-          tensor_prefetch(params.weight, col + d, int(p.chunk_begin) + row);
+      for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
         for (int step = 0; step < params.steps; ++step)
-          Shape::copy(smem, ring, place, params.a, params.b, row, col, step * kDepth);
-      }
+          Shape::copy(smem, ring, place, params.a, params.b, tile / params.col_tiles * Shape::kRows,
+                      tile % params.col_tiles * Shape::kCols, step * kDepth);
     }
   } else {
     take_registers<kConsumerRegisters>();
@@ -281,10 +279,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
       // Finish the column sums: the projection's factor, and the gradients of bias and kappa.
       float gain[2], factor[2];
+      bool wanted[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int64_t c = p.chunk_begin + column + h * 8;
         const bool inside = c < head.C;
+        wanted[h] = inside && p.out.weight.data;
         const float rnorm = inside ? p.saved[p.layout.weight_rnorm + c] : 0.0f;
         const auto sum_of = [&](int which) {
           float sum = 0;
@@ -300,37 +300,40 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (per_class_kappa) store_at(p.out.kappa, c, scale * sum_of(2));
         }
       }
+      // The projection's weights are on their way while the products are made.
+      struct alignas(8) Rounded {
+        uint32_t pair[2];
+      };
+      constexpr int kRuns = Shape::kCols / 16;
+      const int first_feature = col * Shape::kCols + lane.quad * 4, features = int(head.D);
+      Rounded w[2][kRuns];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint16_t* from = params.rounded + int64_t(column + h * 8) * params.weight_stride;
+#pragma unroll
+        for (int k = 0; k < kRuns; ++k) {
+          const bool there = wanted[h] && first_feature + k * 16 < features;
+          w[h][k] = there ? load_as<Rounded>(from + first_feature + k * 16) : Rounded{};
+        }
+      }
       Shape::template multiply<kMath>(smem, ring, place, lane, params.steps, acc);
-      if (!p.out.weight.data) continue;
 
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64_t c = p.chunk_begin + column + h * 8;
-        if (c >= head.C) continue;
-        const float* from =
-            static_cast<const float*>(head.weight.data) + c * head.weight.row_stride;
-        float* to = static_cast<float*>(p.out.weight.data) + c * head.D;
+        if (!wanted[h]) continue;
+        float* to = static_cast<float*>(p.out.weight.data) +
+                    (p.chunk_begin + column + h * 8) * head.D + first_feature;
         struct alignas(16) Four {
           float v[4];
         };
-        // Eight loads are under way at once; stores may not alias what is still to be read.
-        constexpr int kLoads = 8;
 #pragma unroll
-        for (int first = 0; first < Shape::kCols / 16; first += kLoads) {
-          const int64_t from_column = col * Shape::kCols + first * 16 + lane.quad * 4;
-          Four w[kLoads];
+        for (int k = 0; k < kRuns; ++k) {
+          Four out;
 #pragma unroll
-          for (int k = 0; k < kLoads; ++k)
-            if (from_column + k * 16 < head.D) w[k] = load_as<Four>(from + from_column + k * 16);
-#pragma unroll
-          for (int k = 0; k < kLoads; ++k) {
-            Four out;
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-              out.v[i] = gain[h] * acc[((first + k) * 2 + i / 2) * 4 + h * 2 + i % 2] -
-                         factor[h] * w[k].v[i];
-            if (from_column + k * 16 < head.D) store_as(to + from_column + k * 16, out);
-          }
+          for (int i = 0; i < 4; ++i)
+            out.v[i] = gain[h] * acc[(k * 2 + i / 2) * 4 + h * 2 + i % 2] -
+                       factor[h] * half_of<kMath>(w[h][k].pair[i / 2], i % 2);
+          if (first_feature + k * 16 < features) store_as(to + k * 16, out);
         }
       }
     }
@@ -383,17 +386,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int h = 0; h < 2; ++h) {
         const int64_t n = row + lane.warpgroup * 64 + lane.line + h * 8;
         if (n >= head.N) continue;
+        float* to = dx + n * head.D;
+        const int first = col + lane.quad * 2, features = int(head.D);
+        // Sixteen loads are under way at once; stores could alias what is still to be read.
+        constexpr int kLoads = 16;
 #pragma unroll
-        for (int j = 0; j < Shape::kCols / 8; ++j) {
-          const int64_t d = col + j * 8 + lane.quad * 2;
-          if (d >= head.D) continue;
-          float* to = dx + n * head.D + d;
-          Pair<float> pair{acc[j * 4 + h * 2], acc[j * 4 + h * 2 + 1]};
-          if (add) {
-            const auto old = load_as<Pair<float>>(to);
-            pair = {old.low + pair.low, old.high + pair.high};
+        for (int begin = 0; begin < Shape::kCols / 8; begin += kLoads) {
+          Pair<float> old[kLoads];
+#pragma unroll
+          for (int j = 0; j < kLoads; ++j) {
+            const int d = first + (begin + j) * 8;
+            old[j] = add && d < features ? load_as<Pair<float>>(to + d) : Pair<float>{};
           }
-          store_as(to, pair);
+#pragma unroll
+          for (int j = 0; j < kLoads; ++j) {
+            const int d = first + (begin + j) * 8, at = (begin + j) * 4 + h * 2;
+            if (d < features)
+              store_as(to + d, Pair<float>{old[j].low + acc[at], old[j].high + acc[at + 1]});
+          }
         }
       }
     }
@@ -414,7 +424,7 @@ cudaError_t launch_gradient(const BackwardParams<float>& p, const CudaPlan& plan
                         int(hopper.gradient_walkers),
                         static_cast<uint16_t*>(p.grad),
                         hopper.grad_stride,
-                        p.out.x.data ? static_cast<uint16_t*>(rounded) : nullptr,
+                        static_cast<uint16_t*>(rounded),
                         hopper.weight_stride};
   cudaError_t error = make_tensor_map(&params.weight, head.weight.data, DType::kFloat32, head.C,
                                       head.D, head.weight.row_stride, Shape::kClasses, 32);
@@ -432,23 +442,21 @@ cudaError_t launch_gradient(const BackwardParams<float>& p, const CudaPlan& plan
 
 template <Math kMath>
 cudaError_t launch_weight(const BackwardParams<float>& p, const CudaPlan& plan,
-                          cudaStream_t stream) {
+                          const void* rounded, cudaStream_t stream) {
   using Shape = ProductShape<false>;
   const HopperPlan& hopper = plan.hopper;
   const CudaHead& head = p.head;
-  ProductParams params{p, {}, {}, {}, 0, 0, 0, 0};
+  ProductParams params{p, {}, {}, 0, 0, 0, 0, static_cast<const uint16_t*>(rounded), 0};
   params.row_tiles = int(ceil_div(p.chunk_count, Shape::kRows));
   params.col_tiles = int(ceil_div(head.D, Shape::kCols));
   params.steps = int(ceil_div(head.N, kDepth));
   params.slots = int(hopper.col_slots);
+  params.weight_stride = hopper.weight_stride;
   cudaError_t error = make_tensor_map(&params.a, p.grad, plan.problem.x, p.chunk_count,
                                       head.N, hopper.grad_stride, Shape::kRows, kDepth);
   if (error == cudaSuccess)
     error = make_tensor_map(&params.b, p.arranged.by_columns, plan.problem.x, head.N,
                             hopper.columns, hopper.columns, kDepth, kAtom);
-  if (error == cudaSuccess)
-    error = make_tensor_map(&params.weight, head.weight.data, DType::kFloat32, head.C, head.D,
-                            head.weight.row_stride, Shape::kRows, 32);
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min(int64_t(params.row_tiles) * params.col_tiles, hopper.blocks);
   return simt::launch(weight_gradient<kMath>, dim3(unsigned(blocks)), kThreads,
@@ -461,7 +469,7 @@ cudaError_t launch_features(const BackwardParams<float>& p, const CudaPlan& plan
   using Shape = ProductShape<true>;
   const HopperPlan& hopper = plan.hopper;
   const CudaHead& head = p.head;
-  ProductParams params{p, {}, {}, {}, 0, 0, 0, 0};
+  ProductParams params{p, {}, {}, 0, 0, 0, 0, static_cast<const uint16_t*>(rounded), 0};
   params.row_tiles = int(ceil_div(head.N, Shape::kRows));
   params.col_tiles = int(ceil_div(head.D, Shape::kCols));
   params.steps = int(ceil_div(p.chunk_count, kDepth));
@@ -490,7 +498,7 @@ cudaError_t class_gradients(const BackwardParams<float>& given, const CudaPlan& 
       constexpr Math kMath = decltype(math)::value;
       cudaError_t each = launch_gradient<kMath, decltype(shape)>(p, plan, rounded, stream);
       const bool class_outputs = p.out.weight.data || p.out.bias.data || p.out.kappa.data;
-      if (each == cudaSuccess && class_outputs) each = launch_weight<kMath>(p, plan, stream);
+      if (each == cudaSuccess && class_outputs) each = launch_weight<kMath>(p, plan, rounded, stream);
       if (each == cudaSuccess && p.out.x.data)
         each = launch_features<kMath>(p, plan, rounded, stream);
       return each;

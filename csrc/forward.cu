@@ -271,7 +271,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 
 constexpr int kFinishThreads = 512;
 
-// One block: merges each row's runs of classes in a fixed order, and sums the losses. With few rows
+template <class T>
+__device__ __forceinline__ void store_loss(const ForwardParams<T>& p, const double (&totals)[2]) {
+  *static_cast<T*>(p.out.loss) =
+      T(p.options.reduction == Reduction::kMean ? totals[0] / totals[1] : totals[0]);
+}
+
+// A block some rows: merges each row's runs of classes in a fixed order, and sums the losses. With few rows
 // several lanes share one, so that all loads are under way in one or two batches.
 //   loss_n = (1 - e) omega_y (lse - target) + e / C (lse sum_c omega_c - sum)
 template <class T>
@@ -292,12 +298,14 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
 
   // A warp has `rows` neighbouring rows, and `parts` lanes for each.
   int parts = kWarp;
-  while (parts > 1 && parts * head.N > kFinishThreads) parts /= 2;
+  const int64_t begin = blockIdx.x * p.finish_rows, left = head.N - begin;
+  const int64_t end = begin + (left < p.finish_rows ? left : p.finish_rows);
+  while (parts > 1 && parts * p.finish_rows > kFinishThreads) parts /= 2;
   const int rows = kWarp / parts, lane = threadIdx.x % kWarp, part = lane / rows;
   double totals[2] = {};  // of the losses, of their weights
-  for (int64_t first = 0; first < head.N; first += kFinishThreads / parts) {
+  for (int64_t first = begin; first < end; first += kFinishThreads / parts) {
     const int64_t n = first + int(threadIdx.x) / kWarp * rows + lane % rows;
-    const bool inside = n < head.N;
+    const bool inside = n < end;
     const int64_t label = inside ? p.label[n] : -1;
     const T target = inside ? p.target[n] : T(0);
     T own_max = kLowest<T>, sum_exp = 0, sum = 0;
@@ -364,9 +372,27 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
   }
   if (!p.out.loss || p.options.reduction == Reduction::kNone) return;
   block_sums(totals, smem);
-  if (threadIdx.x == 0)
-    *static_cast<T*>(p.out.loss) =
-        T(p.options.reduction == Reduction::kMean ? totals[0] / totals[1] : totals[0]);
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1)
+    store_loss(p, totals);
+  else
+    store_as(p.totals + 2 * blockIdx.x, Pair<double>{totals[0], totals[1]});
+}
+
+// One warp: the blocks' sums of losses in order.
+template <class T>
+__global__ void __launch_bounds__(kWarp)
+    finish_loss(const __grid_constant__ ForwardParams<T> p) {
+  const int64_t blocks = (p.head.N + p.finish_rows - 1) / p.finish_rows;
+  double totals[2] = {};
+  for (int64_t i = threadIdx.x; i < blocks; i += kWarp) {
+    const auto pair = load_as<Pair<double>>(p.totals + 2 * i);
+    totals[0] += pair.low;
+    totals[1] += pair.high;
+  }
+  totals[0] = warp_sum(totals[0]);
+  totals[1] = warp_sum(totals[1]);
+  if (threadIdx.x == 0) store_loss(p, totals);
 }
 
 template <Math kMath, class W, class Shape, class T>
@@ -379,8 +405,14 @@ cudaError_t launch_statistics(const ForwardParams<T>& p, const CudaPlan& plan,
 
 template <class T>
 cudaError_t finish(const ForwardParams<T>& p, cudaStream_t stream) {
-  return simt::launch(finish_rows<T>, dim3(1), kFinishThreads, 2 * kFinishThreads / kWarp * 8,
-                      stream, p);
+  const int64_t blocks = ceil_div(p.head.N, p.finish_rows);
+  const cudaError_t error =
+      simt::launch(finish_rows<T>, dim3(unsigned(blocks)), kFinishThreads,
+                   2 * kFinishThreads / kWarp * 8, stream, p);
+  if (error != cudaSuccess || blocks == 1 || !p.out.loss ||
+      p.options.reduction == Reduction::kNone)
+    return error;
+  return simt::launch(finish_loss<T>, dim3(1), kWarp, 0, stream, p);
 }
 
 template <Math kMath, class W>
@@ -408,7 +440,9 @@ cudaError_t forward(const CudaHead& head, const LossOptions& options, const Cuda
                            reinterpret_cast<int*>(base + at.rank),
                            plan.hopper.used,
                            {plan.hopper.rows, plan.hopper.columns,
-                            plan.hopper.used ? base + at.arranged : nullptr, nullptr}};
+                            plan.hopper.used ? base + at.arranged : nullptr, nullptr},
+                           plan.finish_rows,
+                           reinterpret_cast<double*>(base + at.totals)};
   const int64_t arranging = ceil_div(p.arranged.chunks(), kPrepareThreads);
   cudaError_t error =
       simt::launch(prepare_rows<kMath, W>, dim3(unsigned(head.N + arranging)), kPrepareThreads,

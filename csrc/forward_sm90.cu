@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first_row = int(blockIdx.x) % params.row_blocks * Shape::kRows;
   const int steps = int((head.D + kDepth - 1) / kDepth);
   const WgmmaLane lane = WgmmaLane::of();
+
   const float scale = Scale<float>::of(head).value;
 
   // Fetch the rows' terms.

@@ -63,17 +63,13 @@ struct WgmmaLane {
   }
 };
 
+// One number of a pair.
 template <Math kMath>
-__device__ __forceinline__ float add_squares_of(uint32_t pair, float sum) {
-  float low, high;
-  if constexpr (kMath == Math::kBf16) {
-    low = bits_as<float>(pair << 16);
-    high = bits_as<float>(pair & 0xffff0000);
-  } else {
-    low = to_float(f16{uint16_t(pair)});
-    high = to_float(f16{uint16_t(pair >> 16)});
-  }
-  return fma(high, high, fma(low, low, sum));
+__device__ __forceinline__ float half_of(uint32_t pair, int high) {
+  if constexpr (kMath == Math::kBf16)
+    return bits_as<float>(high ? pair & 0xffff0000 : pair << 16);
+  else
+    return to_float(f16{uint16_t(high ? pair >> 16 : pair)});
 }
 
 // Cosines' operands: float32 weights [classes, D], rounded in registers, by arranged features
@@ -138,7 +134,8 @@ struct CosineShape {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const uint32_t pair = pack<kMath>(w.v[2 * i], w.v[2 * i + 1]);
-              squares[r] = add_squares_of<kMath>(pair, squares[r]);
+              const float low = half_of<kMath>(pair, 0), high = half_of<kMath>(pair, 1);
+              squares[r] = fma(high, high, fma(low, low, squares[r]));
               a[half][k * 4 + 2 * i + r] = pair;
             }
           }

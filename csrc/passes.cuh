@@ -72,6 +72,8 @@ struct ForwardParams {
   int* rank;        // [splits, N]
   bool target_apart;  // sum_exp is without the target's
   ArrangedRows arranged;
+  int64_t finish_rows;  // rows that a block of finish_rows has
+  double* totals;       // [blocks of finish_rows, 2]  sums of losses and of their weights
 };
 
 // A row's part in every class's gradient.

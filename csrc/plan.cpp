@@ -116,7 +116,7 @@ void count(CudaPlan& plan, const Gpu& gpu) {
            launches * gpu.launch_seconds;
   };
 
-  plan.forward_launches = 3;
+  plan.forward_launches = 3 + (plan.finish_rows < p.N);
   plan.forward_flops = 2 * N * C * D;
   // Blocks that run together walk the same classes: weights cross HBM once for each wave of them.
   const double waves = tiles(plan.row_tiles * plan.class_splits, 2 * gpu.sms);
@@ -126,7 +126,8 @@ void count(CudaPlan& plan, const Gpu& gpu) {
                             N * kept * acc + splits * N * (5 * acc + 12) + C * acc + N * sector;
   const double finish_rows = splits * N * (3 * acc + 4) + N * (4 * acc + 8);
   plan.forward_l2 = prepare + statistics + finish_rows;
-  plan.forward_seconds = seconds(plan.forward_flops, plan.forward_hbm, plan.forward_l2, 3);
+  plan.forward_seconds = seconds(plan.forward_flops, plan.forward_hbm, plan.forward_l2,
+                                 double(plan.forward_launches));
 
   plan.backward_launches = plan.latency ? 4 : 2 + 3 * plan.chunks;
   // Blocks that share a weight gradient on the latency path each make the gradient tile.
@@ -173,18 +174,19 @@ void count_hopper(CudaPlan& plan, const Gpu& gpu) {
   const double cosines =
       double(hopper.row_blocks) * C * D * w + double(hopper.class_tiles) * arranged;
 
-  plan.forward_launches = 4;
+  plan.forward_launches = 3 + (plan.finish_rows < p.N);
   plan.forward_flops = 2 * N * C * D;
   plan.forward_hbm = C * D * w + N * D * x;
   plan.forward_l2 = cosines + N * D * (2 * x + w) + arranged + splits * N * 24 + C * acc;
-  plan.forward_seconds = seconds(plan.forward_flops, plan.forward_hbm, plan.forward_l2, 4);
+  plan.forward_seconds = seconds(plan.forward_flops, plan.forward_hbm, plan.forward_l2,
+                                 double(plan.forward_launches));
 
   // The weights cross HBM once if the chunk stays in the cache; its gradient tile and rounded
   // weights are written and read again.
   const double cached_bytes = 2 * double(plan.chunk) * (N + 3 * D);
   const bool cached = cached_bytes <= double(cache_of(gpu));
   const double columns = tiles(p.D, 256);
-  plan.backward_launches = 3 + 3 * chunks;
+  plan.backward_launches = 2 + 3 * chunks;
   plan.backward_flops = 6 * N * C * D;
   plan.backward_hbm = C * D * (w + w) + N * D * (x + x) +
                       (cached ? 0 : C * D * w + 2 * C * (N + D) * x);
@@ -223,6 +225,7 @@ ForwardWorkspace::ForwardWorkspace(const CudaPlan& plan) {
   sum_exp = cursor.take(runs * acc);
   sum = cursor.take(plan.problem.with_sum ? runs * acc : 0);
   rank = cursor.take(runs * 4);
+  totals = cursor.take(ceil_div(N, plan.finish_rows) * 2 * 8);
   arranged = cursor.take(hopper.used ? hopper.rows * hopper.columns * size_of(plan.problem.x) : 0);
   size = cursor.at;
 }
@@ -348,6 +351,8 @@ CudaPlan plan_path(const CudaProblem& p, bool latency, const Gpu& gpu) {
   if (gpu.wgmma && p.bulk && size_of(p.x) == 2 && p.weight == DType::kFloat32 &&
       p.C < (int64_t(1) << 31) - 1024)
     plan_hopper(plan, gpu);
+  // One block merges 8192 partial results in the time that one more launch costs.
+  plan.finish_rows = p.N * plan.class_splits <= 8192 ? p.N : 16;
   plan.saved = SavedLayout(p.N, p.C, p.kept).size * acc;
   plan.forward_workspace = ForwardWorkspace(plan).size;
   plan.backward_workspace = BackwardWorkspace(plan).size;

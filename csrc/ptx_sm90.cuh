@@ -60,7 +60,6 @@ __forceinline__ void tensor_copy(void* smem, const TensorMap& map, int col, int 
   simt::tensor_copy(smem, &map, col, row, &barrier->state);
 }
 __forceinline__ void prefetch_map(const TensorMap&) {}
-__forceinline__ void tensor_prefetch(const TensorMap&, int, int) {}
 __forceinline__ void consumer_sync() { simt::named_barrier(1, 256); }
 
 template <int kCount>
@@ -144,12 +143,6 @@ __device__ __forceinline__ void tensor_copy(void* smem, const TensorMap& map, in
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(smem)),
       "l"(&map), "r"(col), "r"(row), "r"(shared_address(barrier))
       : "memory");
-}
-// Brings the box as far as the second-level cache.
-__device__ __forceinline__ void tensor_prefetch(const TensorMap& map, int col, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(col),
-               "r"(row)
-               : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
