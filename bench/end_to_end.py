@@ -18,7 +18,7 @@ from rich.progress import Progress
 from tabulate import tabulate
 
 from bench.measure import Clock, about, extra_memory, summary
-from bench.show import ROOT, bytes_of, save, with_spread, write_between
+from bench.show import ROOT, bytes_of, load, save, with_spread, write_between
 from train.model import make_net
 from tvmf_ext import TvMFLoss, reference
 
@@ -136,19 +136,21 @@ def main(args=None):
     parser.add_argument("--seconds", type=float, default=40, help="of each case (default 40)")
     parser.add_argument("--image-size", type=int, default=224, help="(default 224)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
+    parser.add_argument("--load", type=Path, metavar="PATH", help="show a JSON, measure nothing")
     parser.add_argument("--readme", action="store_true", help="rewrite the README's table and "
                         "bench/results/end-to-end-DEVICE.json")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="see that it runs, measure nothing")
     options = parser.parse_args(args)
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not options.load and not torch.cuda.is_available():
         parser.error("--device cuda wants a GPU, got none")
     if options.image_size < 32:
         parser.error(f"--image-size wants 32 or more, got {options.image_size}")
     if options.quick and options.readme:
         parser.error("--readme wants figures, --quick measures none")
-    report = {"quick": options.quick, **about(options.device), "cases": []}
+    cases = {} if options.load else CASES
+    report = load(options, parser) or {"quick": options.quick, **about(options.device), "cases": []}
     with Progress(transient=True) as progress:
-        for name, (net, classes, few, many) in CASES.items():
+        for name, (net, classes, few, many) in cases.items():
             batch = few if options.device == "cpu" else many
             if options.quick:
                 classes, batch, options.image_size, options.seconds = min(classes, 5000), 2, 64, 0

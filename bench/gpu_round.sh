@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # What there is to learn on a GPU: the tests of the real device, what the sanitizers say of a few of
-# them (`tests`, under 4 minutes), and the benchmarks (`bench`, meant for 10). Results go to
-# bench/results/.
-#   bash bench/gpu_round.sh [tests|bench]      both by default; PYTHON=... has tvmf_ext installed
+# them (`tests`, under 4 minutes), the benchmarks of the documents (`bench`, meant for 5), and others
+# (`more`, meant for 10). Results go to bench/results/; `--load` puts them into the documents:
+#   python -m bench --suite gpu --load bench/results/GPU/bench.json --readme
+#   bash bench/gpu_round.sh [tests|bench|more]  all by default; PYTHON=... has tvmf_ext installed
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 part=${1:-all}
-[[ $part =~ ^(all|tests|bench)$ ]] ||
-  { echo "gpu_round: got $part, wanted tests or bench" >&2; exit 2; }
+[[ $part =~ ^(all|tests|bench|more)$ ]] ||
+  { echo "gpu_round: got $part, wanted tests, bench or more" >&2; exit 2; }
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader --id=0 | tr ' ' '-')
 [ -n "$gpu" ] || { echo "gpu_round: nvidia-smi finds no GPU" >&2; exit 2; }
 out=bench/results/$gpu
@@ -32,7 +33,7 @@ step() {
   "$python" -m tvmf_ext
 } | tee "$out/about.txt"
 
-if [ "$part" != bench ]; then
+if [[ $part =~ ^(all|tests)$ ]]; then
   # Most of a test is the oracle's and Python's time: workers share the GPU where xdist is there.
   workers=()
   "$python" -c "import xdist" 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
@@ -59,11 +60,9 @@ if [ "$part" != bench ]; then
   for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
 fi
 
-if [ "$part" != tests ]; then
-  step bench 480 "$python" -m bench --suite gpu --json "$out/bench.json" --plot "$out/bench.png" ||
+if [[ $part =~ ^(all|bench)$ ]]; then
+  step bench 240 "$python" -m bench --suite gpu --json "$out/bench.json" --plot "$out/bench.png" ||
     failed=1
-  step bench-float32 60 "$python" -m bench --device cuda --dtype float32 --seconds 2 \
-    --shape 256 8142 2048 --json "$out/bench-float32.json" || failed=1
   step end-to-end 120 "$python" -m bench.end_to_end --device cuda --seconds 10 \
     --json "$out/end-to-end.json" || failed=1
   step scaling 120 "$python" -m bench.scaling --device cuda --seconds 0.5 \
@@ -73,6 +72,12 @@ if [ "$part" != tests ]; then
     "$python" -m tvmf_ext plan $shape --dtype bfloat16 --weight-dtype float32 --gpu cuda
     echo
   done >"$out/plans.txt"
+fi
+
+if [[ $part =~ ^(all|more)$ ]]; then
+  step bench-more 540 "$python" -m bench --suite gpu-more --json "$out/bench-more.json" || failed=1
+  step bench-float32 60 "$python" -m bench --device cuda --dtype float32 --seconds 2 \
+    --shape 256 8142 2048 --json "$out/bench-float32.json" || failed=1
 fi
 echo "gpu_round: $SECONDS s, results in $out"
 exit "$failed"

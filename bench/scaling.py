@@ -15,7 +15,7 @@ from rich.progress import Progress
 from tabulate import tabulate
 
 from bench.measure import about, measure
-from bench.show import ROOT, bytes_of, save, write_between
+from bench.show import ROOT, bytes_of, load, save, write_between
 from tvmf_ext import plan
 
 MIDDLE = {"cpu": (256, 8192, 512), "cuda": (1024, 131_072, 512)}
@@ -168,13 +168,15 @@ def main(args=None):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=3, help="of each point (default 3)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
+    parser.add_argument("--load", type=Path, metavar="PATH", help="show a JSON, measure nothing")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw them there")
     parser.add_argument("--paper", action="store_true", help="the prediction for many GPUs")
     parser.add_argument("--docs", action="store_true", help="rewrite the table in docs/scaling.md, "
                         "its picture and bench/results/scaling-DEVICE.json")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="see that it runs, measure nothing")
     options = parser.parse_args(args)
-    if options.device == "cuda" and not torch.cuda.is_available() and not options.paper:
+    measures = not options.paper and not options.load
+    if options.device == "cuda" and measures and not torch.cuda.is_available():
         parser.error("--device cuda wants a GPU, got none")
     if options.quick and options.docs:
         parser.error("--docs wants figures, --quick measures none")
@@ -187,10 +189,12 @@ def main(args=None):
     if options.quick:
         sizes, seconds = {name: values[:2] for name, values in sizes.items()}, 1e-9
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-    report = {"quick": options.quick, **about(options.device), "middle": MIDDLE[options.device],
-              "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
-    with Progress(transient=True) as progress:
-        report["series"] = series(options.device, dtype, seconds, sizes, progress)
+    report = load(options, parser)
+    if not report:
+        report = {"quick": options.quick, **about(options.device), "middle": MIDDLE[options.device],
+                  "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+        with Progress(transient=True) as progress:
+            report["series"] = series(options.device, dtype, seconds, sizes, progress)
     print(table(report))
     if options.docs:
         options.json = options.json or ROOT / f"bench/results/scaling-{options.device}.json"
@@ -199,7 +203,9 @@ def main(args=None):
     if options.plot:
         plot(report, options.plot)
     if options.docs:
-        write_between("docs/scaling.md", f"scaling {options.device}", table(report, "github"))
+        picture = f"![time and memory against N, C and D](scaling-{options.device}.png)"
+        text = f"{table(report, 'github')}\n\n{picture}"
+        write_between("docs/scaling.md", f"scaling {options.device}", text)
 
 
 if __name__ == "__main__":

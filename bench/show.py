@@ -91,8 +91,14 @@ def case_text(case):
     return "\n".join(["", title, "", table, *lines])
 
 
+def in_graph(case, name):
+    found = case["results"].get(name, {}).get("graph_ms")
+    return f"{found['median']:.3g}" if found else "-"
+
+
 def overview(cases, style="simple"):
     """A row for each case: the fused head's figures, then the others' times over its."""
+    graphs = any("graph_ms" in result for case in cases for result in case["results"].values())
     tried = {name for case in cases for name, r in case["results"].items() if "refused" not in r}
     others = [name for name in NAMES[1:] if name in tried]
     rows, ratios = [], {name: [] for name in others}
@@ -104,6 +110,15 @@ def overview(cases, style="simple"):
         row = {
             "(N, C, D)": shape_of(case) + (", kappa 0" if case["kappa"] == 0 else ""),
             "fused": f"{time:.3g} ms" if time else "wrong" if fused.get("wrong") else "-",
+            **(
+                {
+                    "in a graph, fused / eager, ms": " / ".join(
+                        in_graph(case, name) for name in ("fused", "eager")
+                    )
+                }
+                if graphs
+                else {}
+            ),
             "of the floor": f"{fused['of_floor']:.0%}" if time else "-",
             "extra memory, fused / eager": " / ".join(memory),
         }
@@ -142,8 +157,9 @@ def markdown(report):
                 f"{1e3 * milliseconds(case, 'fused'):.3g} us, {', '.join(others)}."
             )
     refused = {n: r["refused"] for c in cosine for n, r in c["results"].items() if "refused" in r}
-    parts += ["The plain cosine head, kappa = 0, which others have as well:"]
-    parts += [overview(cosine, "github")]
+    if cosine:
+        parts.append("The plain cosine head, kappa = 0, which others have as well:")
+        parts.append(overview(cosine, "github"))
     if refused:
         told = (f"{TITLES.get(name, name)} ({why})" for name, why in refused.items())
         parts.append(f"Refused: {', '.join(told)}.")
@@ -151,13 +167,17 @@ def markdown(report):
     device = f"{report['cpu']} ({report['isa']}), {report['threads']} threads"
     if report["device"] != "cpu":
         device = f"{report['device']}, driver {report['driver']}"
+    graphs = ""
+    if report["device"] != "cpu":
+        graphs = (" Times are between events on the GPU; where launches take longer than kernels a "
+                  "CUDA graph's replay, beside, is what the kernels take.")  # fmt: skip
     parts.append(
         f"Loss and gradients of features ({report['cases'][0]['dtype']}), weight (float32) and "
         f"scale, at kappa 16 but for the second table; {device}, torch {report['torch']}, "
         f"{report['date']}. Medians of turns in one process; the others' times are over the fused "
-        "head's: larger is slower than it. Extra memory is the peak beyond operands and gradients. "
-        "The floor is the operations at the rate of a large matrix product, or the weight's bytes "
-        "at that of a copy, both measured beside. Again: "
+        f"head's: larger is slower than it.{graphs} Extra memory is the peak beyond operands and "
+        "gradients. The floor is the operations at the rate of a large matrix product, or the "
+        "weight's bytes at that of a copy, both measured beside. Again: "
         f"`python -m bench --suite {report['suite']} --readme`; all figures: "
         f"[bench/results/{report['suite']}.json](bench/results/{report['suite']}.json)."
     )
@@ -218,6 +238,20 @@ def save(report, path):
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(json.dumps(report, indent=1) + "\n")
         temporary.replace(path)
+
+
+def load(options, parser):
+    """The figures that `--load` names, or None; of the device that `--device` does."""
+    if not options.load:
+        return None
+    try:
+        report = json.loads(options.load.read_text())
+        device = "cpu" if report["device"] == "cpu" else "cuda"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"--load got {error}, wanted a file of --json")
+    if device != options.device or report.get("quick"):
+        parser.error(f"--load got figures of {device}, wanted measured ones of {options.device}")
+    return report
 
 
 def write_between(file, name, text):

@@ -282,29 +282,38 @@ std::string plan(int64_t N, int64_t C, int64_t D, std::string dtype_name, std::s
   }
   const Gpu gpu = gpu_named(device);
   const DType read = cuda_weight_dtype(x, weight);
-  const CudaPlan plan =
-      plan_cuda({N, C, D, x, read, allow_tf32, cuda_kept(C, kept), with_sum}, gpu);
+  const bool bulk = D % 4 == 0;  // of a weight as torch makes it
+  CudaPlan plan =
+      plan_cuda({N, C, D, x, read, allow_tf32, cuda_kept(C, kept), with_sum, bulk}, gpu);
+  // Hopper's kernels multiply again; tvmf_ext.functional keeps nothing for them.
+  if (plan.hopper.used) plan = plan_cuda({N, C, D, x, read, allow_tf32, 0, with_sum, bulk}, gpu);
   const char* const math[] = {"float16", "bfloat16", "TF32", "float32", "float64"};
   put("gpu", gpu.name);
   put("sms", gpu.sms);
   put("hbm_rate", gpu.hbm_rate);
-  put("l2_rate", gpu.l2_rate);
-  put("flop_rate", gpu.flop_rate[static_cast<int>(plan.math)]);
+  put("l2_rate", l2_rate(plan, gpu));
+  put("flop_rate", flop_rate(plan, gpu));
   put("launch_seconds", gpu.launch_seconds);
   put("weight_copy", read == weight ? 0 : C * D * size_of(read));
   put("kept", plan.problem.kept);
   put("math", math[static_cast<int>(plan.math)]);
+  put("hopper", plan.hopper.used);
   put("latency", plan.latency);
   put("tile", plan.tile);
   put("row_tiles", plan.row_tiles);
   put("class_splits", plan.class_splits);
   put("tiles_per_split", plan.tiles_per_split);
+  put("class_tile", plan.hopper.used ? plan.hopper.few ? 64 : 128 : 0);
+  put("row_blocks", plan.hopper.row_blocks);
+  put("class_tiles", plan.hopper.class_tiles);
+  put("walkers", plan.hopper.walkers);
+  put("gradient_walkers", plan.hopper.gradient_walkers);
   put("chunk", plan.chunk);
   put("chunks", plan.chunks);
   put("resident", plan.resident);
   put("row_groups", plan.row_groups);
   put("feature_splits", plan.feature_splits);
-  put("input_tile", plan.input_tile);
+  put("input_tile", plan.hopper.used ? kHopperProductRows : plan.input_tile);
   put("input_splits", plan.input_splits);
   put("forward_launches", plan.forward_launches);
   put("backward_launches", plan.backward_launches);

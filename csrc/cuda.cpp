@@ -65,6 +65,8 @@ Gpu describe(const std::string& name, int major, int index) {
     gpu.hbm_rate *= share;
     gpu.l2_rate *= share;
     for (double& rate : gpu.flop_rate) rate *= share;
+    gpu.wgmma_flop_rate *= share;
+    gpu.wgmma_l2_rate *= share;
   }
   gpu.sms = sms;
   gpu.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);

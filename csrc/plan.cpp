@@ -13,11 +13,18 @@ CpuPlan plan_cpu(int64_t N, int64_t C, int64_t, int64_t element_size) {
 namespace {
 
 constexpr int64_t kMiB = int64_t(1) << 20;
+constexpr int64_t kBudget = 64 * kMiB;  // of a workspace, whatever C is
 
-// Rates are dense peaks of the vendors' datasheets, times what mma.sync and copies are known to
-// reach of them; of the H200 the copy's 4.3 TB/s was measured.
+// Rates, for the prediction alone. Measured on an H200: the copy's 4.3 TB/s; 84 TFLOP/s of a whole
+// step by mma.sync with float32 weights, whose kernels are bound by the instructions around it (the
+// single products reached 60 to 109); main loops of wgmma alone 677 to 780, with
+// 8 TB/s and more from the L2 cache; small kernels of 2.5 to 4 us, their own latency included; 60
+// MiB of L2 cache, by the chunks that it made. Of the others mma.sync's 16-bit and TF32 rates are
+// the H200's by multiprocessors and clock, the rest is the datasheets' peaks times a guess; none of
+// it was measured.
 constexpr Gpu kGpus[] = {
-    // name, SMs, shared per block, per SM, L2, HBM, L2 rate, f16, bf16, tf32, f32, f64, launch, wgmma
+    // name, SMs, shared per block, per SM, L2, HBM, L2 rate, {f16, bf16, tf32, f32, f64}, launch,
+    // wgmma, its rate, its L2 rate
     {"A100",
      108,
      166912,
@@ -25,7 +32,7 @@ constexpr Gpu kGpus[] = {
      40 * kMiB,
      1.3e12,
      3.5e12,
-     {250e12, 250e12, 125e12, 15e12, 8e12},
+     {60e12, 60e12, 30e12, 15e12, 8e12},
      3e-6},
     {"L40S",
      142,
@@ -34,7 +41,7 @@ constexpr Gpu kGpus[] = {
      96 * kMiB,
      0.75e12,
      4e12,
-     {290e12, 290e12, 145e12, 60e12, 1e12},
+     {120e12, 120e12, 60e12, 60e12, 1e12},
      3e-6},
     {"H100",
      132,
@@ -43,19 +50,23 @@ constexpr Gpu kGpus[] = {
      50 * kMiB,
      3.0e12,
      5.5e12,
-     {600e12, 600e12, 300e12, 45e12, 25e12},
+     {90e12, 90e12, 45e12, 45e12, 25e12},
      3e-6,
-     true},
+     true,
+     650e12,
+     8e12},
     {"H200",
      132,
      232448,
      233472,
-     50 * kMiB,
+     60 * kMiB,
      4.3e12,
      5.5e12,
-     {600e12, 600e12, 300e12, 45e12, 25e12},
+     {90e12, 90e12, 45e12, 45e12, 25e12},
      3e-6,
-     true},
+     true,
+     650e12,
+     8e12},
     {"B200",
      148,
      232448,
@@ -63,7 +74,7 @@ constexpr Gpu kGpus[] = {
      126 * kMiB,
      6.5e12,
      8e12,
-     {700e12, 700e12, 350e12, 50e12, 25e12},
+     {100e12, 100e12, 50e12, 50e12, 25e12},
      3e-6},
 };
 
@@ -100,6 +111,12 @@ int64_t parts(int64_t blocks, int64_t most, const Gpu& gpu) {
   return std::clamp<int64_t>(2 * gpu.sms / std::max<int64_t>(blocks, 1), 1, most);
 }
 
+double seconds_of(const CudaPlan& plan, const Gpu& gpu, double flops, double hbm, double l2,
+                  double launches) {
+  return std::max({flops / flop_rate(plan, gpu), hbm / gpu.hbm_rate, l2 / l2_rate(plan, gpu)}) +
+         launches * gpu.launch_seconds;
+}
+
 // Bytes between L2 and the multiprocessors are counted in sectors of 32 bytes, as the emulator
 // does: one for each scattered access, and two elements of 2 bytes side by side leave half of one
 // unused.
@@ -112,8 +129,7 @@ void count(CudaPlan& plan, const Gpu& gpu) {
   const auto tiles = [](int64_t size, int64_t tile) { return double(ceil_div(size, tile)); };
   const double splits = double(plan.class_splits), input_splits = double(plan.input_splits);
   const auto seconds = [&](double flops, double hbm, double l2, double launches) {
-    return std::max({flops / gpu.flop_rate[int(plan.math)], hbm / gpu.hbm_rate, l2 / gpu.l2_rate}) +
-           launches * gpu.launch_seconds;
+    return seconds_of(plan, gpu, flops, hbm, l2, launches);
   };
 
   plan.forward_launches = 3 + (plan.finish_rows < p.N);
@@ -167,8 +183,7 @@ void count_hopper(CudaPlan& plan, const Gpu& gpu) {
   const double x = 2, w = 4, acc = 4;
   const auto tiles = [](int64_t size, int64_t tile) { return double(ceil_div(size, tile)); };
   const auto seconds = [&](double flops, double hbm, double l2, double launches) {
-    return std::max({flops / gpu.flop_rate[int(plan.math)], hbm / gpu.hbm_rate, l2 / gpu.l2_rate}) +
-           launches * gpu.launch_seconds;
+    return seconds_of(plan, gpu, flops, hbm, l2, launches);
   };
   const double arranged = double(hopper.rows) * double(hopper.columns) * x;
   const double cosines =
@@ -188,14 +203,14 @@ void count_hopper(CudaPlan& plan, const Gpu& gpu) {
   const double columns = tiles(p.D, 256);
   plan.backward_launches = 2 + 3 * chunks;
   plan.backward_flops = 6 * N * C * D;
-  plan.backward_hbm = C * D * (w + w) + N * D * (x + x) +
-                      (cached ? 0 : C * D * w + 2 * C * (N + D) * x);
-  plan.backward_l2 = cosines + C * (N + D) * x +                               // gradient
+  plan.backward_hbm =
+      C * D * (w + w) + N * D * (x + x) + (cached ? 0 : C * D * w + 2 * C * (N + D) * x);
+  plan.backward_l2 = cosines + C * (N + D) * x +                          // gradient
                      columns * N * C * x + tiles(p.C, 128) * N * D * x +  // weights'
-                     C * D * (w + w) +
-                     columns * N * C * x + tiles(p.N, 128) * C * D * x +  // features'
-                     input_splits * N * D * acc * (2 * chunks - 1) +
-                     input_splits * N * D * acc + 2 * N * D * x + 2 * arranged;  // finished
+                     C * D * (w + w) + columns * N * C * x +
+                     tiles(p.N, 128) * C * D * x +  // features'
+                     input_splits * N * D * acc * (2 * chunks - 1) + input_splits * N * D * acc +
+                     2 * N * D * x + 2 * arranged;  // finished
   plan.backward_seconds = seconds(plan.backward_flops, plan.backward_hbm, plan.backward_l2,
                                   double(plan.backward_launches));
 }
@@ -230,6 +245,13 @@ ForwardWorkspace::ForwardWorkspace(const CudaPlan& plan) {
   size = cursor.at;
 }
 
+double flop_rate(const CudaPlan& plan, const Gpu& gpu) {
+  return plan.hopper.used ? gpu.wgmma_flop_rate : gpu.flop_rate[int(plan.math)];
+}
+double l2_rate(const CudaPlan& plan, const Gpu& gpu) {
+  return plan.hopper.used ? gpu.wgmma_l2_rate : gpu.l2_rate;
+}
+
 int64_t dot_slots(const CudaPlan& plan) {
   return plan.hopper.used ? plan.hopper.dot_slots : plan.chunk / kClassTile * kRowParts;
 }
@@ -262,18 +284,17 @@ namespace {
 
 // Tiles as csrc/mainloop_sm90.cuh has them.
 void plan_hopper(CudaPlan& plan, const Gpu& gpu) {
-  constexpr int64_t kRows = 256, kProductRows = 128, kProductCols = 256, kDepth = 64;
   const CudaProblem& p = plan.problem;
   HopperPlan& hopper = plan.hopper;
   hopper.used = true;
   hopper.blocks = gpu.sms;
   hopper.rows = round_up(p.N, 32);
-  hopper.columns = round_up(p.D, kDepth);
+  hopper.columns = round_up(p.D, kHopperDepth);
   hopper.grad_stride = round_up(p.N, 8);
   hopper.weight_stride = round_up(p.D, 8);
 
   // Small tiles where large ones would leave multiprocessors without any.
-  hopper.row_blocks = ceil_div(p.N, kRows);
+  hopper.row_blocks = ceil_div(p.N, kHopperRows);
   hopper.few = hopper.row_blocks * ceil_div(p.C, 128) < gpu.sms;
   const int64_t classes = hopper.few ? 64 : 128;
   hopper.class_tiles = ceil_div(p.C, classes);
@@ -281,23 +302,28 @@ void plan_hopper(CudaPlan& plan, const Gpu& gpu) {
   hopper.walkers = std::min(hopper.class_tiles, most);
   plan.class_splits = hopper.walkers;
 
-  // Chunks: gradient tile and rounded weights in 44 MiB, in whole waves of blocks.
+  const int64_t products = ceil_div(p.N, kHopperProductRows) * ceil_div(p.D, kHopperProductCols);
+  const int64_t partial = std::max<int64_t>(p.N * p.D * 4, 1);  // bytes of a features' gradient
+  const int64_t most_input =
+      std::clamp<int64_t>(std::min(gpu.sms / products, 16 * kMiB / partial), 1, 65535);
+
+  // Chunks: gradient tile and rounded weights in 44 MiB, less where what does not depend on classes
+  // would take the workspace over its budget, in whole waves of blocks.
+  hopper.col_slots = hopper.row_blocks * (hopper.few ? 2 : 1);
+  const int64_t rest = most_input * partial + 4 * hopper.rows * hopper.columns +
+                       p.N * (48 + 4 * most) + hopper.row_blocks * most * 128 + kMiB;
+  const int64_t room = std::clamp(kBudget - rest, 16 * kMiB, 44 * kMiB);
   const int64_t bytes = 2 * (hopper.grad_stride + hopper.weight_stride);
-  const int64_t tiles =
-      std::clamp<int64_t>(44 * kMiB / (bytes * classes), 1, hopper.class_tiles);
+  const int64_t tiles = std::clamp<int64_t>(room / (bytes * classes), 1, hopper.class_tiles);
   const bool all = tiles == hopper.class_tiles;
   plan.chunk = (tiles > most && !all ? tiles / most * most : tiles) * classes;
   plan.chunks = ceil_div(p.C, plan.chunk);
   hopper.gradient_walkers = std::min(plan.chunk / classes, most);
-  hopper.col_slots = hopper.row_blocks * (hopper.few ? 2 : 1);
   hopper.dot_slots = hopper.gradient_walkers;
   hopper.totals = hopper.row_blocks * hopper.gradient_walkers * 8;
 
-  const int64_t products = ceil_div(p.N, kProductRows) * ceil_div(p.D, kProductCols);
-  const int64_t steps = ceil_div(plan.chunk, kDepth);
-  const int64_t most_input = std::clamp<int64_t>(
-      std::min(steps / 2, 16 * kMiB / std::max<int64_t>(p.N * p.D * 4, 1)), 1, 65535);
-  plan.input_splits = std::clamp<int64_t>(gpu.sms / products, 1, most_input);
+  const int64_t steps = ceil_div(plan.chunk, kHopperDepth);
+  plan.input_splits = std::clamp<int64_t>(steps / 2, 1, most_input);
   plan.latency = false;
   plan.resident = false;
   plan.row_groups = hopper.row_blocks;
@@ -366,7 +392,6 @@ CudaPlan plan_path(const CudaProblem& p, bool latency, const Gpu& gpu) {
 }  // namespace
 
 CudaPlan plan_cuda(const CudaProblem& problem, const Gpu& gpu) {
-  constexpr int64_t kBudget = 64 * kMiB;
   const CudaPlan few = plan_path(problem, problem.N * problem.C * 4 <= kBudget, gpu);
   if (few.hopper.used) return few;
   return few.backward_workspace <= kBudget ? few : plan_path(problem, false, gpu);

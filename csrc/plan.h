@@ -78,8 +78,9 @@ struct Gpu {
   int64_t l2;                               // bytes
   double hbm_rate, l2_rate;                 // bytes/s
   double flop_rate[5];                      // by Math
-  double launch_seconds;                    // from one kernel's end to the next one's start
-  bool wgmma = false;  // Hopper's own instructions
+  double launch_seconds;                    // of a kernel with nothing to do
+  bool wgmma = false;                       // Hopper's own instructions, and what they reach
+  double wgmma_flop_rate = 0, wgmma_l2_rate = 0;
 };
 
 // "H200", "H100", "A100", ...; null if there is none of that name.
@@ -95,17 +96,17 @@ struct CudaProblem {
   bool bulk = false;  // weights' rows lie as bulk copies read them: contiguous, 16-byte aligned
 };
 
-// The same on Hopper (csrc/forward_sm90.cu, backward_sm90.cu), in place of what follows it below but
-// for `chunk` and `input_splits`.
+// The same on Hopper (csrc/forward_sm90.cu, backward_sm90.cu), in place of what follows it below
+// but for `chunk` and `input_splits`.
 struct HopperPlan {
   bool used;
-  bool few;                             // tiles of 64 classes, or of 128
-  int64_t rows, columns;                // of the arranged features
+  bool few;               // tiles of 64 classes, or of 128
+  int64_t rows, columns;  // of the arranged features
   int64_t row_blocks, class_tiles;
-  int64_t walkers, gradient_walkers;    // blocks that share the tiles of their rows
-  int64_t grad_stride, weight_stride;   // elements
-  int64_t col_slots, dot_slots, totals; // partial sums
-  int64_t blocks;                       // that run at once
+  int64_t walkers, gradient_walkers;     // blocks that share the tiles of their rows
+  int64_t grad_stride, weight_stride;    // elements
+  int64_t col_slots, dot_slots, totals;  // partial sums
+  int64_t blocks;                        // that run at once
 };
 
 struct CudaPlan {
@@ -152,6 +153,9 @@ struct BackwardWorkspace {
 constexpr int64_t kLargeTile = 128, kSmallTile = 64, kClassTile = 64, kFeatureTile = 128,
                   kGradientRows = 128;
 constexpr int64_t kRowParts = 4;  // partial row sums of a class tile's gradient: one a warp column
+// The same of Hopper's kernels: a block's cosines and its 16-bit products.
+constexpr int64_t kHopperRows = 256, kHopperProductRows = 128, kHopperProductCols = 256,
+                  kHopperDepth = 64;
 constexpr int64_t kStepBytes = 64;  // of a feature row in one step of the main loop
 
 // Shared memory of class_gradient without its resident tile.
@@ -162,5 +166,9 @@ int64_t dot_slots(const CudaPlan& plan);
 int64_t total_count(const CudaPlan& plan);
 
 CudaPlan plan_cuda(const CudaProblem& problem, const Gpu& gpu);
+
+// What the prediction takes the plan's kernels to reach.
+double flop_rate(const CudaPlan& plan, const Gpu& gpu);
+double l2_rate(const CudaPlan& plan, const Gpu& gpu);
 
 }  // namespace tvmf

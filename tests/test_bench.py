@@ -414,6 +414,117 @@ def test_readme_is_rewritten_between_its_markers(tmp_path, monkeypatch):
     assert f"{fused:.3g} ms" in (tmp_path / "README.md").read_text()
 
 
+def gpu_case(shape, kappa=16.0, refused=(), **more):
+    """A case as a GPU's file has it: eager, compile, products and peers take 4, 2, 0.9 and 3 times
+    the fused head's time, which is 1 ms; in a graph 0.1 ms, and eager's 0.3."""
+
+    def figures(value):
+        return {"median": value, "quartiles": [0.9 * value, 1.1 * value],
+                "medians": [value, value]}  # fmt: skip
+
+    out = more.get("leave_out", ())
+    times = {"fused": 1.0, "eager": 4.0, "compile": 2.0, "products": 0.9}
+    times |= dict.fromkeys(("linear_ce", "cce", "liger"), 3.0) if kappa == 0 else {}
+    results = {
+        name: {"error": 1e-3, "extra_bytes": 30_000_000 * time, "launches": 9, "runs": 50,
+               "tflops": 100.0, "of_floor": 0.5 / time, "over_fused": figures(time),
+               "over_eager": figures(time / 4), "forward_ms": figures(0.3 * time),
+               "backward_ms": figures(0.7 * time), "full_ms": figures(time)}
+        for name, time in times.items() if name not in out
+    }  # fmt: skip
+    for name in refused:
+        results[name] = {"refused": "RuntimeError: no such shape"}
+    if shape[0] * shape[1] <= measure.GRAPH_MOST:
+        for name, time in (("fused", 0.1), ("eager", 0.3)):
+            results[name]["graph_ms"] = figures(time)
+    return {"shape": list(shape), "kappa": kappa, "dtype": "bfloat16", "pass": "full",
+            "device": "cuda", "threads": 8, "copies": 3, "preempted_per_s": 0.0, "floor_ms": 0.5,
+            "machine": {"flops_per_s": 788e12, "bytes_per_s": 4.3e12}, "results": results,
+            **more}  # fmt: skip
+
+
+def test_a_gpu_s_figures_fill_the_readme(tmp_path, monkeypatch, capsys):
+    """Fabricated figures, of the suite's own cases."""
+    suite = bench.__main__.SUITES["gpu"]
+    cases = [gpu_case(**case) for case in suite["cases"]]
+    cases[4] = gpu_case(**{**suite["cases"][4], "refused": ("cce",)})
+    report = {"suite": "gpu", "device": "NVIDIA H200", "driver": "580.1", "cpu": "p", "isa": "avx2",
+              "threads": 8, "torch": "2.11.0", "date": "2026-11-26", "commit": "c",
+              "cases": cases}  # fmt: skip
+    path = tmp_path / "from_the_gpu.json"
+    path.write_text(json.dumps(report))
+    monkeypatch.setattr(show, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("a\n<!-- bench gpu -->\nold\n<!-- /bench gpu -->\nz\n")
+    bench.__main__.main(["--suite", "gpu", "--load", str(path), "--readme"])
+    text = (tmp_path / "README.md").read_text()
+    tvmf, cosine = text.split("The plain cosine head")
+    rows = {row[0]: row for row in ([cell.strip() for cell in line.strip("|").split("|")]
+            for line in tvmf.splitlines() if line.startswith("| ("))}  # fmt: skip
+    for (N, C, D), graph in zip(bench.__main__.DESIGN, ["0.1 / 0.3"] * 2 + ["- / -"] * 2,
+                                strict=True):  # fmt: skip
+        row = rows[f"({N}, {C}, {D})"]
+        assert row[1:] == ["1 ms", graph, "50%", "30 MB / 120 MB", "4.00x", "2.00x", "0.90x"]
+    assert "| geometric mean" in tvmf and "sweep" not in text and "old" not in text
+    assert "cut-cross-entropy (RuntimeError: no such shape)" in cosine and "3.00x" in cosine
+    assert "compile" not in cosine.split("Refused")[0]
+    for words in ("NVIDIA H200, driver 580.1", "bfloat16", "CUDA graph", "docs/bench-gpu.png",
+                  "python -m bench --suite gpu --readme"):  # fmt: skip
+        assert words in text
+    assert (tmp_path / "docs/bench-gpu.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "bench/results/gpu.json").read_text()) == report
+    shown = capsys.readouterr().out
+    assert "a product here 788 TFLOP/s" in shown and "launches" in shown and "graph ms" in shown
+
+
+def test_a_gpu_s_suite_cut_short_fills_the_readme_too():
+    cases = [gpu_case(**case) for case in bench.__main__.SUITES["gpu"]["cases"][:2]]
+    report = {"suite": "gpu", "device": "NVIDIA H200", "driver": "580.1", "cpu": "p", "isa": "avx2",
+              "threads": 8, "torch": "2.11.0", "date": "d", "cases": cases}  # fmt: skip
+    text = show.markdown(report)
+    assert "(256, 8142, 2048)" in text and "kappa = 0" not in text
+
+
+def test_the_documents_have_a_place_for_every_table():
+    readme, scales = ((show.ROOT / name).read_text() for name in ("README.md", "docs/scaling.md"))
+    places = [(readme, name) for name in ("bench cpu", "bench gpu", "end to end cpu",
+                                          "end to end cuda")]  # fmt: skip
+    for text, name in (*places, (scales, "scaling cpu"), (scales, "scaling cuda")):
+        assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
+
+
+def test_steps_and_scaling_of_a_gpu_are_shown_from_a_file(tmp_path, monkeypatch, capsys):
+    for module in (show, end_to_end, scaling):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    for file, name in (("README.md", "end to end cuda"), ("docs/scaling.md", "scaling cuda")):
+        (tmp_path / file).write_text(f"<!-- {name} -->\nold\n<!-- /{name} -->\n")
+    figures = {"median": 2.0, "quartiles": [1.9, 2.1], "medians": [2.0, 2.0]}
+    head = {"step_ms": figures, "images_per_s": figures, "extra_bytes": 5e9, "runs": 9,
+            "head_share": {**figures, "median": 0.25}}  # fmt: skip
+    steps = {"device": "NVIDIA H200", "quick": False, "cases": [
+        {"name": "net", "shape": [256, 1000, 512], "eager_over_fused": figures,
+         "results": {"fused": head, "eager": head}}]}  # fmt: skip
+    points = [{"size": n, "ms": {"median": 2.0 * n}, "bytes": 1e6 * n, "predicted_ms": 1.0 * n,
+               "predicted_bytes": 1e6 * n} for n in (1, 2, 4, 8)]  # fmt: skip
+    grown = {"device": "NVIDIA H200", "quick": False, "middle": [1, 2, 3],
+             "series": dict.fromkeys("NCD", points)}  # fmt: skip
+    for name, report in (("steps", steps), ("grown", grown)):
+        (tmp_path / name).write_text(json.dumps(report))
+    end_to_end.main(["--device", "cuda", "--load", str(tmp_path / "steps"), "--readme"])
+    scaling.main(["--device", "cuda", "--load", str(tmp_path / "grown"), "--docs"])
+    text = (tmp_path / "README.md").read_text()
+    assert "2.00x" in text and "25.0%" in text and "5 GB" in text and "old" not in text
+    text = (tmp_path / "docs/scaling.md").read_text()
+    assert "16 ms" in text and "N^1.00" in text and "(scaling-cuda.png)" in text
+    assert (tmp_path / "docs/scaling-cuda.png").exists()
+    for name in ("end-to-end-cuda", "scaling-cuda"):
+        assert (tmp_path / f"bench/results/{name}.json").exists()
+    for module, file in ((end_to_end, "steps"), (scaling, "grown")):
+        with pytest.raises(SystemExit):  # on this device they were not measured
+            module.main(["--load", str(tmp_path / file)])
+    assert "figures of cuda" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -423,6 +534,7 @@ def test_readme_is_rewritten_between_its_markers(tmp_path, monkeypatch):
         ["--seconds", "0"],
         ["--threads", "0"],
         ["--readme"],
+        ["--suite", "gpu-more", "--load", "/no/such.json", "--readme"],
         ["--suite", "cpu", "--readme", "--pass", "fwd"],
         ["--suite", "cpu", "--readme", "--seconds", "1"],
         ["--shape", "1", "1", "1", "--kappa", "inf"],

@@ -57,11 +57,12 @@ def products_to_keep(N, C, D, dtype, cuda):
 
 
 def _multiplies_again(input, linear_weight, D):
-    """Hopper's kernels take a product again sooner than they would read it."""
+    """Hopper's kernels take a product again sooner than they would read it. The weight is float32
+    there, or a float32 copy where its dtype is not the features'."""
     return (
         input.is_cuda
         and input.dtype in (torch.float16, torch.bfloat16)
-        and linear_weight.dtype == torch.float32
+        and linear_weight.dtype != input.dtype
         and D % 4 == 0
         and torch.cuda.get_device_properties(input.device).major == 9
     )

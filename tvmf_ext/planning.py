@@ -47,7 +47,8 @@ class _Problem:
     backward: bool
     """whether a backward pass follows"""
     kept: int
-    """classes whose products the forward pass keeps for the backward pass, rounded up to 16"""
+    """classes whose products the forward pass keeps for the backward pass, rounded up to 16; none
+    on Hopper's path, which takes them again"""
     saved: int
     """bytes that the forward pass keeps in all"""
 
@@ -110,15 +111,28 @@ class CudaPlan(_Problem):
     sms: int
     math: str
     """what the matrix units multiply: float16, bfloat16, TF32, float32 or float64"""
+    hopper: bool
+    """Hopper's own kernels, in chunks of classes: 16-bit features and a float32 weight"""
     latency: bool
     """few launches, for a small N x C; else the throughput plan, in chunks of classes"""
 
     tile: int
-    """row statistics: a block makes tiles of tile x tile cosines"""
+    """row statistics: a block makes tiles of tile x tile cosines; not on Hopper's path, nor are the
+    next three"""
     row_tiles: int
     class_splits: int
     """blocks that share the classes; the grid is row_tiles x class_splits"""
     tiles_per_split: int
+
+    class_tile: int
+    """a tile of cosines is 256 rows x class_tile: Hopper's path, as the next four, else 0"""
+    row_blocks: int
+    """blocks of 256 rows"""
+    class_tiles: int
+    walkers: int
+    """row statistics: blocks that share the class tiles of a block of rows"""
+    gradient_walkers: int
+    """gradient tile: those that share a chunk's"""
 
     chunk: int
     """classes per launch of the backward pass"""
@@ -130,7 +144,8 @@ class CudaPlan(_Problem):
     feature_splits: int
     """blocks that share the weight gradient of 64 classes"""
     input_tile: int
-    """features' gradient: a block makes a tile of input_tile x input_tile"""
+    """features' gradient: a block makes a tile of input_tile x input_tile, on Hopper's path of
+    128 x 256"""
     input_splits: int
     """blocks that share a tile's classes"""
 
@@ -192,32 +207,61 @@ class CudaPlan(_Problem):
             f"  workspace        {_bytes(getattr(self, f'{which}_workspace'))}",
         ]
 
+    def _path(self):
+        name = "latency" if self.latency else "Hopper" if self.hopper else "throughput"
+        count = "one chunk" if self.chunks == 1 else f"{self.chunks} chunks"
+        return f"{name}: {count} of {min(self.chunk, self.C)} classes"
+
+    def _forward_kernels(self):
+        if self.hopper:
+            return [
+                f"  row statistics   tile 256 rows x {self.class_tile} classes, grid "
+                f"{self.row_blocks} x {self.walkers}, {-(-self.class_tiles // self.walkers)} "
+                "class tiles a block"
+            ]
+        return [
+            f"  row statistics   tile {self.tile} x {self.tile}, grid {self.row_tiles} x "
+            f"{self.class_splits}, {self.tiles_per_split} class tiles a block"
+        ]
+
+    def _backward_kernels(self):
+        classes = min(self.chunk, self.C)
+        cols = 256 if self.hopper else self.input_tile
+        inputs = -(-self.N // self.input_tile), -(-self.D // cols)
+        features = (
+            f"  input gradient   tile {self.input_tile} x {cols}, "
+            f"grid {inputs[0]} x {inputs[1]} x {self.input_splits}"
+        )
+        if self.hopper:
+            tiles = -(-classes // self.class_tile)
+            weights = -(-classes // 128) * inputs[1]
+            return [
+                f"  gradient tile    tile 256 rows x {self.class_tile} classes, grid "
+                f"{self.row_blocks} x {self.gradient_walkers}, "
+                f"{-(-tiles // self.gradient_walkers)} class tiles a block",
+                f"  weight gradient  {weights} tiles of 128 classes x 256 features in "
+                f"{min(weights, self.sms)} blocks",
+                features,
+            ]
+        place = "in shared memory" if self.resident else "in the workspace"
+        return [
+            f"  weight gradient  {-(-classes // 64)} tiles of 64 classes x {self.row_groups} row "
+            f"groups x {self.feature_splits} feature splits, gradient tile {place}",
+            features,
+        ]
+
     def __str__(self):
-        grid = f"{self.row_tiles} x {self.class_splits}"
-        path = "latency: one chunk" if self.latency else f"throughput: {self.chunks} chunks"
         lines = [
             self._title(f"{self.gpu} ({self.sms} SMs)"),
-            f"path               {path} of {min(self.chunk, self.C)} classes",
+            f"path               {self._path()}",
             *self._pass("forward"),
-            f"  row statistics   tile {self.tile} x {self.tile}, grid {grid}, "
-            f"{self.tiles_per_split} class tiles a block",
+            *self._forward_kernels(),
         ]
         if self.weight_copy:
             lines.append(f"copy of the weight {_bytes(self.weight_copy)} in each pass")
-        if not self.backward:
-            return "\n".join(lines)
-        class_tiles = -(-min(self.chunk, self.C) // 64)
-        inputs = [-(-size // self.input_tile) for size in (self.N, self.D)]
-        place = "in shared memory" if self.resident else "in the workspace"
-        return "\n".join([
-            *lines,
-            *self._pass("backward"),
-            f"  weight gradient  {class_tiles} tiles of 64 classes x {self.row_groups} row groups "
-            f"x {self.feature_splits} feature splits, gradient tile {place}",
-            f"  input gradient   tile {self.input_tile} x {self.input_tile}, "
-            f"grid {inputs[0]} x {inputs[1]} x {self.input_splits}",
-            self._saved_line(),
-        ])  # fmt: skip
+        if self.backward:
+            lines += [*self._pass("backward"), *self._backward_kernels(), self._saved_line()]
+        return "\n".join(lines)
 
 
 def _check_size(name, value):
