@@ -180,11 +180,12 @@ void count_hopper(CudaPlan& plan, const Gpu& gpu) {
   const HopperPlan& hopper = plan.hopper;
   const double N = double(p.N), C = double(p.C), D = double(p.D), chunks = double(plan.chunks);
   const double splits = double(hopper.walkers), input_splits = double(plan.input_splits);
-  const double x = 2, w = 4, acc = 4;
+  const double x = 2, w = 4, acc = 4, sector = 32;
   const auto tiles = [](int64_t size, int64_t tile) { return double(ceil_div(size, tile)); };
   const auto seconds = [&](double flops, double hbm, double l2, double launches) {
     return seconds_of(plan, gpu, flops, hbm, l2, launches);
   };
+  // To arrange rows, every sector of a row is read four times, and in columns' order eight times.
   const double arranged = double(hopper.rows) * double(hopper.columns) * x;
   const double cosines =
       double(hopper.row_blocks) * C * D * w + double(hopper.class_tiles) * arranged;
@@ -192,7 +193,8 @@ void count_hopper(CudaPlan& plan, const Gpu& gpu) {
   plan.forward_launches = 3 + (plan.finish_rows < p.N);
   plan.forward_flops = 2 * N * C * D;
   plan.forward_hbm = C * D * w + N * D * x;
-  plan.forward_l2 = cosines + N * D * (2 * x + w) + arranged + splits * N * 24 + C * acc;
+  const double prepare = N * D * (x + w) + 4 * N * D * x + arranged + 10 * N * sector;
+  plan.forward_l2 = prepare + cosines + splits * N * (p.with_sum ? 48 : 40) + N * 20 + C * acc;
   plan.forward_seconds = seconds(plan.forward_flops, plan.forward_hbm, plan.forward_l2,
                                  double(plan.forward_launches));
 
@@ -201,16 +203,21 @@ void count_hopper(CudaPlan& plan, const Gpu& gpu) {
   const double cached_bytes = 2 * double(plan.chunk) * (N + 3 * D);
   const bool cached = cached_bytes <= double(cache_of(gpu));
   const double columns = tiles(p.D, 256);
-  plan.backward_launches = 2 + 3 * chunks;
+  plan.backward_launches = 2 + 3 * plan.chunks;
   plan.backward_flops = 6 * N * C * D;
-  plan.backward_hbm =
-      C * D * (w + w) + N * D * (x + x) + (cached ? 0 : C * D * w + 2 * C * (N + D) * x);
-  plan.backward_l2 = cosines + C * (N + D) * x +                          // gradient
-                     columns * N * C * x + tiles(p.C, 128) * N * D * x +  // weights'
-                     C * D * (w + w) + columns * N * C * x +
-                     tiles(p.N, 128) * C * D * x +  // features'
-                     input_splits * N * D * acc * (2 * chunks - 1) + input_splits * N * D * acc +
-                     2 * N * D * x + 2 * arranged;  // finished
+  plan.backward_hbm = C * D * (w + w) + N * D * (x + x) +
+                      (cached ? 0 : C * D * x + 2 * C * (N + D) * x);
+  const double slots = double(hopper.col_slots), walkers = double(hopper.gradient_walkers);
+  const double arrange = 12 * N * D * x + 2 * arranged + 4 * N * sector;
+  const double gradient =
+      cosines + C * (N + D) * x + chunks * walkers * N * 3 * sector + C * acc * (4 * slots);
+  const double weight =
+      columns * N * C * x + tiles(p.C, 128) * N * D * x + C * D * (x + w) + C * acc * (2 + slots);
+  const double features = columns * N * C * x + tiles(p.N, 128) * C * D * x +
+                          input_splits * N * D * acc * (2 * chunks - 1);
+  const double finish = input_splits * N * D * acc + N * D * (x + x) + N * D / 2 +
+                        walkers * N * 2 * chunks * acc;
+  plan.backward_l2 = arrange + gradient + weight + features + finish;
   plan.backward_seconds = seconds(plan.backward_flops, plan.backward_hbm, plan.backward_l2,
                                   double(plan.backward_launches));
 }
@@ -308,11 +315,13 @@ void plan_hopper(CudaPlan& plan, const Gpu& gpu) {
       std::clamp<int64_t>(std::min(gpu.sms / products, 16 * kMiB / partial), 1, 65535);
 
   // Chunks: gradient tile and rounded weights in 44 MiB, less where what does not depend on classes
-  // would take the workspace over its budget, in whole waves of blocks.
+  // would take the workspace over its budget and no more than the L2 cache holds, in whole waves.
   hopper.col_slots = hopper.row_blocks * (hopper.few ? 2 : 1);
   const int64_t rest = most_input * partial + 4 * hopper.rows * hopper.columns +
                        p.N * (48 + 4 * most) + hopper.row_blocks * most * 128 + kMiB;
-  const int64_t room = std::clamp(kBudget - rest, 16 * kMiB, 44 * kMiB);
+  const int64_t cached = gpu.l2 * 9 / 10;
+  const int64_t room =
+      std::clamp(std::min(kBudget - rest, cached), std::min(16 * kMiB, cached), 44 * kMiB);
   const int64_t bytes = 2 * (hopper.grad_stride + hopper.weight_stride);
   const int64_t tiles = std::clamp<int64_t>(room / (bytes * classes), 1, hopper.class_tiles);
   const bool all = tiles == hopper.class_tiles;

@@ -75,7 +75,9 @@ def test_a_planted_fault_is_found_and_its_twin_passes(name, seed):
 
 @pytest.mark.parametrize("size", [4, 8, 16])
 @pytest.mark.parametrize(
-    ("argument", "access"), [(0, "read"), (1, "write"), (2, "read")], ids=["global", "write", "shared"]
+    ("argument", "access"),
+    [(0, "read"), (1, "write"), (2, "read")],
+    ids=["global", "write", "shared"],
 )
 def test_an_address_is_a_multiple_of_what_is_accessed(size, argument, access):
     launch = {"outputs": 128, "shared_bytes": 528, "argument": argument, "count": False}
@@ -83,8 +85,8 @@ def test_an_address_is_a_multiple_of_what_is_accessed(size, argument, access):
     memory = "shared memory" if argument else "x"
     with pytest.raises(
         RuntimeError,
-        match=rf"^faults::.*::misaligned.*: block \(0, 0, 0\) thread 5: misaligned address: {access} "
-        rf"at {LINE} of {size} bytes at {memory} \+ {5 * 16 + size // 2}$",
+        match=rf"^faults::.*::misaligned.*: block \(0, 0, 0\) thread 5: misaligned address: "
+        rf"{access} at {LINE} of {size} bytes at {memory} \+ {5 * 16 + size // 2}$",
     ):
         run(f"misaligned_{size}", right=False, **launch)
 

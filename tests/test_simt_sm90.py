@@ -1,4 +1,5 @@
-"""What the emulator has of Hopper: mbarriers, tensor copies and wgmma do what hardware does, and each planted fault is found. The kernels are tests/simt/faults_sm90.cu."""
+"""What the emulator has of Hopper: mbarriers, tensor copies and wgmma do what hardware does, and
+each planted fault is found. The kernels are tests/simt/faults_sm90.cu."""
 
 import subprocess
 import sys

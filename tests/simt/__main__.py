@@ -49,6 +49,7 @@ def parse():
     add("--strided", action="store_true", help="features and weight that are not contiguous")
     add("--sms", type=int, default=132, help="multiprocessors that are planned for")
     add("--l2", type=int, default=50 << 20, help="bytes of L2 that are planned for")
+    add("--wgmma", action="store_true", help="plan for a GPU with Hopper's own instructions")
     add("--seed", type=int, default=0, help="of the data, and of the order of blocks and threads")
     add("--counts", action="store_true", help="print what each launch did")
     args = parser.parse_args()
@@ -113,12 +114,14 @@ def main():
         tf32=args.tf32,
         sms=args.sms,
         l2=args.l2,
+        wgmma=args.wgmma,
     )
     seconds = time.perf_counter() - start
     plan = rest["plan"]
+    path = "latency" if plan["latency"] else "Hopper's" if plan["hopper"] else "throughput"
     print(
         f"N {args.n}, C {args.c}, D {args.d}, {args.dtype} features: "
-        f"{'latency' if plan['latency'] else 'throughput'} path, {len(module.reports())} launches, "
+        f"{path} path, {len(module.reports())} launches, "
         f"{plan['chunks']} chunk(s) of classes, {seconds:.1f} s emulated"
     )
     print(f"{'':14}{'max error':>10}{'allowed':>10}")
@@ -130,7 +133,7 @@ def main():
         for r in module.reports():
             name = r.kernel.split("<")[0].split("::")[-1]
             print(
-                f"{name:18}{r.mma:9}{r.global_read_sectors * 32e-6:9.2f}"
+                f"{name:18}{r.mma + r.wgmma:9}{r.global_read_sectors * 32e-6:9.2f}"
                 f"{r.global_write_sectors * 32e-6:9.2f}{r.barriers:10}{r.bank_conflicts:10}"
             )
     return all(line.error <= line.bound for line in lines)

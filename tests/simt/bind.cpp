@@ -116,7 +116,8 @@ py::dict step(const py::dict& args) {
   const bool with_sum = !of_loss || options.label_smoothing > 0;
   const CudaPlan plan = plan_cuda({N, C, D, x.dtype, w.dtype, args["allow_tf32"].cast<bool>(),
                                    args["kept"].cast<bool>() ? round_up(C, kPad) : 0, with_sum,
-                                   D % 4 == 0 && head.weight.col_stride == 1},
+                                   D % 4 == 0 && head.weight.col_stride == 1 &&
+                                       head.weight.row_stride % 4 == 0},
                                   gpu_of(args));
   py::dict out;
   const auto output = [&](const char* name, int64_t count, int64_t size) {
@@ -200,6 +201,7 @@ py::dict step(const py::dict& args) {
   FIELD(forward_flops);
   FIELD(backward_flops);
   planned["hopper"] = plan.hopper.used;
+  planned["few"] = plan.hopper.few;
 #undef FIELD
   out["plan"] = planned;
   return out;
