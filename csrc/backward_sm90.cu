@@ -52,7 +52,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int steps = int((head.D + kDepth - 1) / kDepth);
   const WgmmaLane lane = WgmmaLane::of();
 
-
   // Fetch the rows' terms.
   for (int i = threadIdx.x; i < Shape::kRows; i += kThreads) {
     const int n = first_row + i;
@@ -192,8 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         total_kappa += col_kappa[h];
-        const float sums[3] = {quad_sum(col_dot[h]), quad_sum(col_bias[h]),
-                               quad_sum(col_kappa[h])};
+        const float sums[3] = {quad_sum(col_dot[h]), quad_sum(col_bias[h]), quad_sum(col_kappa[h])};
         if (lane.quad == 0 && inside[h])
 #pragma unroll
           for (int which = 0; which < 3; ++which)
@@ -233,8 +231,8 @@ struct ProductParams {
   BackwardParams<float> p;
   TensorMap a, b;
   int row_tiles, col_tiles;
-  int steps, slots;                   // slots: of p.col_sums
-  const uint16_t* rounded;            // [chunk, weight_stride]
+  int steps, slots;         // slots: of p.col_sums
+  const uint16_t* rounded;  // [chunk, weight_stride]
   int64_t weight_stride;
 };
 
@@ -274,8 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const bool per_class_kappa = p.out.kappa.data && head.kappa.stride != 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       const int col = tile % params.col_tiles;
-      const int column =
-          tile / params.col_tiles * Shape::kRows + lane.warpgroup * 64 + lane.line;
+      const int column = tile / params.col_tiles * Shape::kRows + lane.warpgroup * 64 + lane.line;
 
       // Finish the column sums: the projection's factor, and the gradients of bias and kappa.
       float gain[2], factor[2];
@@ -368,8 +365,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       prefetch_map(params.b);
       typename Shape::Place place;
       for (int step = 0; step < steps; ++step)
-        Shape::copy(smem, ring, place, params.a, params.b, row, col,
-                    (first_step + step) * kDepth);
+        Shape::copy(smem, ring, place, params.a, params.b, row, col, (first_step + step) * kDepth);
     }
   } else {
     take_registers<kConsumerRegisters>();
@@ -412,8 +408,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <Math kMath, class Shape>
-cudaError_t launch_gradient(const BackwardParams<float>& p, const CudaPlan& plan,
-                            void* rounded, cudaStream_t stream) {
+cudaError_t launch_gradient(const BackwardParams<float>& p, const CudaPlan& plan, void* rounded,
+                            cudaStream_t stream) {
   const HopperPlan& hopper = plan.hopper;
   const CudaHead& head = p.head;
   GradientParams params{p,
@@ -441,8 +437,8 @@ cudaError_t launch_gradient(const BackwardParams<float>& p, const CudaPlan& plan
 }
 
 template <Math kMath>
-cudaError_t launch_weight(const BackwardParams<float>& p, const CudaPlan& plan,
-                          const void* rounded, cudaStream_t stream) {
+cudaError_t launch_weight(const BackwardParams<float>& p, const CudaPlan& plan, const void* rounded,
+                          cudaStream_t stream) {
   using Shape = ProductShape<false>;
   const HopperPlan& hopper = plan.hopper;
   const CudaHead& head = p.head;
@@ -452,8 +448,8 @@ cudaError_t launch_weight(const BackwardParams<float>& p, const CudaPlan& plan,
   params.steps = int(ceil_div(head.N, kDepth));
   params.slots = int(hopper.col_slots);
   params.weight_stride = hopper.weight_stride;
-  cudaError_t error = make_tensor_map(&params.a, p.grad, plan.problem.x, p.chunk_count,
-                                      head.N, hopper.grad_stride, Shape::kRows, kDepth);
+  cudaError_t error = make_tensor_map(&params.a, p.grad, plan.problem.x, p.chunk_count, head.N,
+                                      hopper.grad_stride, Shape::kRows, kDepth);
   if (error == cudaSuccess)
     error = make_tensor_map(&params.b, p.arranged.by_columns, plan.problem.x, head.N,
                             hopper.columns, hopper.columns, kDepth, kAtom);
@@ -473,8 +469,8 @@ cudaError_t launch_features(const BackwardParams<float>& p, const CudaPlan& plan
   params.row_tiles = int(ceil_div(head.N, Shape::kRows));
   params.col_tiles = int(ceil_div(head.D, Shape::kCols));
   params.steps = int(ceil_div(p.chunk_count, kDepth));
-  cudaError_t error = make_tensor_map(&params.a, p.grad, plan.problem.x, p.chunk_count,
-                                      head.N, hopper.grad_stride, kDepth, kAtom);
+  cudaError_t error = make_tensor_map(&params.a, p.grad, plan.problem.x, p.chunk_count, head.N,
+                                      hopper.grad_stride, kDepth, kAtom);
   if (error == cudaSuccess)
     error = make_tensor_map(&params.b, rounded, plan.problem.x, p.chunk_count, head.D,
                             hopper.weight_stride, kDepth, kAtom);
@@ -486,8 +482,8 @@ cudaError_t launch_features(const BackwardParams<float>& p, const CudaPlan& plan
 
 }  // namespace
 
-cudaError_t class_gradients(const BackwardParams<float>& given, const CudaPlan& plan,
-                            void* rounded, cudaStream_t stream) {
+cudaError_t class_gradients(const BackwardParams<float>& given, const CudaPlan& plan, void* rounded,
+                            cudaStream_t stream) {
   BackwardParams<float> p = given;
   const CudaHead& head = p.head;
   cudaError_t error = cudaSuccess;
@@ -498,7 +494,8 @@ cudaError_t class_gradients(const BackwardParams<float>& given, const CudaPlan& 
       constexpr Math kMath = decltype(math)::value;
       cudaError_t each = launch_gradient<kMath, decltype(shape)>(p, plan, rounded, stream);
       const bool class_outputs = p.out.weight.data || p.out.bias.data || p.out.kappa.data;
-      if (each == cudaSuccess && class_outputs) each = launch_weight<kMath>(p, plan, rounded, stream);
+      if (each == cudaSuccess && class_outputs)
+        each = launch_weight<kMath>(p, plan, rounded, stream);
       if (each == cudaSuccess && p.out.x.data)
         each = launch_features<kMath>(p, plan, rounded, stream);
       return each;

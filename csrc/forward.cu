@@ -11,9 +11,10 @@ namespace {
 
 constexpr int kPrepareThreads = 128, kPrepareLoads = 4;
 
-// A block a row, and blocks that arrange them: its norm, its product with its target's weight, and that class's score. It is all
-// latency, so the loads of a row of up to 2048 features are under way at once: with four blocks
-// promised the compiler has the registers for it, where it would put each load before its use.
+// A block a row, and blocks that arrange them: its norm, its product with its target's weight, and
+// that class's score. It is all latency, so the loads of a row of up to 2048 features are under way
+// at once: with four blocks promised the compiler has the registers for it, where it would put each
+// load before its use.
 template <Math kMath, class W>
 __global__ void __launch_bounds__(kPrepareThreads, 4)
     prepare_rows(const __grid_constant__ ForwardParams<typename MathTraits<kMath>::Acc> p) {
@@ -277,8 +278,8 @@ __device__ __forceinline__ void store_loss(const ForwardParams<T>& p, const doub
       T(p.options.reduction == Reduction::kMean ? totals[0] / totals[1] : totals[0]);
 }
 
-// A block some rows: merges each row's runs of classes in a fixed order, and sums the losses. With few rows
-// several lanes share one, so that all loads are under way in one or two batches.
+// A block some rows: merges each row's runs of classes in a fixed order, and sums the losses. With
+// few rows several lanes share one, so that all loads are under way in one or two batches.
 //   loss_n = (1 - e) omega_y (lse - target) + e / C (lse sum_c omega_c - sum)
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads, 1)
@@ -381,8 +382,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
 
 // One warp: the blocks' sums of losses in order.
 template <class T>
-__global__ void __launch_bounds__(kWarp)
-    finish_loss(const __grid_constant__ ForwardParams<T> p) {
+__global__ void __launch_bounds__(kWarp) finish_loss(const __grid_constant__ ForwardParams<T> p) {
   const int64_t blocks = (p.head.N + p.finish_rows - 1) / p.finish_rows;
   double totals[2] = {};
   for (int64_t i = threadIdx.x; i < blocks; i += kWarp) {
@@ -406,11 +406,9 @@ cudaError_t launch_statistics(const ForwardParams<T>& p, const CudaPlan& plan,
 template <class T>
 cudaError_t finish(const ForwardParams<T>& p, cudaStream_t stream) {
   const int64_t blocks = ceil_div(p.head.N, p.finish_rows);
-  const cudaError_t error =
-      simt::launch(finish_rows<T>, dim3(unsigned(blocks)), kFinishThreads,
-                   2 * kFinishThreads / kWarp * 8, stream, p);
-  if (error != cudaSuccess || blocks == 1 || !p.out.loss ||
-      p.options.reduction == Reduction::kNone)
+  const cudaError_t error = simt::launch(finish_rows<T>, dim3(unsigned(blocks)), kFinishThreads,
+                                         2 * kFinishThreads / kWarp * 8, stream, p);
+  if (error != cudaSuccess || blocks == 1 || !p.out.loss || p.options.reduction == Reduction::kNone)
     return error;
   return simt::launch(finish_loss<T>, dim3(1), kWarp, 0, stream, p);
 }

@@ -1,6 +1,7 @@
-// Forward pass on Hopper: a block walks tiles of classes with its rows, a lane's rows' statistics in
-// registers. Exponentials are relative to a reference that starts a little under the target's logit
-// and is raised where they overflow; the target's own is left to the merge, which makes it exactly 1.
+// Forward pass on Hopper: a block walks tiles of classes with its rows, a lane's rows' statistics
+// in registers. Exponentials are relative to a reference that starts a little under the target's
+// logit and is raised where they overflow; the target's own is left to the merge, which makes it
+// exactly 1.
 #include "epilogue_sm90.cuh"
 #include "passes.cuh"
 #include "sm90.h"
@@ -91,8 +92,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     int row_rank[kGroups] = {};
 
     for (int tile = walker; tile < params.class_tiles; tile += params.walkers) {
-      const int first_class =
-          tile * Shape::kClasses + (Shape::kSplitRows ? 0 : lane.warpgroup * 64) + lane.warp % 4 * 16;
+      const int first_class = tile * Shape::kClasses +
+                              (Shape::kSplitRows ? 0 : lane.warpgroup * 64) + lane.warp % 4 * 16;
       ClassPair classes;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
@@ -188,8 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1)
               const auto& terms = classes.terms[h];
               const float cosine =
                   cosine_of(acc[accumulator_of(b, i, h)], x_rnorm[i], classes.rnorm[h]);
-              v[i] = larger(
-                  v[i], logit_of(scale, similarity(cosine, terms.kappa), terms.offset));
+              v[i] = larger(v[i], logit_of(scale, similarity(cosine, terms.kappa), terms.offset));
             }
           }
           const float most =
@@ -254,14 +254,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <Math kMath, class Shape>
 cudaError_t launch(const ForwardParams<float>& p, const CudaPlan& plan, cudaStream_t stream) {
   const auto& hopper = plan.hopper;
-  StatisticsParams params{p, {}, {}, int(hopper.class_tiles), int(hopper.row_blocks),
-                          int(hopper.walkers)};
+  StatisticsParams params{
+      p, {}, {}, int(hopper.class_tiles), int(hopper.row_blocks), int(hopper.walkers)};
   const CudaHead& head = p.head;
   cudaError_t error = make_tensor_map(&params.weight, head.weight.data, DType::kFloat32, head.C,
                                       head.D, head.weight.row_stride, Shape::kClasses, 32);
   if (error == cudaSuccess)
-    error = make_tensor_map(&params.x, p.arranged.by_rows, plan.problem.x, hopper.rows, hopper.columns,
-                            hopper.columns, Shape::kRows, kDepth);
+    error = make_tensor_map(&params.x, p.arranged.by_rows, plan.problem.x, hopper.rows,
+                            hopper.columns, hopper.columns, Shape::kRows, kDepth);
   if (error != cudaSuccess) return error;
   const auto run = [&](auto kernel) {
     return simt::launch(kernel, dim3(unsigned(hopper.row_blocks * hopper.walkers)), kThreads,

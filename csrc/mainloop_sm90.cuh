@@ -1,5 +1,5 @@
-// Products on Hopper: a producer warp's bulk tensor copies fill a ring of stages ahead of the wgmma of
-// two consumer warpgroups. Knows nothing of the loss.
+// Products on Hopper: a producer warp's bulk tensor copies fill a ring of stages ahead of the wgmma
+// of two consumer warpgroups. Knows nothing of the loss.
 #pragma once
 
 #include "mainloop.cuh"
@@ -12,9 +12,9 @@ constexpr int kThreads = kWarpgroup * (1 + kConsumers);
 // Of 65536 registers 2 x 128 x 240 + 128 x 24; accumulators of 64 x 256 take 128 of the 240.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-constexpr int kDepth = 64;   // of a stage: a line of 16-bit numbers
-constexpr int kLine = 128;   // bytes, what the swizzle permutes
-constexpr int kAtom = 64;    // 16-bit elements of a line
+constexpr int kDepth = 64;                  // of a stage: a line of 16-bit numbers
+constexpr int kLine = 128;                  // bytes, what the swizzle permutes
+constexpr int kAtom = 64;                   // 16-bit elements of a line
 constexpr int kAtomBytes = kDepth * kLine;  // of a transposed operand: 64 lines of 64 elements
 
 // Where the pipeline is: a stage, and the parity of the times it has been round.
@@ -178,8 +178,8 @@ struct ProductShape {
   using Place = sm90::Place<kStages>;
 
   static __device__ __forceinline__ void copy(unsigned char* smem, Ring& ring, Place& place,
-                                              const TensorMap& a, const TensorMap& b,
-                                              int first_row, int first_col, int depth) {
+                                              const TensorMap& a, const TensorMap& b, int first_row,
+                                              int first_col, int depth) {
     unsigned char* stage = smem + place.stage * kStageBytes;
     Barrier* full = &ring.full[place.stage];
     barrier_wait(&ring.empty_a[place.stage], place.parity ^ 1);

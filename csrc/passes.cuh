@@ -15,8 +15,9 @@ struct ArrangedRows {
   int64_t chunks() const { return by_rows ? rows * (columns / 8) : 0; }
 };
 
-// Position 8 t + 2 q + e of 32 holds column 8 q + 2 t + e: a lane's 8 successive weights are what it
-// multiplies in two instructions. Rows likewise, so that a lane's products are of 8 successive rows.
+// Position 8 t + 2 q + e of 32 holds column 8 q + 2 t + e: a lane's 8 successive weights are what
+// it multiplies in two instructions. Rows likewise, so that a lane's products are of 8 successive
+// rows.
 __host__ __device__ constexpr int source_of(int position) {
   return position % 8 / 2 * 8 + position / 8 * 2 + position % 2;
 }
@@ -63,13 +64,13 @@ struct ForwardParams {
   bool with_sum;
   int64_t tiles_per_split, splits;
 
-  int64_t* label;   // [N]  -1: ignored, -2: names no class
-  T* target_score;  // [N]  phi + bias of the target
-  T* target;        // [N]  logit of the target
-  T* max;           // [splits, N]
-  T* sum_exp;       // [splits, N]
-  T* sum;           // [splits, N], or null
-  int* rank;        // [splits, N]
+  int64_t* label;     // [N]  -1: ignored, -2: names no class
+  T* target_score;    // [N]  phi + bias of the target
+  T* target;          // [N]  logit of the target
+  T* max;             // [splits, N]
+  T* sum_exp;         // [splits, N]
+  T* sum;             // [splits, N], or null
+  int* rank;          // [splits, N]
   bool target_apart;  // sum_exp is without the target's
   ArrangedRows arranged;
   int64_t finish_rows;  // rows that a block of finish_rows has

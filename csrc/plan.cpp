@@ -142,8 +142,8 @@ void count(CudaPlan& plan, const Gpu& gpu) {
                             N * kept * acc + splits * N * (5 * acc + 12) + C * acc + N * sector;
   const double finish_rows = splits * N * (3 * acc + 4) + N * (4 * acc + 8);
   plan.forward_l2 = prepare + statistics + finish_rows;
-  plan.forward_seconds = seconds(plan.forward_flops, plan.forward_hbm, plan.forward_l2,
-                                 double(plan.forward_launches));
+  plan.forward_seconds =
+      seconds(plan.forward_flops, plan.forward_hbm, plan.forward_l2, double(plan.forward_launches));
 
   plan.backward_launches = plan.latency ? 4 : 2 + 3 * plan.chunks;
   // Blocks that share a weight gradient on the latency path each make the gradient tile.
@@ -195,8 +195,8 @@ void count_hopper(CudaPlan& plan, const Gpu& gpu) {
   plan.forward_hbm = C * D * w + N * D * x;
   const double prepare = N * D * (x + w) + 4 * N * D * x + arranged + 10 * N * sector;
   plan.forward_l2 = prepare + cosines + splits * N * (p.with_sum ? 48 : 40) + N * 20 + C * acc;
-  plan.forward_seconds = seconds(plan.forward_flops, plan.forward_hbm, plan.forward_l2,
-                                 double(plan.forward_launches));
+  plan.forward_seconds =
+      seconds(plan.forward_flops, plan.forward_hbm, plan.forward_l2, double(plan.forward_launches));
 
   // The weights cross HBM once if the chunk stays in the cache; its gradient tile and rounded
   // weights are written and read again.
@@ -205,8 +205,8 @@ void count_hopper(CudaPlan& plan, const Gpu& gpu) {
   const double columns = tiles(p.D, 256);
   plan.backward_launches = 2 + 3 * plan.chunks;
   plan.backward_flops = 6 * N * C * D;
-  plan.backward_hbm = C * D * (w + w) + N * D * (x + x) +
-                      (cached ? 0 : C * D * x + 2 * C * (N + D) * x);
+  plan.backward_hbm =
+      C * D * (w + w) + N * D * (x + x) + (cached ? 0 : C * D * x + 2 * C * (N + D) * x);
   const double slots = double(hopper.col_slots), walkers = double(hopper.gradient_walkers);
   const double arrange = 12 * N * D * x + 2 * arranged + 4 * N * sector;
   const double gradient =
@@ -215,8 +215,8 @@ void count_hopper(CudaPlan& plan, const Gpu& gpu) {
       columns * N * C * x + tiles(p.C, 128) * N * D * x + C * D * (x + w) + C * acc * (2 + slots);
   const double features = columns * N * C * x + tiles(p.N, 128) * C * D * x +
                           input_splits * N * D * acc * (2 * chunks - 1);
-  const double finish = input_splits * N * D * acc + N * D * (x + x) + N * D / 2 +
-                        walkers * N * 2 * chunks * acc;
+  const double finish =
+      input_splits * N * D * acc + N * D * (x + x) + N * D / 2 + walkers * N * 2 * chunks * acc;
   plan.backward_l2 = arrange + gradient + weight + features + finish;
   plan.backward_seconds = seconds(plan.backward_flops, plan.backward_hbm, plan.backward_l2,
                                   double(plan.backward_launches));

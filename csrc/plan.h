@@ -117,7 +117,8 @@ struct CudaPlan {
 
   // row_statistics: blocks of tile x tile cosines; grid [row_tiles, class_splits].
   int64_t tile, row_tiles, class_splits, tiles_per_split;
-  int64_t finish_rows;  // of a block that merges the runs; where it is not N one more launch adds up
+  int64_t
+      finish_rows;  // of a block that merges the runs; where it is not N one more launch adds up
 
   // class_gradient: blocks of 64 classes; `chunk` classes a launch.
   int64_t chunk, chunks;

@@ -46,9 +46,7 @@ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
   simt::barrier_init(&barrier->state, arrivals);
 }
 __forceinline__ void barrier_init_fence() {}
-__forceinline__ void barrier_arrive(Barrier* barrier) {
-  simt::barrier_arrive(&barrier->state, 0);
-}
+__forceinline__ void barrier_arrive(Barrier* barrier) { simt::barrier_arrive(&barrier->state, 0); }
 __forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
   simt::barrier_arrive(&barrier->state, bytes);
 }
@@ -67,32 +65,28 @@ __forceinline__ void take_registers() {}
 template <int kCount>
 __forceinline__ void give_registers() {}
 
-__forceinline__ void wgmma_fence() {
-  simt::meet(simt::Collective::kWgmmaFence, ~0u, {});
-}
-__forceinline__ void wgmma_commit() {
-  simt::meet(simt::Collective::kWgmmaCommit, ~0u, {});
-}
+__forceinline__ void wgmma_fence() { simt::meet(simt::Collective::kWgmmaFence, ~0u, {}); }
+__forceinline__ void wgmma_commit() { simt::meet(simt::Collective::kWgmmaCommit, ~0u, {}); }
 template <int kPending>
 __forceinline__ void wgmma_wait() {
   simt::meet(simt::Collective::kWgmmaWait, ~0u, {nullptr, nullptr, kPending, 0});
 }
 
-#define TVMF_WGMMA(name, kind)                                                                  \
-  template <int kCount>                                                                         \
-  __forceinline__ void wgmma_##name##_registers(float (&d)[kCount], const uint32_t* a,          \
-                                                uint64_t b_descriptor, bool add) {              \
-    static_assert(kCount == 64 || kCount == 128);                                               \
-    const simt::Wgmma w{kind, 2 * kCount, a, 0, b_descriptor, false, false, add};               \
-    simt::meet(simt::Collective::kWgmma, ~0u, {&w, d, 0, 0});                                   \
-  }                                                                                             \
-  template <bool kTransposedA, bool kTransposedB, int kCount>                                   \
-  __forceinline__ void wgmma_##name##_shared(float (&d)[kCount], uint64_t a_descriptor,         \
-                                             uint64_t b_descriptor, bool add) {                 \
-    static_assert(kCount == 64 || kCount == 128);                                               \
-    const simt::Wgmma w{kind,         2 * kCount,   nullptr, a_descriptor,                      \
-                        b_descriptor, kTransposedA, kTransposedB, add};                         \
-    simt::meet(simt::Collective::kWgmma, ~0u, {&w, d, 0, 0});                                   \
+#define TVMF_WGMMA(name, kind)                                                          \
+  template <int kCount>                                                                 \
+  __forceinline__ void wgmma_##name##_registers(float (&d)[kCount], const uint32_t* a,  \
+                                                uint64_t b_descriptor, bool add) {      \
+    static_assert(kCount == 64 || kCount == 128);                                       \
+    const simt::Wgmma w{kind, 2 * kCount, a, 0, b_descriptor, false, false, add};       \
+    simt::meet(simt::Collective::kWgmma, ~0u, {&w, d, 0, 0});                           \
+  }                                                                                     \
+  template <bool kTransposedA, bool kTransposedB, int kCount>                           \
+  __forceinline__ void wgmma_##name##_shared(float (&d)[kCount], uint64_t a_descriptor, \
+                                             uint64_t b_descriptor, bool add) {         \
+    static_assert(kCount == 64 || kCount == 128);                                       \
+    const simt::Wgmma w{kind,         2 * kCount,   nullptr,      a_descriptor,         \
+                        b_descriptor, kTransposedA, kTransposedB, add};                 \
+    simt::meet(simt::Collective::kWgmma, ~0u, {&w, d, 0, 0});                           \
   }
 TVMF_WGMMA(bf16, simt::kBf16)
 TVMF_WGMMA(f16, simt::kF16)
@@ -115,10 +109,10 @@ __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
 }
 // Arrives, and lets the phase end only when so many bytes have been copied.
 __device__ __forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 // Waits until the phase of this parity has ended.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
@@ -173,13 +167,14 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // Registers' names in the order of operands: %0, ... , then the operands themselves.
-#define TVMF_TEN(t) \
-  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define TVMF_TEN(t)                                                                                \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
+  "9, "
 #define TVMF_SIXTY TVMF_TEN() TVMF_TEN(1) TVMF_TEN(2) TVMF_TEN(3) TVMF_TEN(4) TVMF_TEN(5)
 #define TVMF_NAMES_64 TVMF_SIXTY "%60, %61, %62, %63"
-#define TVMF_NAMES_128                                                                         \
-  TVMF_SIXTY TVMF_TEN(6) TVMF_TEN(7) TVMF_TEN(8) TVMF_TEN(9) TVMF_TEN(10) TVMF_TEN(11)         \
-  "%120, %121, %122, %123, %124, %125, %126, %127"
+#define TVMF_NAMES_128                                                    \
+  TVMF_SIXTY TVMF_TEN(6) TVMF_TEN(7) TVMF_TEN(8) TVMF_TEN(9) TVMF_TEN(10) \
+      TVMF_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
 #define TVMF_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define TVMF_D16(i) TVMF_D4(i), TVMF_D4(i + 4), TVMF_D4(i + 8), TVMF_D4(i + 12)
 #define TVMF_D64(i) TVMF_D16(i), TVMF_D16(i + 16), TVMF_D16(i + 32), TVMF_D16(i + 48)
@@ -187,26 +182,27 @@ __device__ __forceinline__ void wgmma_wait() {
 #define TVMF_D_128 TVMF_D64(0), TVMF_D64(64)
 
 #define TVMF_WGMMA(cols, count, type, a0, a1, a2, a3, a4, a5)                                     \
-  __device__ __forceinline__ void wgmma_##type##_registers(                                     \
-      float (&d)[count], const uint32_t* a, uint64_t b_descriptor, bool add) {                          \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #a5 ", 0;\n"                         \
-                 "wgmma.mma_async.sync.aligned.m64n" #cols "k16.f32." #type "." #type           \
-                 " {" TVMF_NAMES_##count "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #a4   \
-                 ", add, 1, 1, 0;\n}"                                                           \
-                 : TVMF_D_##count                                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor),               \
-                   "r"(int(add)));                                                              \
-  }                                                                                             \
-  template <bool kTransposedA, bool kTransposedB>                                               \
-  __device__ __forceinline__ void wgmma_##type##_shared(                                        \
-      float (&d)[count], uint64_t a_descriptor, uint64_t b_descriptor, bool add) {                      \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #a4 ", 0;\n"                         \
-                 "wgmma.mma_async.sync.aligned.m64n" #cols "k16.f32." #type "." #type           \
-                 " {" TVMF_NAMES_##count "}, %" #a0 ", %" #a1 ", add, 1, 1, %" #a2 ", %" #a3    \
-                 ";\n}"                                                                         \
-                 : TVMF_D_##count                                                               \
-                 : "l"(a_descriptor), "l"(b_descriptor), "n"(int(kTransposedA)),                \
-                   "n"(int(kTransposedB)), "r"(int(add)));                                      \
+  __device__ __forceinline__ void wgmma_##type##_registers(float (&d)[count], const uint32_t* a,  \
+                                                           uint64_t b_descriptor, bool add) {     \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #a5                                     \
+                 ", 0;\n"                                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #cols "k16.f32." #type "." #type             \
+                 " {" TVMF_NAMES_##count "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #a4     \
+                                         ", add, 1, 1, 0;\n}"                                     \
+                 : TVMF_D_##count                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(int(add))); \
+  }                                                                                               \
+  template <bool kTransposedA, bool kTransposedB>                                                 \
+  __device__ __forceinline__ void wgmma_##type##_shared(float (&d)[count], uint64_t a_descriptor, \
+                                                        uint64_t b_descriptor, bool add) {        \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #a4                                     \
+                 ", 0;\n"                                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #cols "k16.f32." #type "." #type             \
+                 " {" TVMF_NAMES_##count "}, %" #a0 ", %" #a1 ", add, 1, 1, %" #a2 ", %" #a3      \
+                                         ";\n}"                                                   \
+                 : TVMF_D_##count                                                                 \
+                 : "l"(a_descriptor), "l"(b_descriptor), "n"(int(kTransposedA)),                  \
+                   "n"(int(kTransposedB)), "r"(int(add)));                                        \
   }
 TVMF_WGMMA(256, 128, bf16, 128, 129, 130, 131, 132, 133)
 TVMF_WGMMA(128, 64, bf16, 64, 65, 66, 67, 68, 69)

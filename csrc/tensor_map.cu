@@ -1,4 +1,5 @@
-// Descriptions of matrices for Hopper's bulk copies, made by the driver, which is found at run time.
+// Descriptions of matrices for Hopper's bulk copies, made by the driver, which is found at run
+// time.
 #include <cuda.h>
 
 #include <cstring>

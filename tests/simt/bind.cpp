@@ -114,11 +114,11 @@ py::dict step(const py::dict& args) {
                       .ignore_index = args["ignore_index"].cast<int64_t>(),
                       .bad_label = bad_label};
   const bool with_sum = !of_loss || options.label_smoothing > 0;
-  const CudaPlan plan = plan_cuda({N, C, D, x.dtype, w.dtype, args["allow_tf32"].cast<bool>(),
-                                   args["kept"].cast<bool>() ? round_up(C, kPad) : 0, with_sum,
-                                   D % 4 == 0 && head.weight.col_stride == 1 &&
-                                       head.weight.row_stride % 4 == 0},
-                                  gpu_of(args));
+  const CudaPlan plan =
+      plan_cuda({N, C, D, x.dtype, w.dtype, args["allow_tf32"].cast<bool>(),
+                 args["kept"].cast<bool>() ? round_up(C, kPad) : 0, with_sum,
+                 D % 4 == 0 && head.weight.col_stride == 1 && head.weight.row_stride % 4 == 0},
+                gpu_of(args));
   py::dict out;
   const auto output = [&](const char* name, int64_t count, int64_t size) {
     return simt::allocate(name, count * size);

@@ -329,7 +329,7 @@ std::vector<SiteReport> counters;           // of this launch
 std::array<Thread, kMaxBlockThreads> threads;
 std::array<Warp, kMaxBlockThreads / 32> warps;
 std::array<Barrier, 16> barriers;
-std::array<uint16_t, kMaxBlockThreads> ready;             // a ring
+std::array<uint16_t, kMaxBlockThreads> ready;  // a ring
 unsigned ready_head, ready_count;
 Fibre main_fibre;
 Thread* self;
@@ -440,8 +440,8 @@ std::string who_waits_where() {
     std::string where = t.waits_at ? t.waits_at + at(t.site) : t.done ? "exited" : "run";
     if (t.waits_at && t.waits_for >= 0) {
       const Phaser& p = phasers[t.waits_for];
-      where += text(" for parity ", t.parity, " of shared memory + ", p.address - shared,
-                    " (", p.phase, " phases ended, ", p.pending, " of ", p.count, " arrivals and ",
+      where += text(" for parity ", t.parity, " of shared memory + ", p.address - shared, " (",
+                    p.phase, " phases ended, ", p.pending, " of ", p.count, " arrivals and ",
                     p.bytes, " bytes missing)");
     }
     groups[where].push_back(i);
@@ -592,8 +592,8 @@ void report_race(const Mark& now, const Mark& before, uint64_t offset) {
   };
   const Buffer* buffer = buffer_of(offset, 1);
   races += text("race on ", buffer ? buffer->name : "shared memory", " + ",
-                buffer ? arena + offset - buffer->begin : offset, ": ", describe(now),
-                " and ", describe(before), "\n");
+                buffer ? arena + offset - buffer->begin : offset, ": ", describe(now), " and ",
+                describe(before), "\n");
   if (race_sites.size() == kMaxRaces) switch_to(self->fibre, main_fibre);
 }
 
@@ -655,8 +655,7 @@ void note(const Thread& thread, const void* address, int bytes, Kind kind, const
   const uint64_t offset = static_cast<const char*>(address) - arena;
   if (offset >= watched) return;
   const bool is_shared = offset < kSharedRoom;
-  if (is_shared ? offset + bytes > shared_bytes
-                : !buffer_of(offset, bytes))
+  if (is_shared ? offset + bytes > shared_bytes : !buffer_of(offset, bytes))
     fail(kKindNames[kind], at(site), " outside ",
          is_shared ? text("shared memory of ", shared_bytes, " bytes") : "every buffer");
   const uint32_t index = site_of(site, kind, is_shared);
