@@ -383,7 +383,8 @@ void run_next(Fibre& from, bool last = false) {
   self = &threads[ready[ready_head++ % kMaxBlockThreads]];
   --ready_count;
   threadIdx.x = self->index;
-  switch_to(from, self->fibre, last);
+  // A copy that has just come can have made the leaving thread the next one.
+  if (&from != &self->fibre) switch_to(from, self->fibre, last);
 }
 
 void deliver_some();
