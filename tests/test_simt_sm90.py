@@ -57,6 +57,14 @@ def test_copies_of_boxes(col, row):
     assert (report.tensor_copies, report.tensor_copy_bytes) == (1, BOX)
 
 
+def test_a_lone_thread_waits_for_its_own_copy():
+    """Its wait lets the copy come, and it is the next thread to run."""
+    a = floats(64, 32)
+    for seed in range(8):
+        y = run("copy_box", a, outputs=64 * 32, seed=seed, threads=1, shared_bytes=BOX + 8)
+        np.testing.assert_array_equal(y.reshape(64, 32), swizzled(a))
+
+
 @pytest.mark.parametrize("box", [8, 128, 256])
 def test_boxes_of_any_height(box):
     a = floats(300, 64).astype(np.float16)
