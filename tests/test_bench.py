@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.progress import Progress
+from torch.profiler import ProfilerActivity, profile
 
 import bench.__main__
 import tvmf_ext
@@ -584,6 +585,8 @@ def test_a_shape_s_kernels_are_measured(monkeypatch):
     monkeypatch.setattr(measure, "captured", lambda *_: graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     plan = tvmf_ext.plan
+    cpu = {"activities": [ProfilerActivity.CPU]}
+    monkeypatch.setattr(kernels, "profile", lambda **_: profile(**cpu))
     monkeypatch.setattr(kernels, "plan", lambda *a, **k: plan(*a, **{**k, "device": "H200"}))
     monkeypatch.setattr(kernels, "SECONDS", 1e-9)
     case = kernels.case_of(SHAPE)
