@@ -67,6 +67,7 @@ if [[ $part =~ ^(all|bench)$ ]]; then
     --json "$out/end-to-end.json" || failed=1
   step scaling 120 "$python" -m bench.scaling --device cuda --seconds 0.5 \
     --json "$out/scaling.json" --plot "$out/scaling.png" || failed=1
+  step kernels 60 "$python" -m bench.kernels --json "$out/kernels.json" || failed=1
   for shape in "256 1000 512" "256 8142 2048" "1024 1000000 512"; do
     # shellcheck disable=SC2086  (three numbers)
     "$python" -m tvmf_ext plan $shape --dtype bfloat16 --weight-dtype float32 --gpu cuda

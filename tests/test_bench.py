@@ -1,14 +1,16 @@
 """The benchmark: its figures are what they are called, and it catches what it is to catch."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.progress import Progress
+from torch.profiler import ProfilerActivity, profile
 
 import bench.__main__
 import tvmf_ext
-from bench import compare, end_to_end, measure, scaling, show, variants
+from bench import compare, end_to_end, kernels, measure, scaling, show, variants
 from tvmf_ext import reference
 
 SHAPE = (24, 300, 40)
@@ -523,6 +525,98 @@ def test_steps_and_scaling_of_a_gpu_are_shown_from_a_file(tmp_path, monkeypatch,
         with pytest.raises(SystemExit):  # on this device they were not measured
             module.main(["--load", str(tmp_path / file)])
     assert "figures of cuda" in capsys.readouterr().err
+
+
+def kernels_run(**more):
+    """A run as a GPU's file has it, of one shape: 2 ms in a graph over a floor of 0.5."""
+
+    def figures(value):
+        return {"median": value, "least": 0.9 * value, "most": 1.1 * value}
+
+    case = {"shape": [10, 100, 50], "kappa": 16.0, "graph_ms": figures(2.0), "predicted_ms": 0.75,
+            "fused_ms": figures(3.0), "eager_ms": figures(12.0),
+            "kernels": {"gradient": {"launches": 79.0, "us": 57.8},
+                        "statistics": {"launches": 1.0, "us": 2381.0}}}  # fmt: skip
+    return {"device": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "date": "2026-11-26",
+            "commit": "c0ffee", "dtype": "bfloat16", "kappa": 16.0,
+            "machine": {"flops_per_s": 6e8, "bytes_per_s": 1e12}, "cases": [case],
+            **more}  # fmt: skip
+
+
+def test_kernels_are_shown_from_a_file(tmp_path, capsys):
+    refused = kernels_run(note="of a forerunner", commit="decaf")
+    del refused["cases"][0]["eager_ms"]
+    refused["cases"][0]["eager_refused"] = "OutOfMemoryError: much"
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps([kernels_run(), refused]))
+    kernels.main(["--load", str(path)])
+    text = capsys.readouterr().out
+    first, second = text.split("commit decaf")
+    rows = {row[0]: row[1:] for row in (line.split("  ") for line in first.splitlines())
+            for row in [[cell.strip() for cell in row if cell.strip()]] if row}  # fmt: skip
+    whole = ["2 ms", "750 us", "4.0x", "3 ms", "12 ms", "4.0x"]
+    assert rows["(10, 100, 50)"] == whole
+    assert rows["gradient"] == ["79 x 57.8 us"] and rows["statistics"] == ["1 x 2.38 ms"]
+    assert "NVIDIA H200, driver 580.1" in first and "commit c0ffee" in first
+    assert "of a forerunner" in second and "eager refused: OutOfMemoryError: much" in second
+
+
+def test_kernels_are_told_apart_by_name():
+    def event(start, name, microseconds):
+        span = SimpleNamespace(start=start, elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, time_range=span)
+
+    names = ["void tvmf::sm90::(anonymous namespace)::gradient<(tvmf::Math)1, float>(Params)",
+             "void tvmf::<unnamed>::class_gradient<1>(P<tvmf::T>)",
+             "void tvmf::<unnamed>::class_gradient<1>(P<tvmf::T>)", "Memset (Device)"]  # fmt: skip
+    events = [event(10 * i, names[i % 4], 1.0 + i % 4) for i in reversed(range(8))]
+    assert kernels.by_kernel(events, 2) == {
+        "Memset": {"launches": 1, "us": 4}, "class_gradient+weight": {"launches": 1, "us": 3},
+        "class_gradient": {"launches": 1, "us": 2}, "gradient": {"launches": 1, "us": 1},
+    }  # fmt: skip
+
+
+def test_a_shape_s_kernels_are_measured(monkeypatch):
+    """On the CPU, the device's clock, graph and profiler replaced."""
+    clock, problem = measure.Clock, measure.problem
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(measure, "Clock", lambda _: clock("cpu"))
+    monkeypatch.setattr(measure, "problem", lambda N, C, D, _, t: problem(N, C, D, "cpu", t))
+    monkeypatch.setattr(measure, "captured", lambda *_: graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    plan = tvmf_ext.plan
+    cpu = {"activities": [ProfilerActivity.CPU]}
+    monkeypatch.setattr(kernels, "profile", lambda **_: profile(**cpu))
+    monkeypatch.setattr(kernels, "plan", lambda *a, **k: plan(*a, **{**k, "device": "H200"}))
+    monkeypatch.setattr(kernels, "SECONDS", 1e-9)
+    case = kernels.case_of(SHAPE)
+    assert case["shape"] == list(SHAPE) and case["kernels"] == {}
+    for key in ("fused_ms", "eager_ms"):
+        assert 0 < case[key]["least"] <= case[key]["median"] <= case[key]["most"]
+    assert case["graph_ms"]["least"] >= 0 and 0 < case["predicted_ms"] < 1
+    monkeypatch.setattr(variants, "eager", lambda *_: 1 / 0)
+    assert "ZeroDivisionError" in kernels.case_of(SHAPE)["eager_refused"]
+
+
+def test_the_readme_has_the_last_run_of_the_kernels():
+    runs = json.loads((show.ROOT / "bench/results/h200-kernels.json").read_text())
+    readme, run = (show.ROOT / "README.md").read_text(), runs[-1]
+    assert kernels.table(run, "github") in readme
+    for key in ("device", "driver", "torch", "date", "commit"):
+        assert run[key] in readme
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["--shape", "0", "1", "1"], ["--load", "/no/such.json"], ["--load", __file__]],
+    ids=str,
+)
+def test_kernels_want_a_gpu_or_a_file(args, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        kernels.main(args)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "got" in said and "want" in said
 
 
 @pytest.mark.parametrize(
