@@ -21,12 +21,25 @@ import torch
 
 from tests import problem as problems
 from tests import simt
+from tests import test_simt_hopper as hopper
 from tests.test_simt import CHUNKED, MIXES, SMALL, make
 from tvmf_ext import _C, build_info
 
 CAPABILITIES = ("8.0", "9.0")  # what kernels are tuned for, of all that a build can have
 DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
 TILED = ("row_statistics", "class_gradient", "input_gradient")
+# Hopper's own: the rows of a tile that a warpgroup has, by kernel; "all" is with sums, ranks and
+# the gradients of kappa and bias.
+HOPPER = {
+    "statistics": (128, 256),
+    "statistics, all": (128, 256),
+    "gradient": (128, 256),
+    "gradient, all": (128, 256),
+    "weight_gradient": (0,),
+    "feature_gradient": (0,),
+}
+# Bytes of stack: 240 registers do not hold everything beside 64 x 256 accumulators.
+HOPPER_STACK = {("statistics, all", 256): 160, ("gradient, all", 256): 16}
 MMA = {"fp16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32"}
 
 
@@ -73,7 +86,9 @@ def expected():
         | {(name, mix, tile) for name in ("row_statistics", "input_gradient")
            for mix in MIXES for tile in tiles[mix]}
         | {(name, accumulator, 0) for accumulator in ("float", "double")
-           for name in ("finish_rows", "prepare_gradient", "finish_gradient")}
+           for name in ("finish_rows", "finish_loss", "prepare_gradient", "finish_gradient")}
+        | {(name, mix, tile) for name, tiles in HOPPER.items() for mix in hopper.MIXES
+           for tile in tiles}
     )  # fmt: skip
 
 
@@ -83,10 +98,17 @@ _MANGLED = re.compile(
     r"(?:LNS_4MathE(?P<math>\d)E(?P<weight>f|d|NS_\dbf16E|NS_\df16E)"
     r"(?:NS_4TileILi(?P<tile>\d+)E\w*?)?|(?P<accumulator>[fd]))E+v"
 )
+_MANGLED_HOPPER = re.compile(
+    r"_ZN4tvmf4sm90\w*?\d(?P<name>statistics|(?:weight_|feature_)?gradient)I"
+    r"LNS_4MathE(?P<math>\d)E(?:NS0_11CosineShapeILi(?P<tile>\d+)E\w*?EELb(?P<all>\d)E)?E+v"
+)
 
 
 def instance(mangled):
     """(name, mix, tile) of a kernel's symbol."""
+    if match := _MANGLED_HOPPER.match(mangled):
+        name = match["name"] + ", all" * (match["all"] == "1")
+        return name, _MATH[int(match["math"])] + "-fp32", int(match["tile"] or 0)
     match = _MANGLED.match(mangled)
     assert match, f"no kernel of ours: {mangled}"
     if match["accumulator"]:
@@ -151,8 +173,42 @@ def dump():
     return kernels
 
 
+def hopper_complaints(kernel):
+    """The same of Hopper's own, which launch with 168 registers and share them out anew."""
+    wrong = []
+
+    def need(condition, text):
+        if not condition:
+            wrong.append(f"{kernel}: {text}")
+
+    count, operations = kernel.count, kernel.operations
+    need(sum(operations.values()) > 1000, "hardly any code: is the dump whole?")
+    stack = HOPPER_STACK.get((kernel.name, kernel.tile), 0)
+    need(kernel.local <= stack, f"{kernel.local} bytes of stack, {stack} are known")
+    need(stack or not count("LDL|STL"), "accesses to local memory")
+    need(not count(r"(LD|ST)(\.|$)"), "accesses by generic addresses")
+    need(not count("RED|ATOM"), "atomics: sums must not depend on the order of threads")
+    need(kernel.registers == 168, f"{kernel.registers} registers: three warpgroups do not launch")
+    need(count("USETMAXREG") == 2, "registers are not shared out anew")
+    product = f"HGMMA.64x{kernel.tile or 256}x16.F32" + ".BF16" * kernel.mix.startswith("bf16")
+    need(operations[product] >= 4, f"no {product}: not on tensor cores")
+    need(operations[product] == count("HGMMA"), "HGMMA of another dtype or shape")
+    need(count("WARPGROUP.DEPBAR") <= 4, "wgmma are waited for one by one")
+    need(not count("HMMA|LDSM|LDGSTS"), "instructions of older chips")
+    need(count(r"UTMALDG\.2D") == count("UTMALDG") > 0, "no bulk copies of tiles")
+    if kernel.tile:
+        need(count(r"LDS\.128") >= 30, "rows' terms or weights not read by 16 bytes")
+    if "gradient, all" in (kernel.name, kernel.name + ", all"):
+        need(count(r"STG\.E\.128") >= 12, "gradients or rounded weights not written by 16 bytes")
+    if kernel.name == "weight_gradient":
+        need(count(r"STG\.E\.128") >= 32, "the weights' gradient not written by 16 bytes")
+    return wrong
+
+
 def complaints(kernel):
     """What is wrong with a kernel's code."""
+    if kernel.name in HOPPER:
+        return hopper_complaints(kernel)
     wrong = []
 
     def need(condition, text):
@@ -160,7 +216,8 @@ def complaints(kernel):
             wrong.append(f"{kernel}: {text}")
 
     count, mix = kernel.count, kernel.mix
-    need(sum(kernel.operations.values()) > 100, "hardly any code: is the dump whole?")
+    least = 50 if kernel.name == "finish_loss" else 100
+    need(sum(kernel.operations.values()) > least, "hardly any code: is the dump whole?")
     need(not kernel.local, f"{kernel.local} bytes of stack: spilled registers or a local array")
     need(not count("LDL|STL"), "accesses to local memory")
     need(not count(r"(LD|ST)(\.|$)"), "accesses by generic addresses")
@@ -201,20 +258,31 @@ def launches():
     tile, for all rows of which it grows."""
     module = simt.load()
     found = {}
+
+    def add(problem, mix, **how):
+        module.configure(seed=0, check_races=False, count=False)
+        module.reset()
+        compute = problems.compute_dtype(problem["input"].dtype)
+        simt.step(problem, {"loss": torch.ones((), dtype=compute)}, **how)
+        for report in module.reports():
+            name = re.search(r"(\w+)<", report.kernel)[1]
+            tile = re.search(r"(?:Tile|CosineShape)<(\d+)", report.kernel)
+            accumulator = re.search(r"\w+<(float|double)>", report.kernel)
+            name += ", all" * report.kernel.endswith(", true>")
+            key = name, accumulator[1] if accumulator else mix, int(tile[1]) if tile else 0
+            found.setdefault(key, (report.threads, report.shared_bytes))
+
     for mix in MIXES:
         for gpu in (SMALL | CHUNKED, {}):
             problem, how = make(256, 256, 64, mix)
-            module.configure(seed=0, check_races=False, count=False)
-            module.reset()
-            simt.step(problem, {"loss": torch.ones((), dtype=problems.compute_dtype(
-                problem["input"].dtype))}, **gpu, **how)  # fmt: skip
-            for report in module.reports():
-                name = re.search(r"(\w+)<", report.kernel)[1]
-                tile = re.search(r"Tile<(\d+)", report.kernel)
-                accumulator = re.search(r"\w+<(float|double)>", report.kernel)
-                of = accumulator[1] if accumulator else mix
-                key = name, of, int(tile[1]) if tile else 0
-                found.setdefault(key, (report.threads, report.shared_bytes))
+            add(problem, mix, **gpu, **how)
+    for mix in ("fp32", "fp64"):  # so many partial results that several blocks merge them
+        add(make(1100, 520, 4, mix)[0], mix, wanted=[])
+    for mix in hopper.MIXES:
+        for gpu in (hopper.SMALL, hopper.LARGE):
+            for bias in (False, True):
+                problem = hopper.hopper(33, 70, 8, mix, bias=bias, label_smoothing=0.1 * bias)
+                add(problem, mix, **gpu)
     assert set(found) == expected()
     return found
 
@@ -228,19 +296,24 @@ def table():
             dtype = re.sub("(fp|bf)16", "16-bit", kernel.mix)
             threads, shared = launches()[kernel.name, kernel.mix, kernel.tile]
             rows = by_kernel.setdefault((kernel.name, dtype, kernel.tile, threads, shared), {})
-            rows.setdefault(multiprocessor, []).append(kernel.registers)
-    order = ("prepare_rows", "row_statistics", "finish_rows", "prepare_gradient", "class_gradient",
-             "input_gradient", "finish_gradient")  # fmt: skip
+            if kernel.name not in HOPPER or multiprocessor is H200:
+                rows.setdefault(multiprocessor, []).append(kernel.registers)
+    order = ("prepare_rows", "row_statistics", "finish_rows", "finish_loss", "prepare_gradient",
+             "class_gradient", "input_gradient", "finish_gradient", *HOPPER)  # fmt: skip
     operands = ("16-bit", "16-bit-fp32", "tf32", "fp32", "fp64", "float", "double")
     lines = []
     for (name, dtype, tile, threads, shared), rows in sorted(
         by_kernel.items(), key=lambda r: (order.index(r[0][0]), -r[0][2], operands.index(r[0][1]))
     ):
-        registers = [max(rows[m]) for m in (A100, H200)]
+        registers = [max(rows[m]) if m in rows else "" for m in (A100, H200)]
         shape = f"{tile} x {tile}" if tile else ""
         if name == "class_gradient":
             shape = "128 x 64, 64 x 128"
-        blocks = [m.blocks(max(rows[m]), threads, shared) for m in (A100, H200)]
+        if name in HOPPER:
+            shape = "64 x 256" if tile == 128 else "128 x 256"
+        blocks = [
+            m.blocks(max(rows[m]), threads, shared) if m in rows else "" for m in (A100, H200)
+        ]
         cells = (name, dtype, shape, threads, *registers, shared, *blocks)
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return lines
@@ -265,7 +338,7 @@ def kernels_of(capability):
 @of_each
 def test_every_kernel_is_there_once(capability):
     instances = [(kernel.name, kernel.mix, kernel.tile) for kernel in kernels_of(capability)]
-    assert len(instances) == 44
+    assert len(instances) == 66
     assert set(instances) == expected()
 
 
@@ -273,7 +346,13 @@ def test_every_kernel_is_there_once(capability):
 @needs_tools
 @of_each
 def test_code_is_what_the_sources_mean(capability):
-    wrong = [text for kernel in kernels_of(capability) for text in complaints(kernel)]
+    kernels = kernels_of(capability)
+    if capability != "9.0":
+        for kernel in kernels:
+            if kernel.name in HOPPER:
+                assert sum(kernel.operations.values()) < 100, f"{kernel}: code for another chip"
+        kernels = [kernel for kernel in kernels if kernel.name not in HOPPER]
+    wrong = [text for kernel in kernels for text in complaints(kernel)]
     assert not wrong, "\n".join(wrong)
 
 
@@ -283,6 +362,8 @@ def test_code_is_what_the_sources_mean(capability):
 def test_two_blocks_of_tiles_share_a_multiprocessor(multiprocessor):
     """But float64's, and on an A100 the stages of a float32 weight beside 16-bit features."""
     for kernel in kernels_of(multiprocessor.capability):
+        if kernel.name in HOPPER and multiprocessor is A100:
+            continue
         threads, shared = launches()[kernel.name, kernel.mix, kernel.tile]
         assert multiprocessor.blocks(kernel.registers, threads, shared) >= 1, kernel
         if kernel.name not in TILED or (kernel.name == "class_gradient" and kernel.mix == "fp64"):
@@ -337,12 +418,48 @@ def test_what_must_not_be_is_found(change, text):
     assert len(wrong) == 1 and text in wrong[0]
 
 
+GOOD_HOPPER = Kernel("gradient", "fp16-fp32", 256, 168, 0, Counter({
+    "HGMMA.64x256x16.F32": 4, "UTMALDG.2D": 21, "USETMAXREG.TRY_ALLOC.CTAPOOL": 1,
+    "USETMAXREG.DEALLOC.CTAPOOL": 1, "LDS.128": 88, "STG.E.128": 20, "IMAD": 8000,
+    "WARPGROUP.DEPBAR.LE": 3,
+}))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"STL": 2}, "local memory"),
+        ({"HGMMA.64x256x16.F32": 0}, "not on tensor cores"),
+        ({"HGMMA.64x256x16.F32.BF16": 1}, "another dtype"),
+        ({"WARPGROUP.DEPBAR.LE": 8}, "one by one"),
+        ({"UTMALDG.2D": 0}, "no bulk copies"),
+        ({"USETMAXREG.DEALLOC.CTAPOOL": 0}, "shared out"),
+        ({"ATOMG.E.ADD.STRONG.GPU": 1}, "atomics"),
+        ({"STG.E.128": 0}, "16 bytes"),
+        ({"IMAD": 0}, "hardly any code"),
+    ],
+    ids=str,
+)
+def test_what_must_not_be_is_found_on_hopper(change, text):
+    assert not complaints(GOOD_HOPPER)
+    operations = Counter({**GOOD_HOPPER.operations, **change})
+    wrong = complaints(replace(GOOD_HOPPER, operations=operations))
+    assert len(wrong) == 1 and text in wrong[0]
+    assert complaints(replace(GOOD_HOPPER, registers=170))
+    assert complaints(replace(GOOD_HOPPER, local=8))
+
+
 def test_what_must_not_be_is_found_in_a_dump():
     symbol = (
         "_ZN4tvmf44_GLOBAL__N__952700ee_11_backward_cu_bceae2d214input_gradientILNS_4MathE1Ef"
         "NS_4TileILi128ELi128ELi2ELi4EEEEEvNS0_14BackwardParamsINS_10MathTraitsI"
     )
     assert instance(symbol) == ("input_gradient", "bf16-fp32", 128)
+    prefix = "_ZN4tvmf4sm9049_GLOBAL__N__8825d9c4_16_backward_sm90_cu_60869e71"
+    shaped = prefix + "8gradientILNS_4MathE1ENS0_11CosineShapeILi256ELb0EEELb1EEEvNS1_14Gradient"
+    assert instance(shaped) == ("gradient, all", "bf16-fp32", 256)
+    product = prefix + "15weight_gradientILNS_4MathE0EEEvNS1_13ProductParamsE"
+    assert instance(product) == ("weight_gradient", "fp16-fp32", 0)
     usage = parse_usage(
         f"arch = sm_90a\n\n Function {symbol}:\n  REG:127 STACK:24 SHARED:1024 LOCAL:8 CONST\n"
     )
