@@ -44,6 +44,10 @@ __host__ __device__ constexpr int accumulator_of(int b, int i, int h) {
   return (b * 4 + i / 2) * 4 + h * 2 + i % 2;
 }
 
+__device__ __forceinline__ float cosine_of(float product, float x_rnorm, float weight_rnorm) {
+  return clamp_unit(product * x_rnorm * weight_rnorm);
+}
+
 // A lane's two classes.
 struct ClassPair {
   ClassValues<float> terms[2];

@@ -57,6 +57,7 @@ __forceinline__ void tensor_copy(void* smem, const TensorMap& map, int col, int 
                                  Barrier* barrier) {
   simt::tensor_copy(smem, &map, col, row, &barrier->state);
 }
+__forceinline__ float clamp_unit(float v) { return v > 1 ? 1 : v < -1 ? -1 : v; }
 __forceinline__ void prefetch_map(const TensorMap&) {}
 __forceinline__ void consumer_sync() { simt::named_barrier(1, 256); }
 
@@ -153,6 +154,13 @@ __device__ __forceinline__ void take_registers() {
 template <int kCount>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// To [-1, 1] in two instructions; NaN stays.
+__device__ __forceinline__ float clamp_unit(float v) {
+  asm("min.NaN.f32 %0, %0, 0f3f800000;" : "+f"(v));
+  asm("max.NaN.f32 %0, %0, 0fbf800000;" : "+f"(v));
+  return v;
 }
 
 __device__ __forceinline__ void wgmma_fence() {

@@ -18,13 +18,6 @@ constexpr double kEps = 1e-12;
 // Rounding pushes the cosine of parallel vectors past 1; NaN passes through.
 template <class V>
 TVMF_HOST_DEVICE V clamp_cosine(V cosine) {
-#ifdef __CUDA_ARCH__
-  if constexpr (sizeof(V) == 4) {
-    asm("min.NaN.f32 %0, %0, 0f3f800000;" : "+f"(cosine));
-    asm("max.NaN.f32 %0, %0, 0fbf800000;" : "+f"(cosine));
-    return cosine;
-  }
-#endif
   cosine = cosine > 1 ? V{} + 1 : cosine;
   return cosine < -1 ? V{} - 1 : cosine;
 }
