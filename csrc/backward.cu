@@ -10,17 +10,6 @@ namespace tvmf {
 namespace {
 
 template <class T>
-__device__ __forceinline__ T block_max(T v, T* smem) {
-  v = quad_max(v);
-  for (int mask = 4; mask < kWarp; mask *= 2) v = larger(v, __shfl_xor_sync(0xffffffff, v, mask));
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) smem[threadIdx.x / kWarp] = v;
-  __syncthreads();
-  for (int warp = 0; warp < int(blockDim.x) / kWarp; ++warp) v = larger(v, smem[warp]);
-  return v;
-}
-
-template <class T>
 __device__ __forceinline__ void store_row(GradientRow<T>* to, const GradientRow<T>& row) {
   struct Parts {
     Chunk part[sizeof(GradientRow<T>) / 16];

@@ -224,6 +224,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       sum = p.chunk_begin == 0 ? dot : sum + dot;
     }
   }
+#else
+  no_such_instructions();
 #endif
 }
 
@@ -279,8 +281,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       bool wanted[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
+        // The last block of small tiles can reach into the next chunk.
         const int64_t c = p.chunk_begin + column + h * 8;
-        const bool inside = c < head.C;
+        const bool inside = column + h * 8 < p.chunk_count;
         wanted[h] = inside && p.out.weight.data;
         const float rnorm = inside ? p.saved[p.layout.weight_rnorm + c] : 0.0f;
         const auto sum_of = [&](int which) {
@@ -335,6 +338,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
+#else
+  no_such_instructions();
 #endif
 }
 
@@ -404,6 +409,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
+#else
+  no_such_instructions();
 #endif
 }
 
@@ -465,7 +472,7 @@ cudaError_t launch_features(const BackwardParams<float>& p, const CudaPlan& plan
   using Shape = ProductShape<true>;
   const HopperPlan& hopper = plan.hopper;
   const CudaHead& head = p.head;
-  ProductParams params{p, {}, {}, 0, 0, 0, 0, static_cast<const uint16_t*>(rounded), 0};
+  ProductParams params{p, {}, {}, 0, 0, 0, 0, nullptr, 0};
   params.row_tiles = int(ceil_div(head.N, Shape::kRows));
   params.col_tiles = int(ceil_div(head.D, Shape::kCols));
   params.steps = int(ceil_div(p.chunk_count, kDepth));

@@ -282,7 +282,7 @@ std::string plan(int64_t N, int64_t C, int64_t D, std::string dtype_name, std::s
   }
   const Gpu gpu = gpu_named(device);
   const DType read = cuda_weight_dtype(x, weight);
-  const bool bulk = D % 4 == 0;  // of a weight as torch makes it
+  const bool bulk = weight == DType::kFloat32 && D % 4 == 0;  // as torch makes it
   CudaPlan plan =
       plan_cuda({N, C, D, x, read, allow_tf32, cuda_kept(C, kept), with_sum, bulk}, gpu);
   // Hopper's kernels multiply again; tvmf_ext.functional keeps nothing for them.

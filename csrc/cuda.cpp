@@ -223,7 +223,9 @@ class Call {
 
  private:
   CudaPlan plan_of(int64_t kept, bool with_sum) const {
-    const bool bulk = weight_.stride(1) == 1 && weight_.stride(0) % 4 == 0 && D % 4 == 0 &&
+    // The weight's own: of another dtype its gradient is not float32.
+    const bool bulk = head_.weight.scalar_type() == ScalarType::Float && weight_.stride(1) == 1 &&
+                      weight_.stride(0) >= D && weight_.stride(0) % 4 == 0 && D % 4 == 0 &&
                       reinterpret_cast<uintptr_t>(weight_.data_ptr()) % 16 == 0;
     return plan_cuda({N, C, D, dtype_of(head_.input), dtype_of(weight_), head_.allow_tf32,
                       cuda_kept(C, kept), with_sum, bulk},

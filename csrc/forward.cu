@@ -1,5 +1,6 @@
-// Forward pass in three launches: norms and target products of the rows; tiles of cosines to online
-// row statistics, one partial result for each run of classes; their merge in order, and the loss.
+// Forward pass in three launches, or four: norms and target products of the rows; tiles of cosines
+// to online row statistics, one partial result for each run of classes; their merge in order, and
+// the loss.
 #include <cmath>
 
 #include "mainloop.cuh"

@@ -248,6 +248,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (p.with_sum) p.sum[at] = sum;
     }
   }
+#else
+  no_such_instructions();
 #endif
 }
 

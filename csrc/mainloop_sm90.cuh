@@ -161,6 +161,7 @@ struct CosineShape {
       place.next();
     }
     wgmma_wait<0>();
+    hold(acc);
     release(&ring.empty_b[last]);
   }
 };
@@ -226,6 +227,7 @@ struct ProductShape {
       place.next();
     }
     wgmma_wait<0>();
+    hold(acc);
     released(ring, last);
   }
   static __device__ __forceinline__ void released(Ring& ring, int stage) {

@@ -105,7 +105,7 @@ struct BackwardParams {
 
   GradientRow<T>* rows;  // [N]
   T* gain;               // [2]  a power of two that keeps float16 in range, and 1 / it
-  void* grad;            // [N, chunk] X  t_nc r_n q_c gain
+  void* grad;            // [N, chunk] X  t_nc r_n q_c gain; on Hopper [chunk, grad_stride]
   T* row_dot;            // [dot_slots, N]  sum_c t c of each warp's classes, over all chunks
   T* col_sums;           // [slots, 3, chunk]  sum_n of t c, g, g dphi/dkappa
   T* dx;                 // [input_splits, N, D]  over all chunks

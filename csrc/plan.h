@@ -34,7 +34,7 @@ struct SavedLayout {
         weight_rnorm(4 * N),
         product(round_up(4 * N + C, kPad)),
         size(product + N * kept) {}
-  int64_t max = 0;         // [N]  largest logit
+  int64_t max = 0;         // [N]  largest logit, or on Hopper what exponentials are relative to
   int64_t sum_exp;         // [N]  sum exp(logit - max): lse itself would lose the small losses
   int64_t target_product;  // [N]  <x_n, w_y>
   int64_t x_rnorm;         // [N]

@@ -54,7 +54,6 @@ inline uint32_t pack_f16(float low, float high) {
   return to_f16(low).bits | uint32_t(to_f16(high).bits) << 16;
 }
 inline float fast_exp2(float v) { return __builtin_exp2f(v); }
-inline float fast_reciprocal(float v) { return 1 / v; }
 
 // The lane's row of an 8x8 matrix of 16-bit numbers; see simt.h for the fragment it gets.
 inline void load_matrix_x4(uint32_t (&frag)[4], const void* row_smem) {
@@ -133,12 +132,6 @@ __device__ __forceinline__ float fast_exp2(float v) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
   return out;
 }
-__device__ __forceinline__ float fast_reciprocal(float v) {
-  float out;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
-  return out;
-}
-
 __device__ __forceinline__ uint32_t shared_address(const void* smem) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
 }

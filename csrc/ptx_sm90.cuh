@@ -7,7 +7,7 @@
 #endif
 #include "ptx.cuh"
 
-// Code of these instructions is empty but for the chip that has them.
+// Code of these instructions is only made for the chip that has them.
 #if defined(TVMF_SIMT) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define TVMF_HOPPER
 #endif
@@ -32,6 +32,15 @@ __host__ __device__ constexpr uint64_t matrix_descriptor(uint32_t shared_address
   return uint64_t(shared_address >> 4 & 0x3fff) | uint64_t(next_atom >> 4) << 16 |
          uint64_t(1024 >> 4) << 32 | kSwizzle128;
 }
+
+#ifndef TVMF_HOPPER
+// In place of a kernel of them: an error at the launch's end, and not a result that nobody wrote.
+__device__ __forceinline__ void no_such_instructions() {
+#ifdef __CUDA_ARCH__
+  asm volatile("trap;");
+#endif
+}
+#endif
 
 #ifdef TVMF_SIMT
 
@@ -72,6 +81,9 @@ template <int kPending>
 __forceinline__ void wgmma_wait() {
   simt::meet(simt::Collective::kWgmmaWait, ~0u, {nullptr, nullptr, kPending, 0});
 }
+
+template <int kCount>
+__forceinline__ void hold(float (&)[kCount]) {}
 
 #define TVMF_WGMMA(name, kind)                                                          \
   template <int kCount>                                                                 \
@@ -172,6 +184,13 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// The compiler may not move what uses the accumulators above the wait before this.
+template <int kCount>
+__device__ __forceinline__ void hold(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // Registers' names in the order of operands: %0, ... , then the operands themselves.

@@ -70,6 +70,13 @@ def test_several_blocks_of_rows(path):
     check(problem, **path)
 
 
+def test_chunks_of_an_odd_number_of_small_tiles():
+    """A block of the weight gradient has two of them: the last one's second is the next chunk's."""
+    path = {"wgmma": True, "sms": 6, "l2": 70_000}
+    plan = check(hopper(70, 640, 68, "bf16-fp32", kappa="[C]", bias=True), **path)["plan"]
+    assert plan["few"] and plan["chunks"] > 1 and plan["chunk"] // 64 % 2
+
+
 def test_strides_that_bulk_copies_can_read():
     problem = hopper(40, 90, 24, "bf16-fp32")
     problem["input"] = problem["input"].T.contiguous().T

@@ -57,13 +57,13 @@ def products_to_keep(N, C, D, dtype, cuda):
 
 
 def _multiplies_again(input, linear_weight, D):
-    """Hopper's kernels take a product again sooner than they would read it. The weight is float32
-    there, or a float32 copy where its dtype is not the features'."""
+    """Hopper's kernels take a product again sooner than they would read it."""
     return (
         input.is_cuda
         and input.dtype in (torch.float16, torch.bfloat16)
-        and linear_weight.dtype != input.dtype
+        and linear_weight.dtype == torch.float32
         and D % 4 == 0
+        and torch.cuda.is_available()  # a fake tensor's device need not be there
         and torch.cuda.get_device_properties(input.device).major == 9
     )
 
