@@ -10,9 +10,8 @@ struct GradientParams {
   BackwardParams<float> p;
   TensorMap weight, x;
   int class_tiles, row_blocks, walkers;
-  uint16_t* grad;  // [chunk, grad_stride]
-  int64_t grad_stride;
-  uint16_t* rounded;  // [chunk, weight_stride]
+  int64_t grad_stride;  // of p.grad
+  uint16_t* rounded;    // [chunk, weight_stride]
   int64_t weight_stride;
 };
 
@@ -82,6 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     take_registers<kConsumerRegisters>();
     const float scale = Scale<float>::of(head).value;
+    uint16_t* grad = static_cast<uint16_t*>(p.grad);
     const int warp_row = Shape::kSplitRows ? lane.warpgroup * Shape::kProductRows : 0;
     const int slot = Shape::kSplitRows ? row_block * kConsumers + lane.warpgroup : row_block;
     typename Shape::Place place;
@@ -121,12 +121,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       float squares[2] = {};
       Shape::template multiply<kMath>(smem, tail.ring, place, lane, steps, acc, squares, use);
-      unsigned targets = 0;
-#pragma unroll
-      for (int b = 0; b < kGroups; ++b) {
-        const int y = tail.label[warp_row + b * 32 + lane.lane] - first_class;
-        if (__ballot_sync(0xffffffff, y >= 0 && y < 16)) targets |= 1u << b;
-      }
+      const unsigned targets =
+          groups_with_target<kGroups>(tail.label + warp_row, first_class, lane.lane);
 
 #pragma unroll
       for (int b = 0; b < kGroups; ++b) {
@@ -182,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int h = 0; h < 2; ++h)
             if (inside[h])
-              store_as(params.grad + (column + h * 8) * params.grad_stride + n,
+              store_as(grad + (column + h * 8) * params.grad_stride + n,
                        Four{pack<kMath>(scaled[h][0], scaled[h][1]),
                             pack<kMath>(scaled[h][2], scaled[h][3]),
                             pack<kMath>(scaled[h][4], scaled[h][5]),
@@ -425,7 +421,6 @@ cudaError_t launch_gradient(const BackwardParams<float>& p, const CudaPlan& plan
                         int(ceil_div(p.chunk_count, Shape::kClasses)),
                         int(hopper.row_blocks),
                         int(hopper.gradient_walkers),
-                        static_cast<uint16_t*>(p.grad),
                         hopper.grad_stride,
                         static_cast<uint16_t*>(rounded),
                         hopper.weight_stride};

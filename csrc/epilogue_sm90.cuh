@@ -39,6 +39,19 @@ __device__ __forceinline__ void load_rows(float (&v)[8], const float* smem, int 
   for (int i = 0; i < 4; ++i) v[i] = low.v[i], v[i + 4] = high.v[i];
 }
 
+// A bit for each 32 of a warp's rows in which one of its 16 classes is a target.
+template <int kGroups>
+__device__ __forceinline__ unsigned groups_with_target(const int* label_smem, int first_class,
+                                                       int lane) {
+  unsigned groups = 0;
+#pragma unroll
+  for (int b = 0; b < kGroups; ++b) {
+    const int y = label_smem[b * 32 + lane] - first_class;
+    if (__ballot_sync(0xffffffff, y >= 0 && y < 16)) groups |= 1u << b;
+  }
+  return groups;
+}
+
 // Of product row i of 8 of group b of 32, class h of 2.
 __host__ __device__ constexpr int accumulator_of(int b, int i, int h) {
   return (b * 4 + i / 2) * 4 + h * 2 + i % 2;

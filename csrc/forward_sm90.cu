@@ -110,13 +110,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (first_row + warp_row == 0 && lane.quad == 0 && c < head.C)
           p.saved[p.layout.weight_rnorm + c] = classes.rnorm[h];
       }
-      // Groups of rows in which this warp's classes have a target.
-      unsigned targets = 0;
-#pragma unroll
-      for (int b = 0; b < kGroups; ++b) {
-        const int y = tail.label[warp_row + b * 32 + lane.lane] - first_class;
-        if (__ballot_sync(0xffffffff, y >= 0 && y < 16)) targets |= 1u << b;
-      }
+      const unsigned targets =
+          groups_with_target<kGroups>(tail.label + warp_row, first_class, lane.lane);
 
       float sum_exp[kGroups], sum[kGroups] = {};
       int rank[kGroups] = {};

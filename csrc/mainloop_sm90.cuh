@@ -12,7 +12,7 @@ constexpr int kThreads = kWarpgroup * (1 + kConsumers);
 // Of 65536 registers 2 x 128 x 240 + 128 x 24; accumulators of 64 x 256 take 128 of the 240.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-constexpr int kDepth = 64;                  // of a stage: a line of 16-bit numbers
+constexpr int kDepth = kHopperDepth;        // of a stage: a line of 16-bit numbers
 constexpr int kLine = 128;                  // bytes, what the swizzle permutes
 constexpr int kAtom = 64;                   // 16-bit elements of a line
 constexpr int kAtomBytes = kDepth * kLine;  // of a transposed operand: 64 lines of 64 elements
@@ -80,6 +80,7 @@ struct CosineShape {
   static constexpr bool kSplitRows = kSplitRows_;
   static constexpr int kClasses = kSplitRows ? 64 : 128;
   static constexpr int kRows = kSplitRows ? 2 * kProductRows : kProductRows;
+  static_assert(kRows == kHopperRows, "the plan counts on it");
   static constexpr int kBox = kClasses * kLine;  // 32 columns of weights; a stage has two
   static constexpr int kWeightBytes = 2 * kBox, kStageBytes = kWeightBytes + kRows * kLine;
   static constexpr int kStages = kStageBytes > 48 * 1024 ? 3 : 4;
@@ -171,7 +172,7 @@ struct CosineShape {
 template <bool kTransposedA_>
 struct ProductShape {
   static constexpr bool kTransposedA = kTransposedA_;
-  static constexpr int kRows = 128, kCols = 256;
+  static constexpr int kRows = kHopperProductRows, kCols = kHopperProductCols;
   static constexpr int kBytesA = kRows * kLine, kStageBytes = kBytesA + kCols * kLine;
   static constexpr int kStages = 4, kStagesBytes = kStages * kStageBytes;
   static constexpr int kAccumulators = 128;

@@ -117,8 +117,7 @@ struct CudaPlan {
 
   // row_statistics: blocks of tile x tile cosines; grid [row_tiles, class_splits].
   int64_t tile, row_tiles, class_splits, tiles_per_split;
-  int64_t
-      finish_rows;  // of a block that merges the runs; where it is not N one more launch adds up
+  int64_t finish_rows;  // of a block that merges the runs; if not N one more launch adds up
 
   // class_gradient: blocks of 64 classes; `chunk` classes a launch.
   int64_t chunk, chunks;
@@ -154,10 +153,10 @@ struct BackwardWorkspace {
 constexpr int64_t kLargeTile = 128, kSmallTile = 64, kClassTile = 64, kFeatureTile = 128,
                   kGradientRows = 128;
 constexpr int64_t kRowParts = 4;  // partial row sums of a class tile's gradient: one a warp column
+constexpr int64_t kStepBytes = 64;  // of a feature row in one step of the main loop
 // The same of Hopper's kernels: a block's cosines and its 16-bit products.
 constexpr int64_t kHopperRows = 256, kHopperProductRows = 128, kHopperProductCols = 256,
                   kHopperDepth = 64;
-constexpr int64_t kStepBytes = 64;  // of a feature row in one step of the main loop
 
 // Shared memory of class_gradient without its resident tile.
 constexpr int64_t gradient_shared_bytes(Math math) { return math == Math::kF64 ? 55872 : 52544; }
