@@ -50,7 +50,7 @@ if [[ $part =~ ^(all|tests)$ ]]; then
       # Torch's allocator hides a buffer's end in a larger block; without it each has its own.
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=2 step "$tool" 200 compute-sanitizer \
         --tool "$tool" --error-exitcode 9 --kernel-regex kns=tvmf \
-        "$python" -m pytest -q -x -m cuda tests/test_cuda.py -k "${which[$tool]}" &
+        "$python" -m pytest -q -x -m cuda tests/cuda/test_gpu.py -k "${which[$tool]}" &
       pids+=($!)
     done
   else

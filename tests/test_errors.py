@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from problem import evaluate, leaves_of, make_problem, statistics_arguments
 
+from tests.problem import evaluate, leaves_of, make_problem, statistics_arguments
 from tvmf_ext import (
     TvMFLoss,
     cross_entropy_from_statistics,

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from problem import (
+
+from tests.problem import (
     assert_same_bits,
     check,
     check_rank,
@@ -14,7 +15,6 @@ from problem import (
     make_problem,
     statistics_arguments,
 )
-
 from tvmf_ext import (
     cross_entropy_from_statistics,
     reference,

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from problem import error
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.problem import error
 from tvmf_ext import TvMFLoss, reference, tvmf_cross_entropy
 
 N, C, D = 12, 9, 16

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from problem import assert_same_bits, error, evaluate, leaves_of, make_problem, statistics_arguments
 from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from tests.problem import (
+    assert_same_bits,
+    error,
+    evaluate,
+    leaves_of,
+    make_problem,
+    statistics_arguments,
+)
 from tvmf_ext import (
     TvMFLoss,
     cross_entropy_from_statistics,

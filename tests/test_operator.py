@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problem import (
+
+from tests.problem import (
     TOLERANCE,
     assert_same_bits,
     check,
@@ -18,7 +19,6 @@ from problem import (
     statistics_arguments,
     upstream_of,
 )
-
 from tvmf_ext import (
     cross_entropy_from_statistics,
     functional,

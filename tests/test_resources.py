@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from problem import TOLERANCE, check, error, evaluate, make_problem, statistics_arguments
 
+from tests.problem import TOLERANCE, check, error, evaluate, make_problem, statistics_arguments
 from tvmf_ext import row_statistics, tvmf_cross_entropy
 
 TESTS = Path(__file__).parent
@@ -69,7 +69,7 @@ def test_thread_counts_give_the_same_bits(shape, dtype, threads):
 
 HASHES = """
 import hashlib, torch
-from problem import *
+from tests.problem import *
 from tvmf_ext import build_info, row_statistics, tvmf_cross_entropy
 torch.set_num_threads(1)
 print(build_info().cpu)

@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "kernels.h"
+#include "cuda/head.h"
 
 namespace py = pybind11;
 using namespace tvmf;

@@ -1,10 +1,10 @@
-// The emulator's own test kernels: each right, or with one fault planted. tests/test_simt_faults.py
+// The emulator's own test kernels: each right, or with one fault planted. tests/simt/test_faults.py
 // says what is to be found in each.
 #include <map>
 #include <stdexcept>
 
+#include "cuda/ptx.cuh"
 #include "faults.h"
-#include "ptx.cuh"
 
 namespace faults {
 namespace {

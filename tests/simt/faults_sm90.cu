@@ -1,10 +1,10 @@
 // The emulator's own test kernels for what Hopper adds: each right, or with one fault planted.
-// tests/test_simt_sm90.py says what is to be found in each.
+// tests/simt/test_faults_sm90.py says what is to be found in each.
 #include <map>
 #include <stdexcept>
 
+#include "cuda/sm90/ptx.cuh"
 #include "faults.h"
-#include "ptx_sm90.cuh"
 
 namespace faults {
 namespace {

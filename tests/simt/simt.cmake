@@ -5,7 +5,8 @@ execute_process(
   OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 find_package(pybind11 CONFIG REQUIRED)
 
-set(kernels csrc/forward.cu csrc/backward.cu csrc/forward_sm90.cu csrc/backward_sm90.cu tests/simt/faults.cu tests/simt/faults_sm90.cu)
+set(kernels csrc/cuda/forward.cu csrc/cuda/backward.cu csrc/cuda/sm90/statistics.cu
+  csrc/cuda/sm90/gradient.cu tests/simt/faults.cu tests/simt/faults_sm90.cu)
 set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX)
 include_directories(tests/simt csrc)
 add_compile_definitions(TVMF_SIMT)
@@ -22,7 +23,7 @@ set(asan_kernels -O1 -fsanitize=address,undefined -fno-sanitize-recover=all)
 set(asan_runtime -O2 -g1 -fsanitize=address)
 
 # What needs neither is compiled once.
-add_library(simt_common OBJECT csrc/plan.cpp tests/simt/bind_runtime.cpp)
+add_library(simt_common OBJECT csrc/cuda/plan.cpp tests/simt/bind_runtime.cpp)
 target_link_libraries(simt_common PRIVATE pybind11::module)
 target_compile_options(simt_common PRIVATE -O1)
 

@@ -1,0 +1,156 @@
+// Tile shapes and the layout of operands in shared memory.
+// A tile of `rows` x `cols` products is shared out over warps; a step of the main loop brings 64
+// bytes of each row of the features, whatever their dtype.
+#pragma once
+
+#include "cuda/plan.h"
+#include "cuda/ptx.cuh"
+
+namespace tvmf {
+
+template <Math kMath>
+struct MathTraits;
+template <>
+struct MathTraits<Math::kBf16> {
+  using X = bf16;
+  using Acc = float;
+};
+template <>
+struct MathTraits<Math::kF16> {
+  using X = f16;
+  using Acc = float;
+};
+template <>
+struct MathTraits<Math::kTf32> {
+  using X = float;
+  using Acc = float;
+};
+// Not 3xTF32: how tensor cores round sums is not documented and cannot be emulated, and at 1/3 of
+// 60 % of their TF32 rate they are at most 1.5 times as fast as fused multiply-adds.
+template <>
+struct MathTraits<Math::kF32> {
+  using X = float;
+  using Acc = float;
+};
+template <>
+struct MathTraits<Math::kF64> {
+  using X = double;
+  using Acc = double;
+};
+
+template <Math kMath>
+constexpr bool kTensorCores = kMath != Math::kF32 && kMath != Math::kF64;
+
+// Calls f with the plan's kind of product and a weight's element type.
+template <Math kMath>
+struct MathConstant {
+  static constexpr Math value = kMath;
+};
+template <class F>
+cudaError_t with_math(const CudaPlan& plan, const F& f) {
+  const bool wide = plan.problem.weight == DType::kFloat32;
+  switch (plan.math) {
+    case Math::kBf16:
+      return wide ? f(MathConstant<Math::kBf16>{}, float{})
+                  : f(MathConstant<Math::kBf16>{}, bf16{});
+    case Math::kF16:
+      return wide ? f(MathConstant<Math::kF16>{}, float{}) : f(MathConstant<Math::kF16>{}, f16{});
+    case Math::kTf32: return f(MathConstant<Math::kTf32>{}, float{});
+    case Math::kF32: return f(MathConstant<Math::kF32>{}, float{});
+    default: return f(MathConstant<Math::kF64>{}, double{});
+  }
+}
+
+constexpr int kWarp = 32;
+
+template <Math kMath>
+constexpr int kTileD = kStepBytes / sizeof(typename MathTraits<kMath>::X);
+
+// 16 x 8 fragments of the products, as mma.m16n8 has them: a lane holds rows lane / 4 and + 8,
+// columns 2 (lane % 4) and + 1. The paths without tensor cores use the same.
+template <int kRows_, int kCols_, int kWarpsRow_, int kWarpsCol_>
+struct Tile {
+  static constexpr int kRows = kRows_, kCols = kCols_;
+  static constexpr int kWarpsRow = kWarpsRow_, kWarpsCol = kWarpsCol_;
+  static constexpr int kThreads = kWarp * kWarpsRow * kWarpsCol;
+  static constexpr int kWarpRows = kRows / kWarpsRow, kWarpCols = kCols / kWarpsCol;
+  static constexpr int kFragsRow = kWarpRows / 16, kFragsCol = kWarpCols / 8;
+  static_assert(kWarpRows % 16 == 0 && kWarpCols % 16 == 0, "warps hold pairs of fragments");
+};
+
+// 128 x 128: 64 x 32 a warp, 64 accumulators a thread; two blocks a multiprocessor have 128
+// registers a thread. 64 x 64 for problems with fewer large tiles than multiprocessors.
+using LargeTile = Tile<kLargeTile, kLargeTile, 2, 4>;
+using SmallTile = Tile<kSmallTile, kSmallTile, 2, 2>;
+// class_gradient: 128 rows x 64 classes of cosines, then 64 classes x 128 features of gradient. Of
+// the cosines a warp has 64 x 16, so that a thread sums four columns only: eight would spill.
+using GradientTile = Tile<kGradientRows, kClassTile, 2, kRowParts>;
+using WeightTile = Tile<kClassTile, kFeatureTile, 2, 4>;
+static_assert(GradientTile::kThreads == WeightTile::kThreads, "one block makes both");
+
+// Stages of the pipeline: three where a 16-bit product reads a float32 weight of twice the bytes,
+// so that two blocks of large tiles fit beside each other.
+template <Math kMath, class W>
+constexpr int kStages = sizeof(W) > sizeof(typename MathTraits<kMath>::X) ? 3 : 4;
+
+// An operand's tile in shared memory: `kLines` lines as they lie in global memory, 16-byte chunks
+// swizzled so that no access below meets a bank twice. `kTransposed`: a line runs along rows (or
+// columns) of the product instead of along what is summed over.
+template <class T_, int kRows, Math kMath, bool kTransposed_>
+struct OperandTile {
+  using T = T_;
+  static constexpr bool kTransposed = kTransposed_;
+  static constexpr int kDepth = kTileD<kMath>;
+  static constexpr int kLines = kTransposed ? kDepth : kRows;
+  static constexpr int kLineElements = kTransposed ? kRows : kDepth;
+  static constexpr int kLineBytes = kLineElements * int(sizeof(T));
+  static constexpr int kLineChunks = kLineBytes / 16;
+  static constexpr int kBytes = kLines * kLineBytes;
+  static_assert(kLineBytes == 64 || kLineBytes % 128 == 0, "two lines or whole parts of 128 bytes");
+
+  // ldmatrix reads one chunk of 8 successive lines: any 8 different phases will do. float32 is read
+  // as words: in pairs from 4 successive lines, or as 8 words of lines q or 2 q.
+  static constexpr bool kRotated =
+      sizeof(T) == 4 && kTransposed == (sizeof(typename MathTraits<kMath>::X) == 4);
+
+  static __device__ __forceinline__ int chunk_offset(int line, int chunk) {
+    if constexpr (kLineBytes == 64) {
+      const int phase = (line >> 1) & 3;
+      return (line >> 1) * 128 + (((line & 1) * 4 + (chunk ^ phase)) << 4);
+    } else {
+      const int phase = kRotated ? ((line & 3) << 1) | ((line >> 2) & 1) : line & 7;
+      return line * kLineBytes + ((chunk ^ phase) << 4);
+    }
+  }
+  static __device__ __forceinline__ int offset(int line, int element) {
+    const int byte = element * int(sizeof(T));
+    return chunk_offset(line, byte >> 4) + (byte & 15);
+  }
+};
+
+template <class Acc, class T>
+__device__ __forceinline__ Acc to_number(T value) {
+  if constexpr (sizeof(T) == 2)
+    return to_float(value);
+  else
+    return value;
+}
+
+// An operand in global memory, and how far it goes.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t line_stride, element_stride;  // in elements
+  int64_t lines, elements;              // what lies beyond reads as 0
+  bool vectors;                         // 16-byte loads: aligned lines of contiguous elements
+
+  static __device__ __forceinline__ Operand of(const void* data, int64_t line_stride,
+                                               int64_t element_stride, int64_t lines,
+                                               int64_t elements) {
+    const bool vectors = element_stride == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+                         line_stride * int64_t(sizeof(T)) % 16 == 0 && line_stride >= 0;
+    return {static_cast<const T*>(data), line_stride, element_stride, lines, elements, vectors};
+  }
+};
+
+}  // namespace tvmf

@@ -1,0 +1,70 @@
+// What becomes of a warpgroup's products [64 classes, rows]: a lane has two classes, of them 8
+// successive rows of every 32. Sums over classes are shuffled together, 8 rows to 8 lanes.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/sm90/mainloop.cuh"
+
+namespace tvmf::sm90 {
+
+// v[i] of 8 lanes of a column of the warp; lane `group` gets all of v[group].
+template <class T, class Add>
+__device__ __forceinline__ T gather_rows(const T (&v)[8], int group, const Add& add) {
+  T four[4], two[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const T keep = group & 4 ? v[i + 4] : v[i], send = group & 4 ? v[i] : v[i + 4];
+    four[i] = add(keep, __shfl_xor_sync(0xffffffff, send, 16));
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const T keep = group & 2 ? four[i + 2] : four[i], send = group & 2 ? four[i] : four[i + 2];
+    two[i] = add(keep, __shfl_xor_sync(0xffffffff, send, 8));
+  }
+  const T keep = group & 1 ? two[1] : two[0], send = group & 1 ? two[0] : two[1];
+  return add(keep, __shfl_xor_sync(0xffffffff, send, 4));
+}
+
+__device__ __forceinline__ float sum_rows(const float (&v)[8], int group) {
+  return gather_rows(v, group, [](float a, float b) { return a + b; });
+}
+
+// The lane's 8 rows of 32, of a vector in shared memory.
+__device__ __forceinline__ void load_rows(float (&v)[8], const float* smem, int first) {
+  struct alignas(16) Four {
+    float v[4];
+  };
+  const Four low = load_as<Four>(smem + first), high = load_as<Four>(smem + first + 4);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = low.v[i], v[i + 4] = high.v[i];
+}
+
+// A bit for each 32 of a warp's rows in which one of its 16 classes is a target.
+template <int kGroups>
+__device__ __forceinline__ unsigned groups_with_target(const int* label_smem, int first_class,
+                                                       int lane) {
+  unsigned groups = 0;
+#pragma unroll
+  for (int b = 0; b < kGroups; ++b) {
+    const int y = label_smem[b * 32 + lane] - first_class;
+    if (__ballot_sync(0xffffffff, y >= 0 && y < 16)) groups |= 1u << b;
+  }
+  return groups;
+}
+
+// Of product row i of 8 of group b of 32, class h of 2.
+__host__ __device__ constexpr int accumulator_of(int b, int i, int h) {
+  return (b * 4 + i / 2) * 4 + h * 2 + i % 2;
+}
+
+__device__ __forceinline__ float cosine_of(float product, float x_rnorm, float weight_rnorm) {
+  return clamp_unit(product * x_rnorm * weight_rnorm);
+}
+
+// A lane's two classes.
+struct ClassPair {
+  ClassValues<float> terms[2];
+  float rnorm[2];
+};
+
+}  // namespace tvmf::sm90

@@ -1,0 +1,240 @@
+// Products on Hopper: a producer warp's bulk tensor copies fill a ring of stages ahead of the wgmma
+// of two consumer warpgroups. Knows nothing of the loss.
+#pragma once
+
+#include "cuda/sm80/mainloop.cuh"
+#include "cuda/sm90/ptx.cuh"
+
+namespace tvmf::sm90 {
+
+constexpr int kWarpgroup = 128, kConsumers = 2, kConsumerWarps = kConsumers * kWarpgroup / kWarp;
+constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+// Of 65536 registers 2 x 128 x 240 + 128 x 24; accumulators of 64 x 256 take 128 of the 240.
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+constexpr int kDepth = kHopperDepth;        // of a stage: a line of 16-bit numbers
+constexpr int kLine = 128;                  // bytes, what the swizzle permutes
+constexpr int kAtom = 64;                   // 16-bit elements of a line
+constexpr int kAtomBytes = kDepth * kLine;  // of a transposed operand: 64 lines of 64 elements
+
+// Where the pipeline is: a stage, and the parity of the times it has been round.
+template <int kStages>
+struct Place {
+  int stage = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// Barriers of a ring of stages, whose two operands become empty on their own: when all consumer
+// warps have read them.
+template <int kStages>
+struct alignas(16) Ring {
+  Barrier full[kStages], empty_a[kStages], empty_b[kStages];
+
+  // All threads of the block.
+  __device__ __forceinline__ void init() {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < kStages; ++i) {
+        barrier_init(&full[i], 1);
+        barrier_init(&empty_a[i], kConsumerWarps);
+        barrier_init(&empty_b[i], kConsumerWarps);
+      }
+      barrier_init_fence();
+    }
+    __syncthreads();
+  }
+};
+
+// The warp has read what the barrier guards.
+__device__ __forceinline__ void release(Barrier* empty) {
+  __syncwarp();
+  if (threadIdx.x % kWarp == 0) barrier_arrive(empty);
+}
+
+// A warp's 16 lines of a warpgroup's 64, two a lane.
+struct WgmmaLane {
+  int lane, group, quad, warp;  // warp: of the consumers'
+  int warpgroup, line;          // line: group's, of 64
+
+  static __device__ __forceinline__ WgmmaLane of() {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    return {lane, lane / 4, lane % 4, warp, warp / 4, warp % 4 * 16 + lane / 4};
+  }
+};
+
+// One number of a pair.
+template <Math kMath>
+__device__ __forceinline__ float half_of(uint32_t pair, int high) {
+  if constexpr (kMath == Math::kBf16)
+    return bits_as<float>(high ? pair & 0xffff0000 : pair << 16);
+  else
+    return to_float(f16{uint16_t(high ? pair >> 16 : pair)});
+}
+
+// Cosines' operands: float32 weights [classes, D], rounded in registers, by arranged features
+// [rows, D] of 16 bits. Warpgroups share out classes, or rows where classes are few.
+template <int kProductRows_, bool kSplitRows_>
+struct CosineShape {
+  static constexpr int kProductRows = kProductRows_;  // of a warpgroup
+  static constexpr bool kSplitRows = kSplitRows_;
+  static constexpr int kClasses = kSplitRows ? 64 : 128;
+  static constexpr int kRows = kSplitRows ? 2 * kProductRows : kProductRows;
+  static_assert(kRows == kHopperRows, "the plan counts on it");
+  static constexpr int kBox = kClasses * kLine;  // 32 columns of weights; a stage has two
+  static constexpr int kWeightBytes = 2 * kBox, kStageBytes = kWeightBytes + kRows * kLine;
+  static constexpr int kStages = kStageBytes > 48 * 1024 ? 3 : 4;
+  static constexpr int kStagesBytes = kStages * kStageBytes;
+  static constexpr int kAccumulators = kProductRows / 2;
+  using Ring = sm90::Ring<kStages>;
+  using Place = sm90::Place<kStages>;
+
+  // Starts the copies of a step.
+  static __device__ __forceinline__ void copy(unsigned char* smem, Ring& ring, Place& place,
+                                              const TensorMap& weight, const TensorMap& x,
+                                              int first_class, int first_row, int step) {
+    unsigned char* stage = smem + place.stage * kStageBytes;
+    Barrier* full = &ring.full[place.stage];
+    barrier_wait(&ring.empty_a[place.stage], place.parity ^ 1);
+    barrier_expect(full, kStageBytes);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      tensor_copy(stage + half * kBox, weight, step * kDepth + half * 32, first_class, full);
+    barrier_wait(&ring.empty_b[place.stage], place.parity ^ 1);
+    tensor_copy(stage + kWeightBytes, x, step * kDepth, first_row, full);
+    place.next();
+  }
+
+  // All steps of a tile. `squares`: of the lane's two lines of weights, rounded, its share of them;
+  // use(step, half, pairs) sees the rounded weights: pairs [4 t + r + 2 i] of half a step.
+  template <Math kMath, class Use>
+  static __device__ __forceinline__ void multiply(const unsigned char* smem, Ring& ring,
+                                                  Place& place, const WgmmaLane& lane, int steps,
+                                                  float (&acc)[kAccumulators], float (&squares)[2],
+                                                  const Use& use) {
+    const int weight_line = (kSplitRows ? 0 : lane.warpgroup * 64) + lane.line;
+    const int x_line = kSplitRows ? lane.warpgroup * kProductRows : 0;
+    struct alignas(16) Four {
+      float v[4];
+    };
+    uint32_t a[2][8];
+    int last = -1;
+    for (int step = 0; step < steps; ++step) {
+      barrier_wait(&ring.full[place.stage], place.parity);
+      const unsigned char* w_smem = smem + place.stage * kStageBytes + weight_line * kLine;
+      const unsigned char* x_smem =
+          smem + place.stage * kStageBytes + kWeightBytes + x_line * kLine;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            const Four w = load_as<Four>(w_smem + half * kBox + r * 8 * kLine +
+                                         ((lane.quad * 2 + k) ^ lane.group) * 16);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const uint32_t pair = pack<kMath>(w.v[2 * i], w.v[2 * i + 1]);
+              const float low = half_of<kMath>(pair, 0), high = half_of<kMath>(pair, 1);
+              squares[r] = fma(high, high, fma(low, low, squares[r]));
+              a[half][k * 4 + 2 * i + r] = pair;
+            }
+          }
+        use(step, half, a[half]);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const uint64_t b =
+              matrix_descriptor(shared_address(x_smem) + (half * 2 + k) * 32, kAtomBytes);
+          const bool add = step > 0 || half + k > 0;
+          if constexpr (kMath == Math::kBf16)
+            wgmma_bf16_registers(acc, &a[half][k * 4], b, add);
+          else
+            wgmma_f16_registers(acc, &a[half][k * 4], b, add);
+        }
+        wgmma_commit();
+        if (half == 1) release(&ring.empty_a[place.stage]);
+        // The other half's registers may be written again, and the last step's features.
+        wgmma_wait<1>();
+        if (half == 0 && last >= 0) release(&ring.empty_b[last]);
+      }
+      last = place.stage;
+      place.next();
+    }
+    wgmma_wait<0>();
+    hold(acc);
+    release(&ring.empty_b[last]);
+  }
+};
+
+// Products of two operands of 16 bits: 128 x 256 a block, summed over lines of both or over lines
+// of B and along those of A.
+template <bool kTransposedA_>
+struct ProductShape {
+  static constexpr bool kTransposedA = kTransposedA_;
+  static constexpr int kRows = kHopperProductRows, kCols = kHopperProductCols;
+  static constexpr int kBytesA = kRows * kLine, kStageBytes = kBytesA + kCols * kLine;
+  static constexpr int kStages = 4, kStagesBytes = kStages * kStageBytes;
+  static constexpr int kAccumulators = 128;
+  using Ring = sm90::Ring<kStages>;
+  using Place = sm90::Place<kStages>;
+
+  static __device__ __forceinline__ void copy(unsigned char* smem, Ring& ring, Place& place,
+                                              const TensorMap& a, const TensorMap& b, int first_row,
+                                              int first_col, int depth) {
+    unsigned char* stage = smem + place.stage * kStageBytes;
+    Barrier* full = &ring.full[place.stage];
+    barrier_wait(&ring.empty_a[place.stage], place.parity ^ 1);
+    barrier_expect(full, kStageBytes);
+    if constexpr (kTransposedA) {
+#pragma unroll
+      for (int i = 0; i < kRows / kAtom; ++i)
+        tensor_copy(stage + i * kAtomBytes, a, first_row + i * kAtom, depth, full);
+    } else {
+      tensor_copy(stage, a, depth, first_row, full);
+    }
+    barrier_wait(&ring.empty_b[place.stage], place.parity ^ 1);
+#pragma unroll
+    for (int i = 0; i < kCols / kAtom; ++i)
+      tensor_copy(stage + kBytesA + i * kAtomBytes, b, first_col + i * kAtom, depth, full);
+    place.next();
+  }
+
+  template <Math kMath>
+  static __device__ __forceinline__ void multiply(const unsigned char* smem, Ring& ring,
+                                                  Place& place, const WgmmaLane& lane, int steps,
+                                                  float (&acc)[kAccumulators]) {
+    constexpr int kStepA = kTransposedA ? 16 * kLine : 32;
+    int last = -1;
+    for (int step = 0; step < steps; ++step) {
+      barrier_wait(&ring.full[place.stage], place.parity);
+      const uint32_t stage = shared_address(smem + place.stage * kStageBytes);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kDepth / 16; ++k) {
+        const uint64_t a =
+            matrix_descriptor(stage + lane.warpgroup * 64 * kLine + k * kStepA, kAtomBytes);
+        const uint64_t b = matrix_descriptor(stage + kBytesA + k * 16 * kLine, kAtomBytes);
+        const bool add = step + k > 0;
+        if constexpr (kMath == Math::kBf16)
+          wgmma_bf16_shared<kTransposedA, true>(acc, a, b, add);
+        else
+          wgmma_f16_shared<kTransposedA, true>(acc, a, b, add);
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (last >= 0) released(ring, last);
+      last = place.stage;
+      place.next();
+    }
+    wgmma_wait<0>();
+    hold(acc);
+    released(ring, last);
+  }
+  static __device__ __forceinline__ void released(Ring& ring, int stage) {
+    release(&ring.empty_a[stage]);
+    release(&ring.empty_b[stage]);
+  }
+};
+
+}  // namespace tvmf::sm90

@@ -1,0 +1,329 @@
+// The CUDA path between torch and the kernels: device, stream, memory and errors. All memory is
+// torch's, in stream order, and nothing waits for the device, so that a graph can capture a call.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+#include <map>
+#include <mutex>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/head.h"
+#include "torch/ops.h"
+
+// Weak: a CPU-only torch, which has it not, loads the same library.
+extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace tvmf {
+
+const char* cuda_archs();
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+[[noreturn]] void fail(cudaError_t error, const std::string& what) {
+  cudaGetLastError();  // or the next caller would find it again
+  std::string text = "tvmf_ext: " + what + " failed: " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice)
+    text += std::string(" (this build is for compute capabilities ") + cuda_archs() + ")";
+  throw std::runtime_error(text);
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) fail(error, what);
+}
+
+struct Device {
+  std::string name;
+  Gpu gpu;
+  // A kernel that meets a wrong label sets it to 1, in host memory that the device sees.
+  volatile int* bad_label;
+  int* bad_label_there;  // the device's address of the same
+};
+
+int attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, index), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Sizes are the device's own. Rates, which no plan depends on, are those of the table, where one of
+// the name's words is found there, or else those of the generation's largest chip by the number of
+// multiprocessors.
+Gpu describe(const std::string& name, int major, int index) {
+  const Gpu* known = nullptr;
+  std::istringstream words(name);
+  for (std::string word; !known && words >> word;) known = find_gpu(word.substr(0, word.find('-')));
+  Gpu gpu = known ? *known : *find_gpu(major == 8 ? "A100" : "H100");
+  const int sms = attribute(cudaDevAttrMultiProcessorCount, index);
+  if (!known) {
+    const double share = double(sms) / double(gpu.sms);
+    gpu.hbm_rate *= share;
+    gpu.l2_rate *= share;
+    for (double& rate : gpu.flop_rate) rate *= share;
+    gpu.wgmma_flop_rate *= share;
+    gpu.wgmma_l2_rate *= share;
+  }
+  gpu.sms = sms;
+  gpu.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  gpu.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  gpu.l2 = attribute(cudaDevAttrL2CacheSize, index);
+  // Code for compute capability 9.0 without the "a" has none of Hopper's own instructions.
+#ifdef TVMF_SM90A
+  gpu.wgmma = major == 9;
+#else
+  gpu.wgmma = false;
+#endif
+  return gpu;
+}
+
+Device open(int index) {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, index),
+            minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+  const std::string name = properties.name;
+  if (major < 8)
+    throw std::runtime_error(
+        "tvmf_ext: the CUDA kernels need compute capability 8.0 or newer, got " +
+        std::to_string(major) + "." + std::to_string(minor) + ", " + name +
+        "; use the eager functions of tvmf_ext.reference there");
+  // The first call may come while a graph is captured, which forbids an allocation by default.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  void *here = nullptr, *there = nullptr;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  cudaError_t error = cudaHostAlloc(&here, sizeof(int), cudaHostAllocMapped);
+  if (error == cudaSuccess) error = cudaHostGetDevicePointer(&there, here, 0);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  check(error, "cudaHostAlloc");
+  *static_cast<int*>(here) = 0;
+  return {name, describe(name, major, index), static_cast<int*>(here), static_cast<int*>(there)};
+}
+
+// Opened at its first use, and never closed: a captured graph may hold the flag's address.
+const Device& device_at(int index) {
+  static std::mutex mutex;
+  static std::map<int, Device>& devices = *new std::map<int, Device>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = devices.find(index);
+  if (found == devices.end()) found = devices.emplace(index, open(index)).first;
+  return found->second;
+}
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Float: return DType::kFloat32;
+    default: return DType::kFloat64;
+  }
+}
+
+ScalarType torch_dtype(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16: return ScalarType::Half;
+    case DType::kBFloat16: return ScalarType::BFloat16;
+    case DType::kFloat32: return ScalarType::Float;
+    default: return ScalarType::Double;
+  }
+}
+
+MatrixRef matrix(const Tensor& tensor) {
+  return {tensor.data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(1)};
+}
+
+VectorRef vector(const std::optional<Tensor>& tensor, double otherwise = 0) {
+  if (!tensor) return {nullptr, DType::kFloat32, 0, otherwise};
+  return {tensor->data_ptr(), dtype_of(*tensor), tensor->numel() > 1 ? tensor->stride(0) : 0, 0};
+}
+
+GradientRef gradient(const Tensor& tensor) {
+  return {tensor.numel() > 0 ? tensor.data_ptr() : nullptr, dtype_of(tensor)};
+}
+
+// What a call has of torch, and its arguments as the kernels take them.
+class Call {
+ public:
+  explicit Call(const Head& head)
+      : head_(head),
+        index_(head.input.get_device()),
+        guard_(index_),
+        weight_(to_dtype(head.weight, torch_dtype(cuda_weight_dtype(dtype_of(head.input),
+                                                                    dtype_of(head.weight))))),
+        kappa_(head.kappa),
+        N(head.input.size(0)),
+        C(head.weight.size(0)),
+        D(head.input.size(1)),
+        accumulator(head.input.scalar_type() == ScalarType::Double ? ScalarType::Double
+                                                                   : ScalarType::Float) {
+    if (N > std::numeric_limits<int32_t>::max() - kLargeTile)
+      throw std::invalid_argument("input must have fewer than 2^31 - 128 rows on CUDA, got " +
+                                  std::to_string(N));
+    // This library's copy of the CUDA runtime keeps a current device of its own.
+    check(cudaSetDevice(index_), "cudaSetDevice");
+    device_ = &device_at(index_);
+    if (*device_->bad_label) {
+      *device_->bad_label = 0;
+      throw std::out_of_range("an earlier call on cuda:" + std::to_string(index_) +
+                              " had a target outside [0, C) that is not ignore_index; the loss of "
+                              "its row is NaN");
+    }
+    // To the kernels stride 0 is one kappa, and one gradient; here it is C of them.
+    if (kappa_ && kappa_->numel() > 1 && kappa_->stride(0) == 0)
+      kappa_ = torch::stable::contiguous(*kappa_);
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  Call(const Call&) = delete;
+
+  Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) const {
+    return empty_on(aoti_torch_device_type_cuda(), index_, sizes, dtype);
+  }
+  Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
+    return empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  }
+  Tensor saved(int64_t kept) const { return empty({SavedLayout(N, C, kept).size}, accumulator); }
+
+  void forward(const LossOptions& options, bool with_sum, int64_t kept, const CudaStatistics& out,
+               const Tensor& saved) const {
+    const CudaPlan plan = plan_of(kept, with_sum);
+    const Tensor workspace = empty({plan.forward_workspace}, ScalarType::Byte);
+    const cudaError_t error = cuda_forward(arguments(), options, plan, out, saved.data_ptr(),
+                                           workspace.data_ptr(), stream_);
+    if (error != cudaSuccess) fail(error, "the forward pass of " + text());
+  }
+
+  Gradients backward(const LossOptions& options, bool with_sum, int64_t kept,
+                     const CudaUpstream& upstream, const Tensor& saved, int64_t wanted) const {
+    const auto make = [&](const std::optional<Tensor>& of, int64_t bit) {
+      return wanted & bit ? empty(of->sizes(), of->scalar_type())
+                          : empty({0}, head_.input.scalar_type());
+    };
+    Gradients out{make(head_.input, kInput), make(head_.weight, kWeight), make(head_.kappa, kKappa),
+                  make(head_.scale, kScale), make(head_.bias, kBias)};
+    if (N == 0) {
+      for (Tensor* each : {&out.weight, &out.kappa, &out.scale, &out.bias})
+        torch::stable::zero_(*each);
+      return out;
+    }
+    const CudaPlan plan = plan_of(kept, with_sum);
+    const Tensor workspace = empty({plan.backward_workspace}, ScalarType::Byte);
+    const CudaGradients gradients{gradient(out.input), gradient(out.weight), gradient(out.kappa),
+                                  gradient(out.scale), gradient(out.bias)};
+    const cudaError_t error = cuda_backward(arguments(), options, plan, upstream, gradients,
+                                            saved.data_ptr(), workspace.data_ptr(), stream_);
+    if (error != cudaSuccess) fail(error, "the backward pass of " + text());
+    return out;
+  }
+
+ private:
+  CudaPlan plan_of(int64_t kept, bool with_sum) const {
+    // The weight's own: of another dtype its gradient is not float32.
+    const bool bulk = head_.weight.scalar_type() == ScalarType::Float && weight_.stride(1) == 1 &&
+                      weight_.stride(0) >= D && weight_.stride(0) % 4 == 0 && D % 4 == 0 &&
+                      reinterpret_cast<uintptr_t>(weight_.data_ptr()) % 16 == 0;
+    return plan_cuda({N, C, D, dtype_of(head_.input), dtype_of(weight_), head_.allow_tf32,
+                      cuda_kept(C, kept), with_sum, bulk},
+                     device_->gpu);
+  }
+
+  CudaHead arguments() const {
+    return {N,
+            C,
+            D,
+            matrix(head_.input),
+            matrix(weight_),
+            static_cast<const int64_t*>(head_.target.data_ptr()),
+            head_.target.stride(0),
+            vector(kappa_, head_.kappa_value),
+            vector(head_.scale, head_.scale_value),
+            vector(head_.bias),
+            vector(head_.prior),
+            vector(head_.class_weight, 1),
+            head_.softplus_scale,
+            head_.ignore_index,
+            device_->bad_label_there};
+  }
+
+  std::string text() const {
+    std::ostringstream text;
+    text << "[N, C, D] = [" << N << ", " << C << ", " << D << "] on cuda:" << index_ << ", "
+         << device_->name;
+    return text.str();
+  }
+
+  const Head& head_;
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  Tensor weight_;
+  std::optional<Tensor> kappa_;
+  const Device* device_;
+  cudaStream_t stream_;
+
+ public:
+  const int64_t N, C, D;
+  const ScalarType accumulator;
+};
+
+void* data_or_null(const Tensor& tensor) {
+  return tensor.numel() > 0 ? tensor.data_ptr() : nullptr;
+}
+
+}  // namespace
+
+const Gpu& cuda_gpu(int32_t device) { return device_at(device).gpu; }
+
+RowStatistics cuda_row_statistics(const Head& head, bool with_sum, int64_t kept) {
+  const Call call(head);
+  const int64_t N = call.N;
+  const ScalarType dtype = call.accumulator;
+  const RowStatistics out{call.empty({N}, dtype), call.empty({N}, dtype),
+                          call.empty({with_sum ? N : 0}, dtype), call.empty({N}, ScalarType::Long),
+                          call.saved(kept)};
+  if (N > 0)
+    call.forward({0, Reduction::kNone}, with_sum, kept,
+                 {out.lse.data_ptr(), out.target.data_ptr(), data_or_null(out.sum),
+                  static_cast<int64_t*>(out.rank.data_ptr()), nullptr},
+                 out.saved);
+  return out;
+}
+
+Gradients cuda_row_statistics_backward(const Head& head, const Tensor& saved, int64_t kept,
+                                       const std::optional<Tensor>& grad_lse,
+                                       const std::optional<Tensor>& grad_target,
+                                       const std::optional<Tensor>& grad_sum, int64_t wanted) {
+  const Call call(head);
+  return call.backward({0, Reduction::kNone}, grad_sum.has_value(), kept,
+                       {vector({}), vector(grad_lse), vector(grad_target), vector(grad_sum)}, saved,
+                       wanted);
+}
+
+Loss cuda_cross_entropy(const Head& head, const LossOptions& options, int64_t kept) {
+  const Call call(head);
+  const bool reduced = options.reduction != Reduction::kNone;
+  Loss out{reduced ? call.empty({}, call.accumulator) : call.empty({call.N}, call.accumulator),
+           call.saved(kept)};
+  if (call.N > 0) {
+    call.forward(options, options.label_smoothing > 0, kept,
+                 {nullptr, nullptr, nullptr, nullptr, out.loss.data_ptr()}, out.saved);
+  } else if (reduced) {
+    const bool mean = options.reduction == Reduction::kMean;
+    torch::stable::fill_(out.loss, mean ? std::numeric_limits<double>::quiet_NaN() : 0.0);
+  }
+  return out;
+}
+
+Gradients cuda_cross_entropy_backward(const Head& head, const LossOptions& options,
+                                      const Tensor& saved, int64_t kept, const Tensor& grad_loss,
+                                      int64_t wanted) {
+  const Call call(head);
+  return call.backward(options, options.label_smoothing > 0, kept,
+                       {vector(grad_loss), vector({}), vector({}), vector({})}, saved, wanted);
+}
+
+}  // namespace tvmf

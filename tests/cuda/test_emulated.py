@@ -1,0 +1,336 @@
+"""The CUDA kernels on the emulator: every dtype, path and option against float64, under its checks
+for races and uninitialised memory; what they count against the plan; AddressSanitizer and UBSan."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tvmf_ext
+from tests import problem as problems
+from tests import simt
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+MIXES = {
+    "bf16": {"dtype": BF16},
+    "bf16-fp32": {"dtype": BF16, "weight_dtype": F32},
+    "fp16": {"dtype": F16},
+    "fp16-fp32": {"dtype": F16, "weight_dtype": F32},
+    "tf32": {"dtype": F32, "tf32": True},
+    "fp32": {"dtype": F32},
+    "fp64": {"dtype": F64},
+}
+OPTIONS = {
+    "kappa": "[C]",
+    "scale": "softplus",
+    "bias": True,
+    "prior": True,
+    "class_weight": True,
+    "ignored": 0.2,
+}
+# A GPU so small that few tiles fill it, and one whose blocks can hold no gradient tile of all rows
+# and whose L2 holds few classes: the throughput path.
+SMALL = {"sms": 4}
+CHUNKED = {"shared_per_block": 60_000, "l2": 60_000}
+
+
+@pytest.fixture(scope="module")
+def module():
+    return simt.load()
+
+
+@pytest.fixture(autouse=True)
+def checks(module):
+    module.configure(seed=0, check_races=True, count=False)
+    module.reset()
+
+
+def check(problem, **options):
+    lines, rest = simt.judge(problem, **options)
+    off = [str(line) for line in lines if not line.error <= line.bound]
+    assert not off, off
+    return rest
+
+
+def make(N, C, D, mix, **options):
+    mix = dict(MIXES[mix])
+    tf32 = mix.pop("tf32", False)
+    return problems.make_problem(N, C, D, **mix, **options), {"tf32": tf32}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
+def test_latency_path(mix, kept):
+    problem, how = make(140, 200, 72, mix, **OPTIONS)
+    plan = check(problem, statistics=True, kept=kept, **how)["plan"]
+    assert plan["latency"] and plan["chunks"] == 1
+    assert plan["forward_launches"] == 3 and plan["backward_launches"] == 4
+    assert len(simt.load().reports()) == 7
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_large_tiles(mix):
+    problem, how = make(256, 256, 64, mix)
+    plan = check(problem, **SMALL, **how)["plan"]
+    assert plan["tile"] == (64 if mix in ("fp32", "fp64") else 128)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
+def test_throughput_path(mix, kept):
+    problem, how = make(200, 331, 40, mix, label_smoothing=0.1, **OPTIONS)
+    plan = check(problem, kept=kept, **CHUNKED, **how)["plan"]
+    assert not plan["latency"] and plan["chunks"] > 1 and plan["row_groups"] == 2
+    assert len(simt.load().reports()) == 3 + plan["backward_launches"]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 5, 3), (3, 1, 7), (2, 130, 1), (65, 67, 129), (5, 1003, 16)], ids=str
+)
+def test_ragged_shapes(mix, shape):
+    problem, how = make(*shape, mix, kappa="[]", scale="[]", bias=True)
+    check(problem, **how)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("path", [{}, CHUNKED], ids=["latency", "throughput"])
+def test_any_strides(mix, path):
+    problem, how = make(70, 90, 24, mix)
+    problem["input"] = problem["input"].T.contiguous().T
+    padded = torch.zeros(90, 33, dtype=problem["linear_weight"].dtype)
+    padded[:, 1:25] = problem["linear_weight"]
+    problem["linear_weight"] = padded[:, 1:25]
+    problem["target"] = torch.stack([problem["target"]] * 2, 1)[:, 0]
+    check(problem, **path, **how)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_reductions(reduction):
+    problem, how = make(70, 90, 24, "bf16-fp32", reduction=reduction, class_weight=True)
+    check(problem, **how)
+
+
+@pytest.mark.parametrize("name", ["input", "linear_weight", "kappa", "scale", "linear_bias"])
+@pytest.mark.parametrize("path", [{}, CHUNKED], ids=["latency", "throughput"])
+def test_one_gradient_alone(name, path):
+    problem, how = make(70, 90, 24, "fp32", kappa="[]", scale="[]", bias=True)
+    check(problem, wanted=[name], **path, **how)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_parameters_of_any_dtype(dtype):
+    problem, how = make(70, 90, 24, "fp32", kappa="[C]", scale="[]", bias=True, prior=True)
+    for name in ("kappa", "scale", "linear_bias", "prior"):
+        problem[name] = problem[name].to(dtype)
+    check(problem, **how)
+
+
+@pytest.mark.parametrize("mix", ["bf16", "fp16", "fp32", "fp64"])
+@pytest.mark.parametrize("kappa", [-0.49, 0.0, 1e4])
+def test_extreme_kappa(mix, kappa):
+    problem, how = make(40, 70, 16, mix, kappa=kappa, scale=64.0)
+    # Opposed to every class but its own, all at one point.
+    problem["linear_weight"][1:] = -problem["linear_weight"][0]
+    problem["input"][:] = problem["linear_weight"][0]
+    check(problem, **how)
+
+
+@pytest.mark.parametrize("mix", ["bf16", "fp16", "fp32", "fp64"])
+def test_rows_and_classes_of_zeros(mix):
+    problem, how = make(40, 70, 16, mix)
+    problem["input"][3] = 0
+    problem["linear_weight"][problem["target"][5]] = 0
+    upstream = [torch.full((), 1e-9, dtype=torch.float64)]  # so that 1e12 times it is finite
+    own = {"loss": upstream[0].to(problems.compute_dtype(problem["input"].dtype))}
+    outputs, gradients, _ = simt.step(problem, own, **how)
+    lines = problems.judge(
+        tvmf_ext.tvmf_cross_entropy, problem, outputs, gradients, upstream,
+        eager_dtype=problem["input"].dtype if mix != "fp16" else F32,
+    )  # fmt: skip
+    assert all(line.error <= line.bound for line in lines), [str(line) for line in lines]
+    assert gradients["input"][3].isfinite().all()
+
+
+def test_float16_keeps_small_gradients():
+    """The mean over many rows, or a loss scale that has not grown yet: 1e-7 is 0 in float16."""
+    problem, _ = make(150, 203, 40, "fp16-fp32", scale="[]")
+    for factor in (1e-7, 1.0, 1e4):
+        _, gradients, _ = simt.step(problem, {"loss": torch.tensor(factor)})
+        upstream = [torch.tensor(factor).double()]
+        _, exact, _ = problems.oracle(tvmf_ext.tvmf_cross_entropy, problem, upstream)
+        for name in ("linear_weight", "scale"):
+            assert problems.error(gradients[name], exact[name]) < 2**-10
+
+
+@pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
+def test_float16_gradient_tile_stays_in_range(length):
+    """The tile has 1 / |w|, the steepest phi and the largest class weight in it."""
+    problem, _ = make(70, 90, 24, "fp16-fp32", kappa=64.0, scale="[]", class_weight=True)
+    problem["linear_weight"] *= length
+    problem["weight"][5] = 1e4
+    problem = problems.statistics_arguments(problem)
+    upstream = problems.upstream_of({name: torch.empty(70) for name in ("lse", "target", "sum")})
+    own = dict(zip(("lse", "target", "sum"), [u.float() for u in upstream], strict=True))
+    _, gradients, _ = simt.step(problem, own, statistics=True)
+    _, exact, _ = problems.oracle(tvmf_ext.row_statistics, problem, upstream)
+    for name in ("input", "linear_weight"):
+        assert problems.error(gradients[name], exact[name]) < 2**-7
+
+
+@pytest.mark.parametrize("mix", ["fp32", "fp64"])
+def test_rows_shorter_than_eps_are_not_projected(mix):
+    problem, how = make(40, 70, 16, mix)
+    problem["input"][3] *= 1e-14
+    problem["linear_weight"][4] *= 1e-14
+    check(problem, rows=True, **how)
+
+
+def test_a_small_loss_is_exact_to_a_rounding_of_one():
+    """Not to one of the logits, which are 30 here."""
+    problem, _ = make(8, 30, 16, "fp32", kappa=0.0, scale=30.3, reduction="none")
+    problem["input"] = problem["linear_weight"][problem["target"]] * 1.5
+    outputs, _, _ = simt.step(problem, {}, wanted=[])
+    exact, *_ = problems.oracle(tvmf_ext.tvmf_cross_entropy, problem)
+    small = exact["loss"] < 1e-4
+    assert small.sum() > 3
+    assert (outputs["loss"] - exact["loss"]).abs()[small].max() < 3e-7
+
+
+@pytest.mark.parametrize("path", [{}, CHUNKED], ids=["latency", "throughput"])
+def test_what_lies_beyond_the_last_row_has_no_part(path):
+    """Logits of 200: exp of one is infinite where no maximum is subtracted."""
+    problem, how = make(70, 90, 24, "bf16-fp32", bias=True, kappa="[]", scale="[]")
+    problem["prior"] = torch.full((90,), 200.0)
+    check(problem, kept=False, **path, **how)
+
+
+@pytest.mark.parametrize("s", [-30.0, 19.0, 25.0])
+def test_softplus_of_any_scale(s):
+    problem, how = make(40, 70, 16, "fp32", scale="softplus", kappa=0.0)
+    problem["scale"].s.fill_(s)
+    check(problem, **how)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_propagates(bad):
+    problem, _ = make(70, 90, 24, "bf16-fp32", reduction="none")
+    problem["input"][7, 3] = bad
+    outputs, gradients, _ = simt.step(problem, {"loss": torch.ones(70)})
+    others = torch.arange(70) != 7
+    assert outputs["loss"][7].isnan() and outputs["loss"][others].isfinite().all()
+    assert gradients["input"][7].isnan().all() and gradients["input"][others].isfinite().all()
+    assert gradients["linear_weight"].isnan().any()
+
+
+def test_a_label_that_names_no_class():
+    problem, _ = make(70, 90, 24, "fp32", reduction="none")
+    problem["target"][[3, 5]] = torch.tensor([90, -7])
+    outputs, gradients, rest = simt.step(problem, {"loss": torch.ones(70)})
+    assert rest["bad_label"]
+    bad = torch.zeros(70, dtype=bool)
+    bad[[3, 5]] = True
+    assert torch.equal(outputs["loss"].isnan(), bad)
+    assert torch.equal(gradients["input"].isnan().any(1), bad)
+    problem["target"][[3, 5]] = -100
+    outputs, _, rest = simt.step(problem, {"loss": torch.ones(70)})
+    assert not rest["bad_label"] and (outputs["loss"][bad] == 0).all()
+
+
+def test_ranks():
+    problem, _ = make(140, 200, 72, "fp32", **OPTIONS)
+    problem = problems.statistics_arguments(problem)
+    outputs, _, _ = simt.step(problem, {}, statistics=True, wanted=[])
+    problems.check_rank(problem, outputs["rank"])
+
+
+@pytest.mark.parametrize("path", [{}, SMALL, CHUNKED], ids=["latency", "large tiles", "throughput"])
+def test_bits_do_not_depend_on_the_order_of_threads(module, path):
+    problem, _ = make(140, 300, 40, "bf16-fp32", **OPTIONS)
+    results = []
+    for seed in (1, 2):
+        module.configure(seed=seed, check_races=False, count=False)
+        outputs, gradients, _ = simt.step(problem, {"loss": torch.tensor(1.0)}, kept=False, **path)
+        results.append((outputs, gradients))
+    problems.assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("path", [SMALL, CHUNKED], ids=["latency", "throughput"])
+def test_counts_are_the_plans(module, mix, path):
+    """Sectors of 32 bytes, mma of whole tiles, no bank conflict on tensor-core paths."""
+    module.configure(seed=0, check_races=False, count=True)
+    problem, how = make(256, 512, 256, mix)
+    plan = check(problem, kept=False, **path, **how)["plan"]
+    reports = module.reports()
+    forward, backward = reports[:3], reports[3:]
+    assert len(backward) == plan["backward_launches"]
+
+    def moved(launches):
+        return 32 * sum(r.global_read_sectors + r.global_write_sectors for r in launches)
+
+    assert moved(forward) == pytest.approx(plan["forward_l2"], rel=0.05)
+    assert moved(backward) == pytest.approx(plan["backward_l2"], rel=0.05)
+    depth = {"fp32": 0, "fp64": 0, "tf32": 8}.get(mix, 16)
+    for launches, flops in ((forward, "forward_flops"), (backward, "backward_flops")):
+        ideal = plan[flops] / (2 * 16 * 8 * depth) if depth else 0
+        assert sum(r.mma for r in launches) == ideal
+    if mix != "fp64":
+        assert {s.where for r in reports for s in r.sites if s.conflicts} == set()
+
+
+_UNDER_ASAN = """
+import torch
+from tests import simt
+from tests.cuda import test_emulated as t
+module = simt.load("simt_asan")
+for mix in t.MIXES:
+    for shape in ((67, 131, 20), (66, 130, 33), (1, 1, 1)):
+        for path in ({}, t.CHUNKED):
+            problem, how = t.make(*shape, mix, **t.OPTIONS)
+            t.check(problem, statistics=True, kept=not path, module=module, **path, **how)
+print("no error")
+"""
+
+
+def test_under_address_and_undefined_behaviour_sanitizers():
+    done = subprocess.run(
+        [sys.executable, "-c", _UNDER_ASAN],
+        env=simt.asan_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "no error", done.stderr[-3000:]
+
+
+def run_command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "tests.simt", *arguments], capture_output=True, text=True
+    )
+
+
+def test_command_line():
+    done = run_command("--n", "20", "--c", "70", "--d", "24", "--dtype", "fp16", "--bias")
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("loss", "dinput", "dlinear_weight", "dlinear_bias"))
+    done = run_command("--dtype", "fp32", "--kappa", "-0.5")
+    assert done.returncode == 2 and "must be > -1/2, got -0.5" in done.stderr
+
+
+def test_command_line_fails_where_a_result_is_off(monkeypatch, capsys):
+    from tests.simt import __main__ as command
+
+    exact = simt.step
+
+    def off(*args, **options):
+        outputs, gradients, rest = exact(*args, **options)
+        gradients["linear_weight"][3] *= 1.001
+        return outputs, gradients, rest
+
+    arguments = ["simt", "--n", "20", "--c", "70", "--d", "24", "--dtype", "fp32"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert command.main()
+    monkeypatch.setattr(simt, "step", off)
+    assert not command.main()
+    assert "<- off" in capsys.readouterr().out

@@ -1,0 +1,305 @@
+"""Hopper's own kernels on the emulator: both shapes of tiles and several chunks against float64,
+what is exact, what is not finite, the order of threads; what they count against the plan."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tvmf_ext
+from tests import problem as problems
+from tests import simt
+from tests.cuda.test_emulated import OPTIONS, check, checks, make, module  # noqa: F401
+
+MIXES = ("bf16-fp32", "fp16-fp32")
+# GPUs with so many multiprocessors that tiles are small, with so few that they are large, and with
+# an L2 that holds few classes.
+SMALL = {"wgmma": True}
+LARGE = {"wgmma": True, "sms": 1}
+CHUNKED = {"wgmma": True, "sms": 2, "l2": 90_000}
+PATHS = pytest.mark.parametrize(
+    "path", [SMALL, LARGE, CHUNKED], ids=["small tiles", "large tiles", "chunks"]
+)
+OF_EACH_DTYPE = pytest.mark.parametrize("mix", MIXES)
+EPS = {"bf16-fp32": torch.finfo(torch.bfloat16).eps, "fp16-fp32": torch.finfo(torch.float16).eps}
+
+
+def hopper(N, C, D, mix, **options):
+    problem, _ = make(N, C, D, mix, **options)
+    return problem
+
+
+@OF_EACH_DTYPE
+@PATHS
+@pytest.mark.parametrize("few", [False, True], ids=["", "as small tiles"])
+def test_statistics_of_ragged_tiles(few, path, mix):
+    problem = hopper(70, 333, 68, mix, **OPTIONS)
+    path = path | ({"sms": 4} if few else {})
+    plan = check(problem, statistics=True, **path)["plan"]
+    assert plan["hopper"] and plan["few"] == (few or "sms" not in path)
+    assert (plan["chunks"] > 1) == ("l2" in path)
+    launches = len(simt.load().reports())
+    assert launches == plan["forward_launches"] + plan["backward_launches"]
+
+
+@PATHS
+def test_ranks(path):
+    """Of weights that need no rounding."""
+    problem = hopper(70, 333, 68, "bf16-fp32", **OPTIONS)
+    problem["linear_weight"] = problem["linear_weight"].bfloat16().float()
+    problem = problems.statistics_arguments(problem)
+    outputs, _, _ = simt.step(problem, {}, statistics=True, wanted=[], **path)
+    problems.check_rank(problem, outputs["rank"])
+
+
+@OF_EACH_DTYPE
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 4), (1, 70, 8), (33, 65, 36), (3, 1, 64), (257, 130, 132)], ids=str
+)
+@pytest.mark.parametrize("path", [SMALL, LARGE], ids=["small tiles", "large tiles"])
+def test_the_loss_alone(path, shape, mix):
+    """Without sums, ranks and the gradients of kappa and bias the kernels are others."""
+    plan = check(hopper(*shape, mix, scale="[]"), **path)["plan"]
+    assert plan["hopper"] and plan["few"] == (path is SMALL)
+
+
+@PATHS
+def test_several_blocks_of_rows(path):
+    problem = hopper(300, 200, 20, "bf16-fp32", kappa="[]", label_smoothing=0.1, bias=True)
+    check(problem, **path)
+
+
+def test_chunks_of_an_odd_number_of_small_tiles():
+    """A block of the weight gradient has two of them: the last one's second is the next chunk's."""
+    path = {"wgmma": True, "sms": 6, "l2": 70_000}
+    plan = check(hopper(70, 640, 68, "bf16-fp32", kappa="[C]", bias=True), **path)["plan"]
+    assert plan["few"] and plan["chunks"] > 1 and plan["chunk"] // 64 % 2
+
+
+def test_strides_that_bulk_copies_can_read():
+    problem = hopper(40, 90, 24, "bf16-fp32")
+    problem["input"] = problem["input"].T.contiguous().T
+    padded = torch.zeros(90, 36)
+    padded[:, :24] = problem["linear_weight"]
+    problem["linear_weight"] = padded[:, :24]
+    problem["target"] = torch.stack([problem["target"]] * 2, 1)[:, 0]
+    assert check(problem, **SMALL)["plan"]["hopper"]
+
+
+def test_what_bulk_copies_cannot_read_takes_another_path():
+    assert not check(hopper(20, 40, 18, "bf16-fp32"), **SMALL)["plan"]["hopper"]
+    problem = hopper(20, 40, 24, "bf16-fp32")
+    padded = torch.zeros(40, 33)
+    padded[:, :24] = problem["linear_weight"]
+    problem["linear_weight"] = padded[:, :24]
+    assert not check(problem, **SMALL)["plan"]["hopper"]
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_reductions(reduction):
+    check(hopper(40, 90, 24, "fp16-fp32", reduction=reduction, class_weight=True), **SMALL)
+
+
+@pytest.mark.parametrize("name", ["input", "linear_weight", "kappa", "scale", "linear_bias"])
+@pytest.mark.parametrize("kappa", ["[]", "[C]"])
+@pytest.mark.parametrize("path", [SMALL, CHUNKED], ids=["small tiles", "chunks"])
+def test_one_gradient_alone(name, kappa, path):
+    problem = hopper(40, 200, 24, "bf16-fp32", kappa=kappa, scale="[]", bias=True)
+    check(problem, wanted=[name], **path)
+
+
+@OF_EACH_DTYPE
+@pytest.mark.parametrize("kappa", [-0.49, 0.0, 1e4])
+def test_extreme_kappa(kappa, mix):
+    problem = hopper(40, 70, 16, mix, kappa=kappa, scale=64.0)
+    # Opposed to every class but its own, all at one point.
+    problem["linear_weight"][1:] = -problem["linear_weight"][0]
+    problem["input"][:] = problem["linear_weight"][0]
+    check(problem, **SMALL)
+
+
+@pytest.mark.parametrize("kappa", [-0.4, 0.0, 16.0])
+@pytest.mark.parametrize("scale", [1.0, 64.0, 300.0])
+@PATHS
+def test_large_scales_raise_the_reference(scale, kappa, path):
+    """Targets far below the largest logit, and rows that have none."""
+    problem = hopper(40, 300, 24, "bf16-fp32", kappa=kappa, scale=scale, ignored=0.3)
+    far = torch.arange(0, 40, 3)
+    known = problem["target"][far] >= 0
+    problem["target"][far[known]] = (problem["target"][far[known]] + 1) % 300
+    check(problem, statistics=True, **path)
+
+
+def test_a_reference_is_raised_by_a_later_tile():
+    """Logits grow from class to class, by more than exp can hold in all."""
+    problem = hopper(40, 700, 24, "bf16-fp32", kappa=0.0, bias=True, scale=50.0, ignored=0.2)
+    problem["linear_bias"] = torch.linspace(0, 8, 700)
+    problem["target"] = problem["target"].clamp_max(20)
+    check(problem, statistics=True, **LARGE)
+
+
+@PATHS
+def test_what_lies_beyond_the_last_row_has_no_part(path):
+    """Logits of 200: exp of one is infinite where no maximum is subtracted."""
+    problem = hopper(35, 300, 24, "bf16-fp32", bias=True, kappa="[]", scale="[]")
+    problem["prior"] = torch.full((300,), 200.0)
+    check(problem, **path)
+
+
+@OF_EACH_DTYPE
+def test_rows_and_classes_of_zeros(mix):
+    problem = hopper(40, 70, 16, mix)
+    problem["input"][3] = 0
+    problem["linear_weight"][problem["target"][5]] = 0
+    upstream = [torch.full((), 1e-9, dtype=torch.float64)]  # so that 1e12 times it is finite
+    outputs, gradients, _ = simt.step(problem, {"loss": upstream[0].float()}, **SMALL)
+    lines = problems.judge(
+        tvmf_ext.tvmf_cross_entropy, problem, outputs, gradients, upstream,
+        eager_dtype=torch.bfloat16 if mix == "bf16-fp32" else torch.float32, tolerance=EPS[mix],
+    )  # fmt: skip
+    assert all(line.error <= line.bound for line in lines), [str(line) for line in lines]
+    assert gradients["input"][3].isfinite().all()
+
+
+@pytest.mark.parametrize("path", [SMALL, LARGE], ids=["small tiles", "large tiles"])
+def test_float16_keeps_small_gradients(path):
+    """The mean over many rows, or a loss scale that has not grown yet: 1e-7 is 0 in float16."""
+    problem = hopper(150, 203, 40, "fp16-fp32", scale="[]")
+    for factor in (1e-7, 1e4):
+        _, gradients, _ = simt.step(problem, {"loss": torch.tensor(factor)}, **path)
+        upstream = [torch.tensor(factor).double()]
+        _, exact, _ = problems.oracle(tvmf_ext.tvmf_cross_entropy, problem, upstream)
+        for name in ("linear_weight", "scale"):
+            assert problems.error(gradients[name], exact[name]) < 2**-10
+
+
+@pytest.mark.parametrize("length", [1e-3, 1e3])
+def test_float16_gradient_tile_stays_in_range(length):
+    """The tile has 1 / |w|, the steepest phi and the largest class weight in it."""
+    problem = hopper(70, 90, 24, "fp16-fp32", kappa=64.0, scale="[]", class_weight=True)
+    problem["linear_weight"] *= length
+    problem["weight"][5] = 1e4
+    problem = problems.statistics_arguments(problem)
+    upstream = problems.upstream_of({name: torch.empty(70) for name in ("lse", "target", "sum")})
+    own = dict(zip(("lse", "target", "sum"), [u.float() for u in upstream], strict=True))
+    _, gradients, _ = simt.step(problem, own, statistics=True, **SMALL)
+    _, exact, _ = problems.oracle(tvmf_ext.row_statistics, problem, upstream)
+    for name in ("input", "linear_weight"):
+        assert problems.error(gradients[name], exact[name]) < 2**-7
+
+
+@PATHS
+def test_a_small_loss_is_exact_to_a_rounding_of_one(path):
+    """Not to one of the logits, which are 30 here."""
+    problem = hopper(30, 150, 16, "bf16-fp32", kappa=0.0, scale=30.3, reduction="none")
+    problem["linear_weight"] = problem["linear_weight"].bfloat16().float()
+    problem["input"] = problem["linear_weight"][problem["target"]].bfloat16() * 2
+    outputs, gradients, _ = simt.step(problem, {"loss": torch.ones(30)}, **path)
+    upstream = [torch.ones(30, dtype=torch.float64)]
+    exact, of_exact, _ = problems.oracle(tvmf_ext.tvmf_cross_entropy, problem, upstream)
+    small = exact["loss"] < 1e-4
+    assert small.sum() > 3
+    assert (outputs["loss"] - exact["loss"]).abs()[small].max() < 3e-7
+    of_input = problems.error(gradients["input"][small], of_exact["input"][small], rows=True)
+    assert of_input < 0.02
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@PATHS
+def test_what_is_not_finite_propagates(bad, path):
+    problem = hopper(40, 200, 24, "bf16-fp32", reduction="none")
+    problem["input"][7, 3] = bad
+    outputs, gradients, _ = simt.step(problem, {"loss": torch.ones(40)}, **path)
+    others = torch.arange(40) != 7
+    assert outputs["loss"][7].isnan() and outputs["loss"][others].isfinite().all()
+    assert gradients["input"][7].isnan().all() and gradients["input"][others].isfinite().all()
+    assert gradients["linear_weight"].isnan().any()
+
+
+@PATHS
+def test_a_weight_that_is_not_finite_propagates(path):
+    problem = hopper(40, 200, 24, "bf16-fp32", reduction="none")
+    problem["linear_weight"][130, 3] = float("nan")
+    outputs, gradients, _ = simt.step(problem, {"loss": torch.ones(40)}, **path)
+    assert outputs["loss"].isnan().all() and gradients["input"].isnan().all()
+
+
+@PATHS
+def test_a_label_that_names_no_class(path):
+    problem = hopper(40, 200, 24, "bf16-fp32", reduction="none")
+    problem["target"][[3, 5]] = torch.tensor([200, -7])
+    outputs, gradients, rest = simt.step(problem, {"loss": torch.ones(40)}, **path)
+    assert rest["bad_label"]
+    bad = torch.zeros(40, dtype=bool)
+    bad[[3, 5]] = True
+    assert torch.equal(outputs["loss"].isnan(), bad)
+    assert torch.equal(gradients["input"].isnan().any(1), bad)
+    problem["target"][[3, 5]] = -100
+    outputs, _, rest = simt.step(problem, {"loss": torch.ones(40)}, **path)
+    assert not rest["bad_label"] and (outputs["loss"][bad] == 0).all()
+
+
+@PATHS
+def test_bits_do_not_depend_on_the_order_of_threads(module, path):  # noqa: F811
+    problem = hopper(70, 300, 40, "bf16-fp32", **OPTIONS)
+    results = []
+    for seed in (1, 2):
+        module.configure(seed=seed, check_races=False, count=False)
+        results.append(simt.step(problem, {"loss": torch.tensor(1.0)}, **path)[:2])
+    problems.assert_same_bits(*results)
+
+
+@PATHS
+def test_counts_are_the_plans(module, path):  # noqa: F811
+    """Sectors of 32 bytes, wgmma of whole tiles, no bank conflict."""
+    module.configure(seed=0, check_races=False, count=True)
+    problem = hopper(256, 512, 256, "bf16-fp32")
+    plan = check(problem, **path)["plan"]
+    reports = module.reports()
+    forward = reports[: plan["forward_launches"]]
+    backward = reports[plan["forward_launches"] :]
+    assert len(backward) == plan["backward_launches"]
+
+    def moved(launches):
+        return 32 * sum(r.global_read_sectors + r.global_write_sectors for r in launches)
+
+    assert moved(forward) == pytest.approx(plan["forward_l2"], rel=0.02)
+    assert moved(backward) == pytest.approx(plan["backward_l2"], rel=0.02)
+    for launches, name in ((forward, "forward_flops"), (backward, "backward_flops")):
+        rows_of = [(r, 128 if "CosineShape<128" in r.kernel else 256) for r in launches]
+        assert sum(2 * 64 * rows * 16 * r.wgmma for r, rows in rows_of) == plan[name]
+    assert {s.where for r in reports for s in r.sites if s.conflicts} == set()
+
+
+_UNDER_ASAN = """
+from tests import simt
+from tests.cuda import test_emulated_sm90 as t
+module = simt.load("simt_asan")
+for path in (t.SMALL, t.LARGE, t.CHUNKED):
+    problem = t.hopper(66, 133, 36, "fp16-fp32", **t.OPTIONS)
+    t.check(problem, statistics=True, module=module, **path)
+t.check(t.hopper(1, 1, 4, "bf16-fp32"), module=module, **t.SMALL)
+print("no error")
+"""
+
+
+def test_under_address_and_undefined_behaviour_sanitizers():
+    done = subprocess.run(
+        [sys.executable, "-c", _UNDER_ASAN],
+        env=simt.asan_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "no error", done.stderr[-3000:]
+
+
+def test_command_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.simt", "--n", "20", "--c", "70", "--d", "24", "--bias",
+         "--weight-dtype", "fp32", "--wgmma", "--counts"],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Hopper's path" in done.stdout and "weight_gradient" in done.stdout

@@ -1,0 +1,476 @@
+"""What nvcc made of the kernels, read from the installed library: registers, shared memory and
+instructions against what the sources mean and what the tile table of docs/kernels.md says.
+
+python -m tests.cuda.test_sass    prints that table
+"""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import problem as problems
+from tests import simt
+from tests.cuda import test_emulated_sm90 as hopper
+from tests.cuda.test_emulated import CHUNKED, MIXES, SMALL, make
+from tvmf_ext import _C, build_info
+
+CAPABILITIES = ("8.0", "9.0")  # what kernels are tuned for, of all that a build can have
+DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
+TILED = ("row_statistics", "class_gradient", "input_gradient")
+# Hopper's own: the rows of a tile that a warpgroup has, by kernel; "all" is with sums, ranks and
+# the gradients of kappa and bias.
+HOPPER = {
+    "statistics": (128, 256),
+    "statistics, all": (128, 256),
+    "gradient": (128, 256),
+    "gradient, all": (128, 256),
+    "weight_gradient": (0,),
+    "feature_gradient": (0,),
+}
+# Bytes of stack: 240 registers do not hold everything beside 64 x 256 accumulators.
+HOPPER_STACK = {("statistics, all", 256): 160, ("gradient, all", 256): 16}
+MMA = {"fp16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An instance of a kernel as the compiler reports it."""
+
+    name: str
+    mix: str  # of MIXES; for kernels of the accumulator alone float or double
+    tile: int  # 0: it has but one
+    registers: int
+    local: int  # bytes of stack and local memory
+    operations: Counter  # instructions with their modifiers, as often as they stand in the code
+
+    def count(self, pattern):
+        return sum(n for name, n in self.operations.items() if re.match(pattern, name))
+
+    def __str__(self):
+        return f"{self.name} {self.mix} {self.tile or ''}".strip()
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    name: str
+    capability: str
+    shared: int  # bytes, of which each block has 1024 for itself
+    registers: int = 65536  # given out to a warp in units of 256
+    threads: int = 2048
+
+    def blocks(self, registers, threads, shared):
+        by_registers = self.registers // (-(-registers // 8) * 8 * threads)
+        return min(by_registers, self.threads // threads, self.shared // (shared + 1024))
+
+
+A100 = Multiprocessor("A100", "8.0", 164 * 1024)
+H200 = Multiprocessor("H200", "9.0", 228 * 1024)
+
+
+def expected():
+    """Every instance: name, mix, tile."""
+    tiles = {mix: (64,) if mix in ("fp32", "fp64") else (64, 128) for mix in MIXES}
+    return (
+        {(name, mix, 0) for name in ("prepare_rows", "class_gradient") for mix in MIXES}
+        | {(name, mix, tile) for name in ("row_statistics", "input_gradient")
+           for mix in MIXES for tile in tiles[mix]}
+        | {(name, accumulator, 0) for accumulator in ("float", "double")
+           for name in ("finish_rows", "finish_loss", "prepare_gradient", "finish_gradient")}
+        | {(name, mix, tile) for name, tiles in HOPPER.items() for mix in hopper.MIXES
+           for tile in tiles}
+    )  # fmt: skip
+
+
+_MATH = ("fp16", "bf16", "tf32", "fp32", "fp64")  # Math of plan.h
+_MANGLED = re.compile(
+    r"_ZN4tvmf\w*?\d\d(?P<name>[a-z]+_[a-z]+)I"
+    r"(?:LNS_4MathE(?P<math>\d)E(?P<weight>f|d|NS_\dbf16E|NS_\df16E)"
+    r"(?:NS_4TileILi(?P<tile>\d+)E\w*?)?|(?P<accumulator>[fd]))E+v"
+)
+_MANGLED_HOPPER = re.compile(
+    r"_ZN4tvmf4sm90\w*?\d(?P<name>statistics|(?:weight_|feature_)?gradient)I"
+    r"LNS_4MathE(?P<math>\d)E(?:NS0_11CosineShapeILi(?P<tile>\d+)E\w*?EELb(?P<all>\d)E)?E+v"
+)
+
+
+def instance(mangled):
+    """(name, mix, tile) of a kernel's symbol."""
+    if match := _MANGLED_HOPPER.match(mangled):
+        name = match["name"] + ", all" * (match["all"] == "1")
+        return name, _MATH[int(match["math"])] + "-fp32", int(match["tile"] or 0)
+    match = _MANGLED.match(mangled)
+    assert match, f"no kernel of ours: {mangled}"
+    if match["accumulator"]:
+        return match["name"], {"f": "float", "d": "double"}[match["accumulator"]], 0
+    mix = _MATH[int(match["math"])]
+    if mix in ("fp16", "bf16") and match["weight"] == "f":
+        mix += "-fp32"
+    return match["name"], mix, int(match["tile"] or 0)
+
+
+def parse_usage(text):
+    """Registers, and bytes of stack and local memory, by architecture and symbol."""
+    usage, arch = {}, None
+    for line in re.finditer(
+        r"^arch = (\w+)|^ Function (\w+):\n\s+REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", text, re.M
+    ):
+        if line[1]:
+            arch = line[1]
+        else:
+            usage[arch, line[2]] = int(line[3]), int(line[4]) + int(line[5])
+    return usage
+
+
+def parse_sass(text):
+    """How often each instruction stands in the code, by symbol."""
+    instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
+    parts = re.split(r"^\.text\.(\w+):$", text, flags=re.M)
+    return {
+        symbol: Counter(instruction.findall(code))
+        for symbol, code in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def find_tool(name):
+    """cuobjdump or nvdisasm, of the toolkit or of Triton, which CUDA builds of torch depend on."""
+    folders = [os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    if spec := importlib.util.find_spec("triton"):
+        folders.append(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+def run(*command, **options):
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
+
+
+@functools.cache
+def dump():
+    """The kernels of the installed library by capability."""
+    cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
+    usage = parse_usage(run(cuobjdump, "-res-usage", _C.__file__))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        run(cuobjdump, "-xelf", "all", _C.__file__, cwd=folder)
+        images = sorted(Path(folder).glob("*.cubin"))
+        codes = list(pool.map(lambda image: parse_sass(run(nvdisasm, "-c", str(image))), images))
+    kernels = {}
+    for image, code in zip(images, codes, strict=True):
+        arch = re.search(r"sm_\d+[af]?", image.name)[0]
+        capability = re.sub(r"sm_(\d+)(\d).*", r"\1.\2", arch)
+        for symbol, operations in code.items():
+            kernel = Kernel(*instance(symbol), *usage[arch, symbol], operations)
+            kernels.setdefault(capability, []).append(kernel)
+    return kernels
+
+
+def hopper_complaints(kernel):
+    """The same of Hopper's own, which launch with 168 registers and share them out anew."""
+    wrong = []
+
+    def need(condition, text):
+        if not condition:
+            wrong.append(f"{kernel}: {text}")
+
+    count, operations = kernel.count, kernel.operations
+    need(sum(operations.values()) > 1000, "hardly any code: is the dump whole?")
+    stack = HOPPER_STACK.get((kernel.name, kernel.tile), 0)
+    need(kernel.local <= stack, f"{kernel.local} bytes of stack, {stack} are known")
+    need(stack or not count("LDL|STL"), "accesses to local memory")
+    need(not count(r"(LD|ST)(\.|$)"), "accesses by generic addresses")
+    need(not count("RED|ATOM"), "atomics: sums must not depend on the order of threads")
+    need(kernel.registers == 168, f"{kernel.registers} registers: three warpgroups do not launch")
+    need(count("USETMAXREG") == 2, "registers are not shared out anew")
+    product = f"HGMMA.64x{kernel.tile or 256}x16.F32" + ".BF16" * kernel.mix.startswith("bf16")
+    need(operations[product] >= 4, f"no {product}: not on tensor cores")
+    need(operations[product] == count("HGMMA"), "HGMMA of another dtype or shape")
+    need(count("WARPGROUP.DEPBAR") <= 4, "wgmma are waited for one by one")
+    need(not count("HMMA|LDSM|LDGSTS"), "instructions of older chips")
+    need(count(r"UTMALDG\.2D") == count("UTMALDG") > 0, "no bulk copies of tiles")
+    if kernel.tile:
+        need(count(r"LDS\.128") >= 30, "rows' terms or weights not read by 16 bytes")
+    if "gradient, all" in (kernel.name, kernel.name + ", all"):
+        need(count(r"STG\.E\.128") >= 12, "gradients or rounded weights not written by 16 bytes")
+    if kernel.name == "weight_gradient":
+        need(count(r"STG\.E\.128") >= 32, "the weights' gradient not written by 16 bytes")
+    return wrong
+
+
+def complaints(kernel):
+    """What is wrong with a kernel's code."""
+    if kernel.name in HOPPER:
+        return hopper_complaints(kernel)
+    wrong = []
+
+    def need(condition, text):
+        if not condition:
+            wrong.append(f"{kernel}: {text}")
+
+    count, mix = kernel.count, kernel.mix
+    least = 50 if kernel.name == "finish_loss" else 100
+    need(sum(kernel.operations.values()) > least, "hardly any code: is the dump whole?")
+    need(not kernel.local, f"{kernel.local} bytes of stack: spilled registers or a local array")
+    need(not count("LDL|STL"), "accesses to local memory")
+    need(not count(r"(LD|ST)(\.|$)"), "accesses by generic addresses")
+    need(not count("RED|ATOM"), "atomics: sums must not depend on the order of threads")
+    if kernel.name == "prepare_rows":
+        need(count(r"LDG\.E\.128"), "no 128-bit loads of rows")
+    if kernel.name not in TILED:
+        return wrong
+
+    need(count("LDGSTS"), "no cp.async")
+    need(count("LDGSTS") == count(r"LDGSTS\..*BYPASS\.128"), "a cp.async of less than 16 bytes")
+    operand = mix.removesuffix("-fp32")
+    for name in {*MMA.values()} - {MMA.get(operand)}:
+        need(not kernel.operations[name], f"{name}: products of another dtype")
+    if operand in MMA:
+        need(kernel.operations[MMA[operand]] >= 16, f"no {MMA[operand]}: not on tensor cores")
+        need(count(r"LDSM\.16\.M88\.4"), "no ldmatrix")
+        half = torch.finfo(MIXES[mix]["dtype"]).bits == 16
+        transposed = half and (
+            kernel.name == "class_gradient" or (kernel.name == "input_gradient" and operand == mix)
+        )
+        need(bool(count(r"LDSM\.16\.MT88\.4")) == transposed, "transposed ldmatrix, or none")
+        need(not count(r"LDSM(?!\.16\.MT?88\.4)"), "ldmatrix of less than four matrices")
+    else:
+        need(not count("HMMA|LDSM"), "tensor cores in exact products")
+        need(count("FFMA" if mix == "fp32" else "DFMA") >= 64, "no fused multiply-adds")
+        need(count(r"LDS\.128") >= 4, "operands not read by 16 bytes")
+    if kernel.name == "row_statistics":
+        need(count(r"LDS\.128") >= 2, "the weights' squares not read by 16 bytes")
+    if kernel.name == "class_gradient":
+        need(count(r"LDG\.E\.128") >= 32, "terms of rows not read by 16 bytes")
+    return wrong
+
+
+@functools.cache
+def launches():
+    """(threads, bytes of shared memory) of each instance: of class_gradient without its resident
+    tile, for all rows of which it grows."""
+    module = simt.load()
+    found = {}
+
+    def add(problem, mix, **how):
+        module.configure(seed=0, check_races=False, count=False)
+        module.reset()
+        compute = problems.compute_dtype(problem["input"].dtype)
+        simt.step(problem, {"loss": torch.ones((), dtype=compute)}, **how)
+        for report in module.reports():
+            name = re.search(r"(\w+)<", report.kernel)[1]
+            tile = re.search(r"(?:Tile|CosineShape)<(\d+)", report.kernel)
+            accumulator = re.search(r"\w+<(float|double)>", report.kernel)
+            name += ", all" * report.kernel.endswith(", true>")
+            key = name, accumulator[1] if accumulator else mix, int(tile[1]) if tile else 0
+            found.setdefault(key, (report.threads, report.shared_bytes))
+
+    for mix in MIXES:
+        for gpu in (SMALL | CHUNKED, {}):
+            problem, how = make(256, 256, 64, mix)
+            add(problem, mix, **gpu, **how)
+    for mix in ("fp32", "fp64"):  # so many partial results that several blocks merge them
+        add(make(1100, 520, 4, mix)[0], mix, wanted=[])
+    for mix in hopper.MIXES:
+        for gpu in (hopper.SMALL, hopper.LARGE):
+            for bias in (False, True):
+                problem = hopper.hopper(33, 70, 8, mix, bias=bias, label_smoothing=0.1 * bias)
+                add(problem, mix, **gpu)
+    assert set(found) == expected()
+    return found
+
+
+def table():
+    """Rows of the tile table: kernel, tile, threads, registers on either architecture, bytes of
+    shared memory, blocks a multiprocessor on either GPU."""
+    by_kernel = {}
+    for multiprocessor in (A100, H200):
+        for kernel in dump()[multiprocessor.capability]:
+            dtype = re.sub("(fp|bf)16", "16-bit", kernel.mix)
+            threads, shared = launches()[kernel.name, kernel.mix, kernel.tile]
+            rows = by_kernel.setdefault((kernel.name, dtype, kernel.tile, threads, shared), {})
+            if kernel.name not in HOPPER or multiprocessor is H200:
+                rows.setdefault(multiprocessor, []).append(kernel.registers)
+    order = ("prepare_rows", "row_statistics", "finish_rows", "finish_loss", "prepare_gradient",
+             "class_gradient", "input_gradient", "finish_gradient", *HOPPER)  # fmt: skip
+    operands = ("16-bit", "16-bit-fp32", "tf32", "fp32", "fp64", "float", "double")
+    lines = []
+    for (name, dtype, tile, threads, shared), rows in sorted(
+        by_kernel.items(), key=lambda r: (order.index(r[0][0]), -r[0][2], operands.index(r[0][1]))
+    ):
+        registers = [max(rows[m]) if m in rows else "" for m in (A100, H200)]
+        shape = f"{tile} x {tile}" if tile else ""
+        if name == "class_gradient":
+            shape = "128 x 64, 64 x 128"
+        if name in HOPPER:
+            shape = "64 x 256" if tile == 128 else "128 x 256"
+        blocks = [
+            m.blocks(max(rows[m]), threads, shared) if m in rows else "" for m in (A100, H200)
+        ]
+        cells = (name, dtype, shape, threads, *registers, shared, *blocks)
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return lines
+
+
+needs_cuda = pytest.mark.skipif(not build_info().cuda, reason="the library is built without CUDA")
+needs_tools = pytest.mark.skipif(
+    not (find_tool("cuobjdump") and find_tool("nvdisasm")),
+    reason="needs cuobjdump and nvdisasm: of the CUDA toolkit, or of Triton's package",
+)
+of_each = pytest.mark.parametrize("capability", CAPABILITIES)
+
+
+def kernels_of(capability):
+    if capability not in build_info().cuda_archs:
+        pytest.skip(f"the library is built for {', '.join(build_info().cuda_archs)}")
+    return dump()[capability]
+
+
+@needs_cuda
+@needs_tools
+@of_each
+def test_every_kernel_is_there_once(capability):
+    instances = [(kernel.name, kernel.mix, kernel.tile) for kernel in kernels_of(capability)]
+    assert len(instances) == 66
+    assert set(instances) == expected()
+
+
+@needs_cuda
+@needs_tools
+@of_each
+def test_code_is_what_the_sources_mean(capability):
+    kernels = kernels_of(capability)
+    if capability != "9.0":
+        for kernel in kernels:
+            if kernel.name in HOPPER:
+                assert sum(kernel.operations.values()) < 100, f"{kernel}: code for another chip"
+        kernels = [kernel for kernel in kernels if kernel.name not in HOPPER]
+    wrong = [text for kernel in kernels for text in complaints(kernel)]
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_cuda
+@needs_tools
+@pytest.mark.parametrize("multiprocessor", [A100, H200], ids=lambda m: m.name)
+def test_two_blocks_of_tiles_share_a_multiprocessor(multiprocessor):
+    """But float64's, and on an A100 the stages of a float32 weight beside 16-bit features."""
+    for kernel in kernels_of(multiprocessor.capability):
+        if kernel.name in HOPPER and multiprocessor is A100:
+            continue
+        threads, shared = launches()[kernel.name, kernel.mix, kernel.tile]
+        assert multiprocessor.blocks(kernel.registers, threads, shared) >= 1, kernel
+        if kernel.name not in TILED or (kernel.name == "class_gradient" and kernel.mix == "fp64"):
+            continue
+        assert multiprocessor.blocks(kernel.registers, threads, 0) >= 2, kernel
+        exempt = multiprocessor is A100 and kernel.mix.endswith("-fp32") and kernel.tile == 128
+        if not (exempt and kernel.name == "row_statistics"):
+            assert multiprocessor.blocks(kernel.registers, threads, shared) >= 2, kernel
+
+
+@needs_cuda
+@needs_tools
+def test_the_documents_tile_table_is_true():
+    """All but registers and what follows from them, which differ from one nvcc to the next."""
+    for capability in CAPABILITIES:
+        kernels_of(capability)
+    lines = DOCUMENT.read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    documented = {(*row[1:5], row[7]) for row in rows if len(row) == 11}
+    for line in table():
+        row = [cell.strip() for cell in line.split("|")]
+        assert (*row[1:5], row[7]) in documented, f"not in docs/kernels.md: {line}"
+
+
+GOOD = Kernel("input_gradient", "bf16", 128, 121, 0, Counter({
+    "HMMA.16816.F32.BF16": 32, "LDGSTS.E.BYPASS.128.ZFILL": 4, "LDSM.16.M88.4": 8,
+    "LDSM.16.MT88.4": 4, "STG.E.64": 64, "IMAD": 900,
+}))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"LDL.LU.64": 1}, "local memory"),
+        ({"STL": 2}, "local memory"),
+        ({"HMMA.16816.F32.BF16": 0}, "not on tensor cores"),
+        ({"HMMA.16816.F32": 1}, "another dtype"),
+        ({"LDSM.16.M88.4": 0}, "no ldmatrix"),
+        ({"LDSM.16.MT88.4": 0}, "transposed ldmatrix"),
+        ({"LDSM.16.M88.2": 1}, "less than four"),
+        ({"LDGSTS.E.BYPASS.128.ZFILL": 0}, "no cp.async"),
+        ({"LDGSTS.E.64": 1}, "less than 16 bytes"),
+        ({"RED.E.ADD.F32.FTZ.RN.STRONG.GPU": 1}, "atomics"),
+        ({"LD.E": 1}, "generic"),
+        ({"IMAD": 0, "STG.E.64": 0}, "hardly any code"),
+    ],
+    ids=str,
+)
+def test_what_must_not_be_is_found(change, text):
+    assert not complaints(GOOD)
+    wrong = complaints(replace(GOOD, operations=Counter({**GOOD.operations, **change})))
+    assert len(wrong) == 1 and text in wrong[0]
+
+
+GOOD_HOPPER = Kernel("gradient", "fp16-fp32", 256, 168, 0, Counter({
+    "HGMMA.64x256x16.F32": 4, "UTMALDG.2D": 21, "USETMAXREG.TRY_ALLOC.CTAPOOL": 1,
+    "USETMAXREG.DEALLOC.CTAPOOL": 1, "LDS.128": 88, "STG.E.128": 20, "IMAD": 8000,
+    "WARPGROUP.DEPBAR.LE": 3,
+}))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"STL": 2}, "local memory"),
+        ({"HGMMA.64x256x16.F32": 0}, "not on tensor cores"),
+        ({"HGMMA.64x256x16.F32.BF16": 1}, "another dtype"),
+        ({"WARPGROUP.DEPBAR.LE": 8}, "one by one"),
+        ({"UTMALDG.2D": 0}, "no bulk copies"),
+        ({"USETMAXREG.DEALLOC.CTAPOOL": 0}, "shared out"),
+        ({"ATOMG.E.ADD.STRONG.GPU": 1}, "atomics"),
+        ({"STG.E.128": 0}, "16 bytes"),
+        ({"IMAD": 0}, "hardly any code"),
+    ],
+    ids=str,
+)
+def test_what_must_not_be_is_found_on_hopper(change, text):
+    assert not complaints(GOOD_HOPPER)
+    operations = Counter({**GOOD_HOPPER.operations, **change})
+    wrong = complaints(replace(GOOD_HOPPER, operations=operations))
+    assert len(wrong) == 1 and text in wrong[0]
+    assert complaints(replace(GOOD_HOPPER, registers=170))
+    assert complaints(replace(GOOD_HOPPER, local=8))
+
+
+def test_what_must_not_be_is_found_in_a_dump():
+    symbol = (
+        "_ZN4tvmf44_GLOBAL__N__952700ee_11_backward_cu_bceae2d214input_gradientILNS_4MathE1Ef"
+        "NS_4TileILi128ELi128ELi2ELi4EEEEEvNS0_14BackwardParamsINS_10MathTraitsI"
+    )
+    assert instance(symbol) == ("input_gradient", "bf16-fp32", 128)
+    prefix = "_ZN4tvmf4sm9049_GLOBAL__N__8825d9c4_16_backward_sm90_cu_60869e71"
+    shaped = prefix + "8gradientILNS_4MathE1ENS0_11CosineShapeILi256ELb0EEELb1EEEvNS1_14Gradient"
+    assert instance(shaped) == ("gradient, all", "bf16-fp32", 256)
+    product = prefix + "15weight_gradientILNS_4MathE0EEEvNS1_13ProductParamsE"
+    assert instance(product) == ("weight_gradient", "fp16-fp32", 0)
+    usage = parse_usage(
+        f"arch = sm_90a\n\n Function {symbol}:\n  REG:127 STACK:24 SHARED:1024 LOCAL:8 CONST\n"
+    )
+    assert usage == {("sm_90a", symbol): (127, 32)}
+    assert parse_sass(
+        f".text.{symbol}:\n        /*0000*/                   LDC R1, c[0x0][0x28] ;\n"
+        "        /*0010*/              @!P0 STL.64 [R1], R2 ;\n.L_x_1:\n"
+        "        /*12ab0*/              @!UP1 UMOV UR4, 0x1 ;\n"
+    ) == {symbol: {"LDC": 1, "STL.64": 1, "UMOV": 1}}
+    assert parse_sass("") == parse_usage("") == {}
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
