@@ -12,11 +12,12 @@ namespace {
 template <class T>
 __device__ __forceinline__ void store_row(GradientRow<T>* to, const GradientRow<T>& row) {
   struct Parts {
-    Chunk part[sizeof(GradientRow<T>) / 16];
+    Bytes16 part[sizeof(GradientRow<T>) / 16];
   };
   const auto parts = bits_as<Parts>(row);
 #pragma unroll
-  for (int i = 0; i < int(sizeof(Parts) / 16); ++i) reinterpret_cast<Chunk*>(to)[i] = parts.part[i];
+  for (int i = 0; i < int(sizeof(Parts) / 16); ++i)
+    reinterpret_cast<Bytes16*>(to)[i] = parts.part[i];
 }
 
 constexpr int kPrepareThreads = 512;
@@ -26,7 +27,7 @@ constexpr int kPrepareThreads = 512;
 template <class T>
 __global__ void __launch_bounds__(kPrepareThreads, 1)
     prepare_gradient(const __grid_constant__ BackwardParams<T> p) {
-  double* smem = static_cast<double*>(simt::shared_memory());
+  double* smem = static_cast<double*>(shared_memory());
   const CudaHead& head = p.head;
   if (blockIdx.x > 0) {
     arrange(head, p.arranged, int64_t(blockIdx.x - 1) * kPrepareThreads + threadIdx.x);
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(GradientTile::kThreads, kMath == Math::kF64 ? 
   using LayoutXt = typename Plan::LayoutXt;
   constexpr int kClasses = GradientTile::kCols, kThreads = GradientTile::kThreads;
   constexpr int kDepth = kTileD<kMath>, kPipeline = kStages<kMath, W>;
-  unsigned char* smem = static_cast<unsigned char*>(simt::shared_memory());
+  unsigned char* smem = static_cast<unsigned char*>(shared_memory());
   auto& tail = *reinterpret_cast<typename Plan::Tail*>(smem + Plan::kStagesBytes);
   unsigned char* grad_smem = smem + Plan::kBytes;
   const CudaHead& head = p.head;
@@ -461,7 +462,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   using LayoutG = typename Plan::LayoutG;
   using LayoutW = typename Plan::LayoutW;
   constexpr int kDepth = kTileD<kMath>;
-  unsigned char* smem = static_cast<unsigned char*>(simt::shared_memory());
+  unsigned char* smem = static_cast<unsigned char*>(shared_memory());
   const CudaHead& head = p.head;
   const Lane lane = Lane::of<Shape>();
   const auto grad = Operand<X>::of(p.grad, p.chunk, 1, head.N, p.chunk);
@@ -588,14 +589,14 @@ __global__ void __launch_bounds__(kFinishThreads, sizeof(T) == 4 ? 2 : 1)
       sums[0] += pair.low;
       sums[1] += pair.high;
     }
-    block_sums(sums, static_cast<double*>(simt::shared_memory()));
+    block_sums(sums, static_cast<double*>(shared_memory()));
     if (threadIdx.x != 0) return;
     if (p.out.scale.data) store_at(p.out.scale, 0, T(sums[0] * Scale<T>::of(head).derivative));
     if (p.out.kappa.data && head.kappa.stride == 0) store_at(p.out.kappa, 0, T(sums[1]));
     return;
   }
 
-  T* dots_smem = static_cast<T*>(simt::shared_memory());  // [rows, kWarps]
+  T* dots_smem = static_cast<T*>(shared_memory());  // [rows, kWarps]
   const int rows = rows_to_finish(head.N, head.D), lane = threadIdx.x % kWarp;
   const int64_t first_row = int64_t(blockIdx.x) * rows, left = head.N - first_row;
   const T* dot_column = p.row_dot + first_row + threadIdx.x % rows;
@@ -697,8 +698,8 @@ template <Math kMath, class W, class Shape, class T>
 cudaError_t launch_input(const BackwardParams<T>& p, cudaStream_t stream) {
   const dim3 grid(unsigned(ceil_div(p.head.N, Shape::kRows)),
                   unsigned(ceil_div(p.head.D, Shape::kCols)), unsigned(p.input_splits));
-  return simt::launch(input_gradient<kMath, W, Shape>, grid, Shape::kThreads,
-                      InputGradientPlan<kMath, W, Shape>::kBytes, stream, p);
+  return launch_kernel(input_gradient<kMath, W, Shape>, grid, Shape::kThreads,
+                       InputGradientPlan<kMath, W, Shape>::kBytes, stream, p);
 }
 
 template <Math kMath, class W>
@@ -743,8 +744,8 @@ cudaError_t backward(const CudaHead& head, const LossOptions& options, const Cud
                    plan.hopper.used ? base + at.arranged : nullptr, base + at.arranged_columns}};
   const bool class_outputs = out.weight.data || out.bias.data || out.kappa.data;
   const int64_t arranging = ceil_div(p.arranged.chunks(), kPrepareThreads);
-  cudaError_t error = simt::launch(prepare_gradient<T>, dim3(unsigned(1 + arranging)),
-                                   kPrepareThreads, 3 * kPrepareThreads / kWarp * 8, stream, p);
+  cudaError_t error = launch_kernel(prepare_gradient<T>, dim3(unsigned(1 + arranging)),
+                                    kPrepareThreads, 3 * kPrepareThreads / kWarp * 8, stream, p);
   if constexpr (sizeof(W) > sizeof(typename MathTraits<kMath>::X))
     if (plan.hopper.used && error == cudaSuccess)
       error = sm90::class_gradients(p, plan, base + at.weight, stream);
@@ -756,9 +757,9 @@ cudaError_t backward(const CudaHead& head, const LossOptions& options, const Cud
     const auto launch_classes = [&](bool gradient, bool weight, int64_t blocks) {
       p.make_gradient = gradient;
       p.make_weight = weight;
-      return simt::launch(class_gradient<kMath, W>, dim3(tiles, unsigned(blocks)),
-                          GradientTile::kThreads, ClassGradientPlan<kMath, W>::shared_bytes(plan),
-                          stream, p);
+      return launch_kernel(class_gradient<kMath, W>, dim3(tiles, unsigned(blocks)),
+                           GradientTile::kThreads, ClassGradientPlan<kMath, W>::shared_bytes(plan),
+                           stream, p);
     };
     if (plan.latency) {
       error = launch_classes(true, class_outputs, class_outputs ? plan.feature_splits : 1);
@@ -778,8 +779,8 @@ cudaError_t backward(const CudaHead& head, const LossOptions& options, const Cud
   const bool scalars = out.scale.data || (out.kappa.data && head.kappa.stride == 0);
   if (error != cudaSuccess || !(out.x.data || scalars)) return error;
   const int64_t row_blocks = out.x.data ? ceil_div(head.N, rows_to_finish(head.N, head.D)) : 0;
-  return simt::launch(finish_gradient<T>, dim3(unsigned(row_blocks + 1)), kFinishThreads,
-                      8 * kFinishThreads / kWarp * int(sizeof(T)), stream, p);
+  return launch_kernel(finish_gradient<T>, dim3(unsigned(row_blocks + 1)), kFinishThreads,
+                       8 * kFinishThreads / kWarp * int(sizeof(T)), stream, p);
 }
 
 }  // namespace

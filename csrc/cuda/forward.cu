@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 4)
     add_runs(std::integral_constant<int, kRun>{});
   else
     add_runs(std::integral_constant<int, 1>{});
-  block_sums(sums, static_cast<T*>(simt::shared_memory()));
+  block_sums(sums, static_cast<T*>(shared_memory()));
   if (threadIdx.x != 0) return;
 
   const auto [x_squares, w_squares, product] = sums;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   using LayoutX = typename Plan::LayoutX;
   using LayoutW = typename Plan::LayoutW;
   constexpr int kRowsPerLane = 2 * Shape::kFragsRow;
-  unsigned char* smem = static_cast<unsigned char*>(simt::shared_memory());
+  unsigned char* smem = static_cast<unsigned char*>(shared_memory());
   auto& tail = *reinterpret_cast<typename Plan::Tail*>(smem + Plan::kStagesBytes);
   const CudaHead& head = p.head;
   const Lane lane = Lane::of<Shape>();
@@ -286,7 +286,7 @@ template <class T>
 __global__ void __launch_bounds__(kFinishThreads, 1)
     finish_rows(const __grid_constant__ ForwardParams<T> p) {
   constexpr int kLoads = sizeof(T) == 4 ? 16 : 4;
-  double* smem = static_cast<double*>(simt::shared_memory());
+  double* smem = static_cast<double*>(shared_memory());
   const CudaHead& head = p.head;
   const bool smoothed = p.out.loss && p.options.label_smoothing > 0, ranked = p.out.lse;
   const double keep = 1 - p.options.label_smoothing, smooth = p.options.label_smoothing / head.C;
@@ -400,18 +400,18 @@ template <Math kMath, class W, class Shape, class T>
 cudaError_t launch_statistics(const ForwardParams<T>& p, const CudaPlan& plan,
                               cudaStream_t stream) {
   const dim3 grid(unsigned(plan.row_tiles), unsigned(plan.class_splits));
-  return simt::launch(row_statistics<kMath, W, Shape>, grid, Shape::kThreads,
-                      StatisticsPlan<kMath, W, Shape>::kBytes, stream, p);
+  return launch_kernel(row_statistics<kMath, W, Shape>, grid, Shape::kThreads,
+                       StatisticsPlan<kMath, W, Shape>::kBytes, stream, p);
 }
 
 template <class T>
 cudaError_t finish(const ForwardParams<T>& p, cudaStream_t stream) {
   const int64_t blocks = ceil_div(p.head.N, p.finish_rows);
-  const cudaError_t error = simt::launch(finish_rows<T>, dim3(unsigned(blocks)), kFinishThreads,
-                                         2 * kFinishThreads / kWarp * 8, stream, p);
+  const cudaError_t error = launch_kernel(finish_rows<T>, dim3(unsigned(blocks)), kFinishThreads,
+                                          2 * kFinishThreads / kWarp * 8, stream, p);
   if (error != cudaSuccess || blocks == 1 || !p.out.loss || p.options.reduction == Reduction::kNone)
     return error;
-  return simt::launch(finish_loss<T>, dim3(1), kWarp, 0, stream, p);
+  return launch_kernel(finish_loss<T>, dim3(1), kWarp, 0, stream, p);
 }
 
 template <Math kMath, class W>
@@ -444,8 +444,8 @@ cudaError_t forward(const CudaHead& head, const LossOptions& options, const Cuda
                            reinterpret_cast<double*>(base + at.totals)};
   const int64_t arranging = ceil_div(p.arranged.chunks(), kPrepareThreads);
   cudaError_t error =
-      simt::launch(prepare_rows<kMath, W>, dim3(unsigned(head.N + arranging)), kPrepareThreads,
-                   3 * kPrepareThreads / kWarp * int(sizeof(T)), stream, p);
+      launch_kernel(prepare_rows<kMath, W>, dim3(unsigned(head.N + arranging)), kPrepareThreads,
+                    3 * kPrepareThreads / kWarp * int(sizeof(T)), stream, p);
   if (error != cudaSuccess) return error;
   if constexpr (sizeof(W) > sizeof(typename MathTraits<kMath>::X)) {
     if (plan.hopper.used) {

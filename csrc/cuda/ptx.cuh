@@ -32,7 +32,7 @@ T bits_as(auto value) {
 }
 
 // The widest unit of access. A vector, so that no compiler takes it apart.
-using Chunk = uint32_t __attribute__((vector_size(16)));
+using Bytes16 = uint32_t __attribute__((vector_size(16)));
 
 inline float to_float(bf16 v) { return bits_as<float>(uint32_t(v.bits) << 16); }
 inline float to_float(f16 v) { return float(bits_as<_Float16>(v.bits)); }
@@ -92,7 +92,7 @@ __device__ __forceinline__ T bits_as(U value) {
   return out;
 }
 
-using Chunk = uint4;
+using Bytes16 = uint4;
 
 __device__ __forceinline__ float to_float(bf16 v) {
   return __uint_as_float(uint32_t(v.bits) << 16);
@@ -183,7 +183,7 @@ template <int kBytes>
 struct Access;
 template <>
 struct Access<16> {
-  using Type = Chunk;
+  using Type = Bytes16;
 };
 template <>
 struct Access<8> {
@@ -203,11 +203,11 @@ __device__ __forceinline__ V load_as(const void* from) {
   if constexpr (sizeof(V) > 16) {
     static_assert(sizeof(V) % 16 == 0);
     struct {
-      Chunk part[sizeof(V) / 16];
+      Bytes16 part[sizeof(V) / 16];
     } parts;
 #pragma unroll
     for (int i = 0; i < int(sizeof(V) / 16); ++i)
-      parts.part[i] = static_cast<const Chunk*>(from)[i];
+      parts.part[i] = static_cast<const Bytes16*>(from)[i];
     return bits_as<V>(parts);
   } else {
     return bits_as<V>(*static_cast<const typename Access<sizeof(V)>::Type*>(from));
@@ -220,32 +220,3 @@ __device__ __forceinline__ void store_as(void* to, const V& value) {
 }
 
 }  // namespace tvmf
-
-#ifndef TVMF_SIMT
-namespace simt {
-
-// A block's dynamic shared memory: the only shared memory that the kernels have.
-__device__ __forceinline__ void* shared_memory() {
-  extern __shared__ __align__(1024) unsigned char memory[];
-  return memory;
-}
-
-// Every launch goes through here; the kernel has one parameter, a struct.
-template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
-                   cudaStream_t stream, const Params& params) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
-
-}  // namespace simt
-#endif

@@ -3,6 +3,7 @@
 // bytes of each row of the features, whatever their dtype.
 #pragma once
 
+#include "cuda/launch.cuh"
 #include "cuda/plan.h"
 #include "cuda/ptx.cuh"
 

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef TVMF_HOPPER
   using Plan = GradientPlan<Shape>;
   constexpr int kGroups = Shape::kProductRows / 32;
-  unsigned char* smem = static_cast<unsigned char*>(simt::shared_memory());
+  unsigned char* smem = static_cast<unsigned char*>(shared_memory());
   auto& tail = *reinterpret_cast<typename Plan::Tail*>(smem + Shape::kStagesBytes);
   const BackwardParams<float>& p = params.p;
   const CudaHead& head = p.head;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     weight_gradient(const __grid_constant__ ProductParams params) {
 #ifdef TVMF_HOPPER
   using Shape = ProductShape<false>;
-  unsigned char* smem = static_cast<unsigned char*>(simt::shared_memory());
+  unsigned char* smem = static_cast<unsigned char*>(shared_memory());
   auto& ring = *reinterpret_cast<typename Shape::Ring*>(smem + Shape::kStagesBytes);
   const BackwardParams<float>& p = params.p;
   const CudaHead& head = p.head;
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     feature_gradient(const __grid_constant__ ProductParams params) {
 #ifdef TVMF_HOPPER
   using Shape = ProductShape<true>;
-  unsigned char* smem = static_cast<unsigned char*>(simt::shared_memory());
+  unsigned char* smem = static_cast<unsigned char*>(shared_memory());
   auto& ring = *reinterpret_cast<typename Shape::Ring*>(smem + Shape::kStagesBytes);
   const BackwardParams<float>& p = params.p;
   const CudaHead& head = p.head;
@@ -432,7 +432,7 @@ cudaError_t launch_gradient(const BackwardParams<float>& p, const CudaPlan& plan
   if (error != cudaSuccess) return error;
   const dim3 grid(unsigned(hopper.row_blocks * hopper.gradient_walkers));
   const auto run = [&](auto kernel) {
-    return simt::launch(kernel, grid, kThreads, GradientPlan<Shape>::kBytes, stream, params);
+    return launch_kernel(kernel, grid, kThreads, GradientPlan<Shape>::kBytes, stream, params);
   };
   const bool all = p.with_sum || p.out.bias.data || p.out.kappa.data;
   return all ? run(gradient<kMath, Shape, true>) : run(gradient<kMath, Shape, false>);
@@ -457,8 +457,8 @@ cudaError_t launch_weight(const BackwardParams<float>& p, const CudaPlan& plan, 
                             hopper.columns, hopper.columns, kDepth, kAtom);
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min(int64_t(params.row_tiles) * params.col_tiles, hopper.blocks);
-  return simt::launch(weight_gradient<kMath>, dim3(unsigned(blocks)), kThreads,
-                      kProductBytes<Shape>, stream, params);
+  return launch_kernel(weight_gradient<kMath>, dim3(unsigned(blocks)), kThreads,
+                       kProductBytes<Shape>, stream, params);
 }
 
 template <Math kMath>
@@ -478,8 +478,8 @@ cudaError_t launch_features(const BackwardParams<float>& p, const CudaPlan& plan
                             hopper.weight_stride, kDepth, kAtom);
   if (error != cudaSuccess) return error;
   const int64_t blocks = int64_t(params.row_tiles) * params.col_tiles * p.input_splits;
-  return simt::launch(feature_gradient<kMath>, dim3(unsigned(blocks)), kThreads,
-                      kProductBytes<Shape>, stream, params);
+  return launch_kernel(feature_gradient<kMath>, dim3(unsigned(blocks)), kThreads,
+                       kProductBytes<Shape>, stream, params);
 }
 
 }  // namespace

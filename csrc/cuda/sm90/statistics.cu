@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef TVMF_HOPPER
   using Plan = StatisticsPlan<Shape>;
   constexpr int kGroups = Shape::kProductRows / 32;
-  unsigned char* smem = static_cast<unsigned char*>(simt::shared_memory());
+  unsigned char* smem = static_cast<unsigned char*>(shared_memory());
   auto& tail = *reinterpret_cast<typename Plan::Tail*>(smem + Shape::kStagesBytes);
   const ForwardParams<float>& p = params.p;
   const CudaHead& head = p.head;
@@ -261,8 +261,8 @@ cudaError_t launch(const ForwardParams<float>& p, const CudaPlan& plan, cudaStre
                             hopper.columns, hopper.columns, Shape::kRows, kDepth);
   if (error != cudaSuccess) return error;
   const auto run = [&](auto kernel) {
-    return simt::launch(kernel, dim3(unsigned(hopper.row_blocks * hopper.walkers)), kThreads,
-                        StatisticsPlan<Shape>::kBytes, stream, params);
+    return launch_kernel(kernel, dim3(unsigned(hopper.row_blocks * hopper.walkers)), kThreads,
+                         StatisticsPlan<Shape>::kBytes, stream, params);
   };
   return p.out.lse || p.with_sum ? run(statistics<kMath, Shape, true>)
                                  : run(statistics<kMath, Shape, false>);
