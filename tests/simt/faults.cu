@@ -208,7 +208,7 @@ __global__ void read_matrices(Case c) {
   const int t = threadIdx.x, row = t % 8 + t / 8 * 8;
   uint32_t frag[4];
   const int chunk = c.right ? t % 8 : 0;
-  tvmf::load_matrix_x4(frag, static_cast<tvmf::Chunk*>(simt::shared_memory()) + row * 8 + chunk);
+  tvmf::load_matrix_x4(frag, static_cast<tvmf::Bytes16*>(simt::shared_memory()) + row * 8 + chunk);
   c.y[t] = frag[0];
 }
 
@@ -217,8 +217,8 @@ __global__ void read_matrices(Case c) {
 __global__ void matrix_product(Case c) {
   const int lane = threadIdx.x, kind = c.argument % 4;
   const bool transposed = c.argument >= 4;
-  tvmf::Chunk* chunks = static_cast<tvmf::Chunk*>(simt::shared_memory());
-  for (int i = lane; i < c.n / 16; i += 32) chunks[i] = static_cast<const tvmf::Chunk*>(c.x)[i];
+  tvmf::Bytes16* chunks = static_cast<tvmf::Bytes16*>(simt::shared_memory());
+  for (int i = lane; i < c.n / 16; i += 32) chunks[i] = static_cast<const tvmf::Bytes16*>(c.x)[i];
   __syncwarp();
   uint32_t a[4], b[4];
   tvmf::load_matrix_x4(a, chunks + lane % 16 * 2 + lane / 16);
@@ -238,8 +238,8 @@ __global__ void matrix_product(Case c) {
 // Rounds of a main loop's warp: two ldmatrix and eight mma.
 __global__ void many_products(Case c) {
   const int lane = threadIdx.x % 32;
-  tvmf::Chunk* chunks = static_cast<tvmf::Chunk*>(simt::shared_memory());
-  for (int i = threadIdx.x; i < 64; i += blockDim.x) chunks[i] = tvmf::Chunk{};
+  tvmf::Bytes16* chunks = static_cast<tvmf::Bytes16*>(simt::shared_memory());
+  for (int i = threadIdx.x; i < 64; i += blockDim.x) chunks[i] = tvmf::Bytes16{};
   __syncthreads();
   float d[8][4] = {};
   for (int round = 0; round < c.argument; ++round) {
@@ -285,12 +285,12 @@ void launch(const std::string& name, unsigned grid, int threads, int shared_byte
       ENTRY(many_products),
       {"misaligned_4", misaligned<float>},
       {"misaligned_8", misaligned<uint64_t>},
-      {"misaligned_16", misaligned<tvmf::Chunk>},
+      {"misaligned_16", misaligned<tvmf::Bytes16>},
       {"read_shared_4", read_shared<float>},
       {"read_shared_8", read_shared<uint64_t>},
-      {"read_shared_16", read_shared<tvmf::Chunk>},
+      {"read_shared_16", read_shared<tvmf::Bytes16>},
       {"read_global_4", read_global<float>},
-      {"read_global_16", read_global<tvmf::Chunk>}};
+      {"read_global_16", read_global<tvmf::Bytes16>}};
 #undef ENTRY
   const cudaError_t error =
       simt::launch(kernels.at(name), {grid, 1, 1}, threads, shared_bytes, nullptr, c);
