@@ -27,9 +27,17 @@ OPTIONS = {
     "label_smoothing": 0.1,
 }
 CPU_SHAPES = ((1, 1, 1), (1, 8, 8), (33, 5000, 37), (300, 601, 130), (256, 1000, 512))
-# (mix, GPU): few multiprocessors and a small cache make chunks; 132 make small tiles.
 EMULATED_SHAPES = ((1, 1, 4), (140, 200, 72), (300, 331, 40), (70, 90, 33))
-EMULATED_GPUS = ({}, {"sms": 2}, {"sms": 4, "l2": 1 << 16})
+# An H200 with other sizes: few multiprocessors make large tiles, a small cache makes chunks. The last
+# three take Hopper's own kernels where the dtypes allow it.
+EMULATED_GPUS = (
+    {},
+    {"sms": 2},
+    {"sms": 4, "l2": 60_000, "shared_per_block": 60_000},
+    {"wgmma": True},
+    {"wgmma": True, "sms": 2},
+    {"wgmma": True, "sms": 2, "l2": 1 << 15},
+)
 COUNTS = ("threads", "shared_bytes", "mma", "wgmma", "load_matrix", "barriers")
 COUNTS += ("global_read_sectors", "global_write_sectors", "shared_wavefronts", "tensor_copies")
 
@@ -89,11 +97,9 @@ def emulated_results():
 
 
 def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(
-            a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
-        )  # fmt: skip
-    return a == b
+    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def main():

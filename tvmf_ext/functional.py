@@ -1,5 +1,6 @@
 """Functions of the t-vMF head: row statistics, and the losses put together from them."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from . import ops
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 # Products that the forward pass keeps for the backward pass, in bytes. On the CPU those and the
-# working tile (csrc/plan.cpp: 2 MiB, or 256 classes of many rows) share what leaves the extra
+# working tile (csrc/cpu/plan.cpp: 2 MiB, or 256 classes of many rows) share what leaves the extra
 # memory under 64 MB whatever C is; below this many features a product costs about as little to
 # recompute as to write and read, by count. On CUDA all are kept, or none.
 _KEEP_BYTES = 50 * 1024 * 1024
@@ -56,16 +57,18 @@ def products_to_keep(N, C, D, dtype, cuda):
     return min(every, 16 * (left // (itemsize * 16) // max(N, 1)))
 
 
-def _multiplies_again(input, linear_weight, D):
-    """Hopper's kernels take a product again sooner than they would read it."""
-    return (
-        input.is_cuda
-        and input.dtype in (torch.float16, torch.bfloat16)
-        and linear_weight.dtype == torch.float32
-        and D % 4 == 0
-        and torch.cuda.is_available()  # a fake tensor's device need not be there
-        and torch.cuda.get_device_properties(input.device).major == 9
-    )
+def _uses_kept_products(C, D, dtype, weight_dtype, row_stride, col_stride, aligned, device):
+    """Whether the kernels on a CUDA device use products that a forward pass kept. Hopper's do not."""
+    if not (ops.HAS_CUDA and torch.cuda.is_available()):
+        return True  # a fake tensor's device need not be there
+    names = (str(each).removeprefix("torch.") for each in (dtype, weight_dtype))
+    layout = (row_stride, col_stride, aligned)
+    return torch.ops.tvmf_ext.keeps_products(C, D, *names, *layout, f"cuda:{device}")
+
+
+# One question for each kind of head; to torch.compile the answer is a constant.
+_uses_kept_products = functools.lru_cache(maxsize=1024)(_uses_kept_products)
+_uses_kept_products._dynamo_marked_constant = True
 
 
 def _kept(input, linear_weight, *others):
@@ -76,8 +79,13 @@ def _kept(input, linear_weight, *others):
             or any(t is not None and t.requires_grad for t in others)):  # fmt: skip
         return 0
     (N, D), C = input.shape, linear_weight.shape[0]
-    if _multiplies_again(input, linear_weight, D):
-        return 0
+    if input.is_cuda:
+        weight = linear_weight
+        aligned = weight.storage_offset() * weight.element_size() % 16 == 0
+        layout = (weight.stride(0), weight.stride(1), aligned)
+        dtypes = (input.dtype, weight.dtype)
+        if not _uses_kept_products(C, D, *dtypes, *layout, input.device.index or 0):
+            return 0
     return products_to_keep(N, C, D, input.dtype, input.is_cuda)
 
 

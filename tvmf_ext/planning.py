@@ -1,6 +1,7 @@
 """What a call will run and what that costs, without running it: `plan(N, C, D, ...)`.
 
-The numbers are csrc/plan.cpp's, the function that the kernels themselves ask.
+The numbers come from the library, from the function that the kernels themselves ask
+(csrc/cpu/plan.cpp, csrc/cuda/plan.cpp).
 """
 
 import dataclasses
@@ -47,8 +48,7 @@ class _Problem:
     backward: bool
     """whether a backward pass follows"""
     kept: int
-    """classes whose products the forward pass keeps for the backward pass, rounded up to 16; none
-    on Hopper's path, which takes them again"""
+    """classes, rounded up to 16, whose products the forward pass keeps for the backward pass"""
     saved: int
     """bytes that the forward pass keeps in all"""
 
@@ -81,10 +81,10 @@ class CpuPlan(_Problem):
 
     @property
     def backward_flops(self) -> float:
-        """Two products, and again the one that was not kept."""
+        """Two products, and once more the product of the classes that were not kept."""
         return 2.0 * self.N * self.D * (3 * self.C - min(self.kept, self.C))
 
-    def __str__(self):
+    def __str__(self) -> str:
         blocks = -(-self.C // self.class_block)
         tile = self.N * self.class_block * ops.compute_dtype(self.dtype).itemsize
         lines = [
@@ -101,53 +101,120 @@ class CpuPlan(_Problem):
 
 
 @dataclass(frozen=True)
+class Sm80Plan:
+    """The portable kernels (mma.sync): every mix of dtypes, compute capability 8.0 and newer."""
+
+    latency: bool
+    """few launches, for a small N x C; otherwise three launches for each chunk of classes"""
+    tile: int
+    """row statistics: a block makes tiles of tile x tile cosines"""
+    row_tiles: int
+    class_splits: int
+    """blocks that share the classes; the grid is row_tiles x class_splits"""
+    tiles_per_split: int
+    chunk: int
+    """classes per launch of the backward pass"""
+    chunks: int
+    resident: bool
+    """whether a block's gradient tile stays in shared memory"""
+    row_groups: int
+    """blocks that share the rows of 64 classes"""
+    feature_splits: int
+    """blocks that share the weight gradient of 64 classes"""
+    input_tile: int
+    """gradient of the features: a block makes a tile of input_tile x input_tile"""
+    input_splits: int
+    """blocks that share a tile's classes"""
+
+    @property
+    def name(self) -> str:
+        return "latency" if self.latency else "throughput"
+
+    def forward_kernels(self, problem: _Problem) -> list[str]:
+        return [
+            f"  row statistics   tile {self.tile} x {self.tile}, grid {self.row_tiles} x "
+            f"{self.class_splits}, {self.tiles_per_split} class tiles a block"
+        ]
+
+    def backward_kernels(self, problem: _Problem) -> list[str]:
+        classes, tile = min(self.chunk, problem.C), self.input_tile
+        place = "in shared memory" if self.resident else "in the workspace"
+        return [
+            f"  weight gradient  {-(-classes // 64)} tiles of 64 classes x {self.row_groups} row "
+            f"groups x {self.feature_splits} feature splits, gradient tile {place}",
+            f"  input gradient   tile {tile} x {tile}, grid {-(-problem.N // tile)} x "
+            f"{-(-problem.D // tile)} x {self.input_splits}",
+        ]
+
+
+@dataclass(frozen=True)
+class Sm90Plan:
+    """Hopper's own kernels (tensor copies and wgmma): 16-bit features and a float32 weight."""
+
+    tile_rows: int
+    tile_classes: int
+    """a tile of cosines has tile_rows x tile_classes of them"""
+    row_blocks: int
+    """blocks of tile_rows rows"""
+    class_tiles: int
+    statistics_blocks: int
+    """row statistics: persistent blocks that share the class tiles of a block of rows"""
+    gradient_blocks: int
+    """gradient tile: persistent blocks that share the class tiles of a chunk"""
+    product_blocks: int
+    """persistent blocks that share the tiles of the weight gradient, at most"""
+    chunk: int
+    """classes per launch of the backward pass"""
+    chunks: int
+    product_rows: int
+    product_cols: int
+    """gradients of weight and features: a block makes tiles of product_rows x product_cols"""
+    input_splits: int
+    """blocks that share the classes of a tile of the features' gradient"""
+
+    @property
+    def name(self) -> str:
+        return "Hopper"
+
+    def _tiles(self, blocks, classes):
+        tiles = -(-classes // self.tile_classes)
+        return (
+            f"tile {self.tile_rows} rows x {self.tile_classes} classes, grid {self.row_blocks} x "
+            f"{blocks}, {-(-tiles // blocks)} class tiles a block"
+        )
+
+    def forward_kernels(self, problem: _Problem) -> list[str]:
+        return [f"  row statistics   {self._tiles(self.statistics_blocks, problem.C)}"]
+
+    def backward_kernels(self, problem: _Problem) -> list[str]:
+        classes, rows, cols = min(self.chunk, problem.C), self.product_rows, self.product_cols
+        feature_tiles = -(-problem.D // cols)
+        weight_tiles = -(-classes // rows) * feature_tiles
+        return [
+            f"  gradient tile    {self._tiles(self.gradient_blocks, classes)}",
+            f"  weight gradient  {weight_tiles} tiles of {rows} classes x {cols} features in "
+            f"{min(weight_tiles, self.product_blocks)} blocks",
+            f"  input gradient   tile {rows} x {cols}, grid {-(-problem.N // rows)} x "
+            f"{feature_tiles} x {self.input_splits}",
+        ]
+
+
+_ARCHITECTURES = {"sm80": Sm80Plan, "sm90": Sm90Plan}
+
+
+@dataclass(frozen=True)
 class CudaPlan(_Problem):
     """How the CUDA kernels cut a problem, what that costs by count, and how long it should take.
 
     Everything but the times depends on the problem and on the sizes of the GPU's parts alone.
     """
 
+    variant: Sm80Plan | Sm90Plan
+    """the plan of the architecture whose kernels run"""
     gpu: str
     sms: int
     math: str
-    """what the matrix units multiply: float16, bfloat16, TF32, float32 or float64"""
-    hopper: bool
-    """Hopper's own kernels, in chunks of classes: 16-bit features and a float32 weight"""
-    latency: bool
-    """few launches, for a small N x C; else the throughput plan, in chunks of classes"""
-
-    tile: int
-    """row statistics: a block makes tiles of tile x tile cosines; not on Hopper's path, nor are the
-    next three"""
-    row_tiles: int
-    class_splits: int
-    """blocks that share the classes; the grid is row_tiles x class_splits"""
-    tiles_per_split: int
-
-    class_tile: int
-    """a tile of cosines is 256 rows x class_tile: Hopper's path, as the next four, else 0"""
-    row_blocks: int
-    """blocks of 256 rows"""
-    class_tiles: int
-    walkers: int
-    """row statistics: blocks that share the class tiles of a block of rows"""
-    gradient_walkers: int
-    """gradient tile: those that share a chunk's"""
-
-    chunk: int
-    """classes per launch of the backward pass"""
-    chunks: int
-    resident: bool
-    """a block's gradient tile stays in shared memory"""
-    row_groups: int
-    """blocks that share the rows of 64 classes"""
-    feature_splits: int
-    """blocks that share the weight gradient of 64 classes"""
-    input_tile: int
-    """features' gradient: a block makes a tile of input_tile x input_tile, on Hopper's path of
-    128 x 256"""
-    input_splits: int
-    """blocks that share a tile's classes"""
+    """the kind of product: float16, bfloat16, TF32, float32 or float64"""
 
     forward_launches: int
     backward_launches: int
@@ -162,7 +229,7 @@ class CudaPlan(_Problem):
     """bytes that cross the GPU's memory interface"""
     backward_hbm: float
     forward_l2: float
-    """bytes that tiles load from the second-level cache"""
+    """bytes between the second-level cache and the multiprocessors"""
     backward_l2: float
     forward_seconds: float
     """predicted, not measured"""
@@ -181,7 +248,7 @@ class CudaPlan(_Problem):
         return max(passes) + self.weight_copy
 
     def times(self, which: str) -> dict[str, float]:
-        """Seconds of the pass `"forward"` or `"backward"` if nothing but one part took any."""
+        """Seconds that each part of the pass `"forward"` or `"backward"` takes by itself."""
         return {
             "matrix units": getattr(self, f"{which}_flops") / self.flop_rate,
             "GPU memory": getattr(self, f"{which}_hbm") / self.hbm_rate,
@@ -192,7 +259,7 @@ class CudaPlan(_Problem):
     def limit(self, which: str) -> str:
         """The part of the pass `"forward"` or `"backward"` that takes longest."""
         times = self.times(which)
-        return max(times, key=times.get)
+        return max(times, key=lambda part: times[part])
 
     def _pass(self, which):
         seconds = getattr(self, f"{which}_seconds")
@@ -208,60 +275,35 @@ class CudaPlan(_Problem):
         ]
 
     def _path(self):
-        name = "latency" if self.latency else "Hopper" if self.hopper else "throughput"
-        count = "one chunk" if self.chunks == 1 else f"{self.chunks} chunks"
-        return f"{name}: {count} of {min(self.chunk, self.C)} classes"
+        chunks, classes = self.variant.chunks, min(self.variant.chunk, self.C)
+        count = "one chunk" if chunks == 1 else f"{chunks} chunks"
+        return f"{self.variant.name}: {count} of {classes} classes"
 
-    def _forward_kernels(self):
-        if self.hopper:
-            return [
-                f"  row statistics   tile 256 rows x {self.class_tile} classes, grid "
-                f"{self.row_blocks} x {self.walkers}, {-(-self.class_tiles // self.walkers)} "
-                "class tiles a block"
-            ]
-        return [
-            f"  row statistics   tile {self.tile} x {self.tile}, grid {self.row_tiles} x "
-            f"{self.class_splits}, {self.tiles_per_split} class tiles a block"
-        ]
-
-    def _backward_kernels(self):
-        classes = min(self.chunk, self.C)
-        cols = 256 if self.hopper else self.input_tile
-        inputs = -(-self.N // self.input_tile), -(-self.D // cols)
-        features = (
-            f"  input gradient   tile {self.input_tile} x {cols}, "
-            f"grid {inputs[0]} x {inputs[1]} x {self.input_splits}"
-        )
-        if self.hopper:
-            tiles = -(-classes // self.class_tile)
-            weights = -(-classes // 128) * inputs[1]
-            return [
-                f"  gradient tile    tile 256 rows x {self.class_tile} classes, grid "
-                f"{self.row_blocks} x {self.gradient_walkers}, "
-                f"{-(-tiles // self.gradient_walkers)} class tiles a block",
-                f"  weight gradient  {weights} tiles of 128 classes x 256 features in "
-                f"{min(weights, self.sms)} blocks",
-                features,
-            ]
-        place = "in shared memory" if self.resident else "in the workspace"
-        return [
-            f"  weight gradient  {-(-classes // 64)} tiles of 64 classes x {self.row_groups} row "
-            f"groups x {self.feature_splits} feature splits, gradient tile {place}",
-            features,
-        ]
-
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [
             self._title(f"{self.gpu} ({self.sms} SMs)"),
             f"path               {self._path()}",
             *self._pass("forward"),
-            *self._forward_kernels(),
+            *self.variant.forward_kernels(self),
         ]
         if self.weight_copy:
             lines.append(f"copy of the weight {_bytes(self.weight_copy)} in each pass")
         if self.backward:
-            lines += [*self._pass("backward"), *self._backward_kernels(), self._saved_line()]
+            lines += self._pass("backward")
+            lines += self.variant.backward_kernels(self)
+            lines.append(self._saved_line())
         return "\n".join(lines)
+
+
+def _read(kind, values, **given):
+    """A `kind` whose fields are `given`, or else read from text values of the same names."""
+    convert = {int: int, float: float, str: str, bool: lambda text: text == "1"}
+    read = {
+        field.name: convert[field.type](values[field.name])
+        for field in dataclasses.fields(kind)
+        if field.name not in given
+    }
+    return kind(**given, **read)
 
 
 def _check_size(name, value):
@@ -326,13 +368,15 @@ def plan(
     names = (_name(dtype), _name(weight_dtype))
     text = torch.ops.tvmf_ext.plan(N, C, D, *names, allow_tf32, kept, False, device)
     values = dict(part.split("=") for part in text.split(";") if part)
-    kind = CpuPlan if device == "cpu" else CudaPlan
-    convert = {int: int, float: float, str: str, bool: lambda text: text == "1"}
-    given = {"N": N, "C": C, "D": D, "dtype": dtype, "weight_dtype": weight_dtype,
-             "backward": backward}  # fmt: skip
-    read = {
-        field.name: convert[field.type](values[field.name])
-        for field in dataclasses.fields(kind)
-        if field.name not in given
+    given = {
+        "N": N,
+        "C": C,
+        "D": D,
+        "dtype": dtype,
+        "weight_dtype": weight_dtype,
+        "backward": backward,
     }
-    return kind(**given, **read)
+    if values["architecture"] == "cpu":
+        return _read(CpuPlan, values, **given)
+    variant = _read(_ARCHITECTURES[values["architecture"]], values)
+    return _read(CudaPlan, values, variant=variant, **given)

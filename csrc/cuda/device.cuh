@@ -1,12 +1,10 @@
-// What becomes of a tile's products: cosine -> phi -> logit, then either online statistics of the
-// rows or the gradient. Both directions compute a logit in the one way, to the same bits.
+// Device functions that know nothing of the loss: access to tensors of any dtype, and sums over
+// fragments, warps and blocks.
 #pragma once
 
 #include <type_traits>
 
-#include "cuda/head.h"
-#include "cuda/sm80/tile.cuh"
-#include "similarity.h"
+#include "cuda/math.cuh"
 
 namespace tvmf {
 
@@ -22,8 +20,8 @@ __device__ __forceinline__ T value_at(const VectorRef& vector, int64_t i) {
   }
 }
 
-// Calls f with a vector's first `count` values, the block's threads sharing them out; the loads of
-// four are under way together.
+// Calls f with each of a vector's first `count` values. The block's threads share them, and each
+// thread has four loads in flight.
 template <class T, class F>
 __device__ __forceinline__ void for_values(const VectorRef& vector, int64_t count, const F& f) {
   const auto walk = [&](const auto* data, const auto& number) {
@@ -64,24 +62,51 @@ __device__ __forceinline__ void store_at(const GradientRef& gradient, int64_t i,
   }
 }
 
+// Two neighbouring elements of a row, as a lane of a fragment holds them.
 template <class T>
-struct Scale {
-  T value, derivative;  // of the scale by what is given
-
-  static __device__ __forceinline__ Scale of(const CudaHead& head) {
-    const T s = value_at<T>(head.scale, 0);
-    if (!head.softplus_scale) return {s, T(1)};
-    // F.softplus is linear beyond 20.
-    if (s > T(20)) return {s + 1, T(1)};
-    return {log1p(exp(s)) + 1, T(1) / (1 + exp(-s))};
-  }
+struct alignas(2 * sizeof(T)) Pair {
+  T low, high;
 };
+
+template <class X, class T>
+__device__ __forceinline__ Pair<X> round_pair(T low, T high) {
+  if constexpr (sizeof(X) >= 4)
+    return {X(low), X(high)};
+  else if constexpr (std::is_same_v<X, bf16>)
+    return bits_as<Pair<X>>(pack_bf16(low, high));
+  else
+    return bits_as<Pair<X>>(pack_f16(low, high));
+}
+
+// Stores two neighbouring elements of a contiguous gradient at once, where `both` are inside it and
+// aligned; otherwise only the first.
+template <class T>
+__device__ __forceinline__ void store_pair_at(const GradientRef& to, int64_t i, T low, T high,
+                                              bool both) {
+  if (!both) {
+    store_at(to, i, low);
+    return;
+  }
+  switch (to.dtype) {
+    case DType::kFloat16:
+      store_as(static_cast<f16*>(to.data) + i, round_pair<f16>(float(low), float(high)));
+      break;
+    case DType::kBFloat16:
+      store_as(static_cast<bf16*>(to.data) + i, round_pair<bf16>(float(low), float(high)));
+      break;
+    case DType::kFloat32:
+      store_as(static_cast<float*>(to.data) + i, Pair<float>{float(low), float(high)});
+      break;
+    default: store_as(static_cast<double*>(to.data) + i, Pair<double>{double(low), double(high)});
+  }
+}
 
 template <class T>
 __device__ __forceinline__ T infinity() {
   return T(__builtin_inf());
 }
-// Where a running max starts: finite, so that the difference to a logit of -inf is one.
+// A running maximum starts here. It is finite, so that subtracting it from a logit of -inf gives
+// -inf and not NaN.
 template <class T>
 constexpr T kLowest = sizeof(T) == 4 ? T(-3.4028234663852886e38) : T(-1.7976931348623157e308);
 
@@ -93,54 +118,7 @@ __device__ __forceinline__ T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-template <class T>
-__device__ __forceinline__ T rnorm_of(T squares) {
-  const T norm = sqrt(squares);
-  return 1 / (norm < T(kEps) ? T(kEps) : norm);
-}
-
-// A class's terms but for its norm; beyond the last class the logit is -inf and else 0.
-template <class T>
-struct ClassValues {
-  T kappa, bias, offset, omega;
-
-  static __device__ __forceinline__ ClassValues of(const CudaHead& head, int64_t c, T scale) {
-    if (c >= head.C) return {T(0), T(0), -infinity<T>(), T(0)};
-    const T bias = value_at<T>(head.bias, c);
-    return {value_at<T>(head.kappa, c), bias, scale * bias + value_at<T>(head.prior, c),
-            value_at<T>(head.class_weight, c)};
-  }
-};
-
-// The terms of a tile's classes in shared memory. Not all come at once: the forward pass has a norm
-// only when it has read the weights.
-template <class T, int kCols>
-struct ClassTile {
-  T rnorm[kCols], kappa[kCols], bias[kCols], offset[kCols], omega[kCols];
-
-  __device__ __forceinline__ void set(int col, const ClassValues<T>& terms) {
-    kappa[col] = terms.kappa, bias[col] = terms.bias;
-    offset[col] = terms.offset, omega[col] = terms.omega;
-  }
-};
-
-template <class T>
-__device__ __forceinline__ T cosine_of(T product, T x_rnorm, T weight_rnorm) {
-  return clamp_cosine(product * x_rnorm * weight_rnorm);
-}
-
-template <class T>
-__device__ __forceinline__ T logit_of(T scale, T phi, T offset) {
-  return multiply_add(scale, phi, offset);
-}
-
-// Two neighbours of a row, as a lane holds them.
-template <class T>
-struct alignas(2 * sizeof(T)) Pair {
-  T low, high;
-};
-
-// Sum and maximum over the four lanes that hold a fragment's row.
+// The sum and the maximum over the four lanes that hold a row of a fragment.
 template <class T>
 __device__ __forceinline__ T quad_sum(T v) {
   v += __shfl_xor_sync(0xffffffff, v, 1);
@@ -151,7 +129,7 @@ __device__ __forceinline__ T quad_max(T v) {
   v = larger(v, __shfl_xor_sync(0xffffffff, v, 1));
   return larger(v, __shfl_xor_sync(0xffffffff, v, 2));
 }
-// Over the eight lanes that hold a fragment's column.
+// The sum over the eight lanes that hold a column of a fragment.
 template <class T>
 __device__ __forceinline__ T group_sum(T v) {
   v += __shfl_xor_sync(0xffffffff, v, 4);
@@ -163,7 +141,8 @@ __device__ __forceinline__ T warp_sum(T v) {
   return group_sum(quad_sum(v));
 }
 
-// The sum of a block's values in a fixed order, known to all threads; `smem` has one T a warp.
+// The sum of one value of every thread of the block, in a fixed order. All threads get it. `smem`
+// holds one T for each warp.
 template <class T>
 __device__ __forceinline__ T block_sum(T v, T* smem) {
   v = warp_sum(v);
@@ -175,7 +154,8 @@ __device__ __forceinline__ T block_sum(T v, T* smem) {
   return total;
 }
 
-// Several values of every thread at once, by sum or the larger; `smem` has kCount T a warp.
+// Reduces kCount values of every thread of the block at once; all threads get the results. `smem`
+// holds kCount T for each warp.
 template <int kCount, class T, class F>
 __device__ __forceinline__ void block_reduce(T (&v)[kCount], T* smem, const F& combine) {
   const int lane = threadIdx.x % kWarp, warps = int(blockDim.x) / kWarp;
@@ -200,24 +180,10 @@ template <int kCount, class T>
 __device__ __forceinline__ void block_sums(T (&v)[kCount], T* smem) {
   block_reduce(v, smem, [](T a, T b) { return a + b; });
 }
-// Of what is not negative and no NaN.
+// The values must not be negative or NaN: threads without a value count as 0.
 template <int kCount, class T>
 __device__ __forceinline__ void block_maxima(T (&v)[kCount], T* smem) {
   block_reduce(v, smem, [](T a, T b) { return larger(a, b); });
 }
-
-// What the forward pass knows of a tile's rows before their products.
-template <class T, int kRows>
-struct RowTile {
-  T rnorm[kRows], target_product[kRows], target_score[kRows];
-  int64_t label[kRows];  // -1: ignored, -2: names no class
-};
-
-// Statistics of the rows' logits so far; the first of the four lanes that share a row has them.
-template <class T, int kRows>
-struct StatisticTile {
-  T max[kRows], sum_exp[kRows], sum[kRows];
-  int rank[kRows];
-};
 
 }  // namespace tvmf

@@ -1,8 +1,8 @@
-// The CUDA path without torch: what bind.cpp fills in, and the two functions that run the kernels.
-// Pointers are device memory; nothing is allocated, nothing waits for the device.
+// The arguments of a call on CUDA, without torch: tensors as pointers to device memory, their
+// dtypes and their strides.
 #pragma once
 
-#include "cuda/plan.h"
+#include "problem.h"
 
 #ifdef TVMF_SIMT
 #include "simt.h"
@@ -71,14 +71,25 @@ struct CudaGradients {
   GradientRef bias;    // [C]
 };
 
-// `saved` is laid out by SavedLayout in T, `workspace` has the plan's bytes, 256-byte aligned.
-// Statistics are written where their pointers are not null, the loss (with `options`) likewise.
-cudaError_t cuda_forward(const CudaHead& head, const LossOptions& options, const CudaPlan& plan,
-                         const CudaStatistics& out, void* saved, void* workspace,
-                         cudaStream_t stream);
+// One call of the forward pass. Statistics are written where their pointers are not null, and so is
+// the loss, by `options`.
+struct ForwardCall {
+  CudaHead head;
+  LossOptions options;
+  CudaStatistics out;
+  void* saved;      // SavedLayout's elements of T
+  void* workspace;  // the plan's bytes, 256-byte aligned
+  cudaStream_t stream;
+};
 
-cudaError_t cuda_backward(const CudaHead& head, const LossOptions& options, const CudaPlan& plan,
-                          const CudaUpstream& upstream, const CudaGradients& out, const void* saved,
-                          void* workspace, cudaStream_t stream);
+struct BackwardCall {
+  CudaHead head;
+  LossOptions options;
+  CudaUpstream upstream;
+  CudaGradients out;
+  const void* saved;
+  void* workspace;
+  cudaStream_t stream;
+};
 
 }  // namespace tvmf

@@ -9,33 +9,19 @@
 #include <stdexcept>
 #include <tuple>
 
-#include "cpu/plan.h"
 #include "cpu/tile.h"
+#include "cuda/archs.h"
 #include "similarity.h"
+#include "torch/check.h"
 #include "torch/ops.h"
+#include "torch/plan_text.h"
 
 namespace tvmf {
-
-#ifdef TVMF_WITH_CUDA
-const char* cuda_archs();
-#endif
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
-
-// std::invalid_argument is a ValueError in Python, std::out_of_range an IndexError.
-template <class... Args>
-[[noreturn]] void fail(const Args&... message) {
-  std::ostringstream text;
-  (text << ... << message);
-  throw std::invalid_argument(text.str());
-}
-
-// The message is built only if it is needed: a small head would feel it.
-#define TVMF_CHECK(ok, ...) \
-  if (!(ok)) fail(__VA_ARGS__)
 
 std::string shape(const Tensor& tensor) {
   std::ostringstream text;
@@ -241,97 +227,6 @@ std::string build_info() {
   return text.str();
 }
 
-DType dtype_named(const std::string& name) {
-  if (name == "float16") return DType::kFloat16;
-  if (name == "bfloat16") return DType::kBFloat16;
-  if (name == "float32") return DType::kFloat32;
-  TVMF_CHECK(name == "float64", "dtype must be float16, bfloat16, float32 or float64, got ", name);
-  return DType::kFloat64;
-}
-
-// A name of the table, or "cuda:0": one that is here.
-Gpu gpu_named(const std::string& device) {
-  if (const Gpu* gpu = find_gpu(device)) return *gpu;
-  TVMF_CHECK(device.rfind("cuda:", 0) == 0, "device must be cpu, cuda or one of ", gpu_names(),
-             ", got ", device);
-#ifdef TVMF_WITH_CUDA
-  return cuda_gpu(std::stoi(device.substr(5)));
-#else
-  fail("device must be cpu or one of ", gpu_names(), " in a build without CUDA, got ", device);
-#endif
-}
-
-// What a call would do: `key=value;...` of a plan's fields, and what its prediction is made of.
-std::string plan(int64_t N, int64_t C, int64_t D, std::string dtype_name, std::string weight_dtype,
-                 bool allow_tf32, int64_t kept, bool with_sum, std::string device) {
-  TVMF_CHECK(N >= 1 && C >= 1 && D >= 1, "N, C and D must be at least 1, got ", N, ", ", C, ", ",
-             D);
-  TVMF_CHECK(kept >= 0, "kept must be at least 0, got ", kept);
-  const DType x = dtype_named(dtype_name), weight = dtype_named(weight_dtype);
-  std::ostringstream text;
-  text.precision(17);
-  const auto put = [&](const char* key, auto value) { text << key << "=" << value << ";"; };
-  if (device == "cpu") {
-    const int64_t element_size = size_of(x) == 8 ? 8 : 4;
-    const CpuPlan plan = plan_cpu(N, C, D, element_size);
-    put("class_block", plan.class_block);
-    put("row_group", plan.row_group);
-    put("stripe", plan.stripe);
-    put("kept", kept);
-    put("saved", SavedLayout(N, C, kept).size * element_size);
-    return text.str();
-  }
-  const Gpu gpu = gpu_named(device);
-  const DType read = cuda_weight_dtype(x, weight);
-  const bool bulk = weight == DType::kFloat32 && D % 4 == 0;  // as torch makes it
-  CudaPlan plan =
-      plan_cuda({N, C, D, x, read, allow_tf32, cuda_kept(C, kept), with_sum, bulk}, gpu);
-  // Hopper's kernels multiply again; tvmf_ext.functional keeps nothing for them.
-  if (plan.hopper.used) plan = plan_cuda({N, C, D, x, read, allow_tf32, 0, with_sum, bulk}, gpu);
-  const char* const math[] = {"float16", "bfloat16", "TF32", "float32", "float64"};
-  put("gpu", gpu.name);
-  put("sms", gpu.sms);
-  put("hbm_rate", gpu.hbm_rate);
-  put("l2_rate", l2_rate(plan, gpu));
-  put("flop_rate", flop_rate(plan, gpu));
-  put("launch_seconds", gpu.launch_seconds);
-  put("weight_copy", read == weight ? 0 : C * D * size_of(read));
-  put("kept", plan.problem.kept);
-  put("math", math[static_cast<int>(plan.math)]);
-  put("hopper", plan.hopper.used);
-  put("latency", plan.latency);
-  put("tile", plan.tile);
-  put("row_tiles", plan.row_tiles);
-  put("class_splits", plan.class_splits);
-  put("tiles_per_split", plan.tiles_per_split);
-  put("class_tile", plan.hopper.used ? plan.hopper.few ? 64 : 128 : 0);
-  put("row_blocks", plan.hopper.row_blocks);
-  put("class_tiles", plan.hopper.class_tiles);
-  put("walkers", plan.hopper.walkers);
-  put("gradient_walkers", plan.hopper.gradient_walkers);
-  put("chunk", plan.chunk);
-  put("chunks", plan.chunks);
-  put("resident", plan.resident);
-  put("row_groups", plan.row_groups);
-  put("feature_splits", plan.feature_splits);
-  put("input_tile", plan.hopper.used ? kHopperProductRows : plan.input_tile);
-  put("input_splits", plan.input_splits);
-  put("forward_launches", plan.forward_launches);
-  put("backward_launches", plan.backward_launches);
-  put("forward_workspace", plan.forward_workspace);
-  put("backward_workspace", plan.backward_workspace);
-  put("saved", plan.saved);
-  put("forward_flops", plan.forward_flops);
-  put("backward_flops", plan.backward_flops);
-  put("forward_hbm", plan.forward_hbm);
-  put("backward_hbm", plan.backward_hbm);
-  put("forward_l2", plan.forward_l2);
-  put("backward_l2", plan.backward_l2);
-  put("forward_seconds", plan.forward_seconds);
-  put("backward_seconds", plan.backward_seconds);
-  return text.str();
-}
-
 STABLE_TORCH_LIBRARY(tvmf_ext, m) {
   m.def("row_statistics(" TVMF_HEAD_SCHEMA
         ", bool with_sum, SymInt kept)"
@@ -351,6 +246,9 @@ STABLE_TORCH_LIBRARY(tvmf_ext, m) {
   m.def(
       "plan(int N, int C, int D, str dtype, str weight_dtype, bool allow_tf32, int kept, "
       "bool with_sum, str device) -> str");
+  m.def(
+      "keeps_products(int C, int D, str dtype, str weight_dtype, int row_stride, int col_stride, "
+      "bool aligned, str device) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CPU, m) { implement<kCpu>(m); }
@@ -360,7 +258,8 @@ STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CUDA, m) { implement<kCuda>(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&build_info));
-  m.impl("plan", TORCH_BOX(&plan));
+  m.impl("plan", TORCH_BOX(&plan_text));
+  m.impl("keeps_products", TORCH_BOX(&keeps_products));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// The CUDA path between torch and the kernels: device, stream, memory and errors. All memory is
-// torch's, in stream order, and nothing waits for the device, so that a graph can capture a call.
+// Runs the CUDA kernels on torch's tensors: device, stream, memory and errors. All memory is
+// torch's, in stream order, and nothing waits for the device, so that a CUDA graph can capture a
+// call.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -10,16 +11,15 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/head.h"
+#include "cuda/archs.h"
+#include "cuda/dispatch.h"
 #include "torch/ops.h"
 
-// Weak: a CPU-only torch, which has it not, loads the same library.
+// The symbol is weak because the same library loads into a CPU-only torch, which lacks it.
 extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace tvmf {
-
-const char* cuda_archs();
 
 namespace {
 
@@ -40,9 +40,10 @@ void check(cudaError_t error, const char* what) {
 struct Device {
   std::string name;
   Gpu gpu;
-  // A kernel that meets a wrong label sets it to 1, in host memory that the device sees.
+  // A kernel that meets a wrong label sets this flag to 1. It lies in host memory that is mapped
+  // into the device's address space.
   volatile int* bad_label;
-  int* bad_label_there;  // the device's address of the same
+  int* bad_label_on_device;  // the device's address of the same flag
 };
 
 int attribute(cudaDeviceAttr which, int index) {
@@ -51,9 +52,9 @@ int attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
-// Sizes are the device's own. Rates, which no plan depends on, are those of the table, where one of
-// the name's words is found there, or else those of the generation's largest chip by the number of
-// multiprocessors.
+// The sizes are the device's own. The rates, on which no plan depends, are those of the table where
+// it has one of the words of the name. Otherwise they are those of the largest chip of the
+// generation, scaled by the number of multiprocessors.
 Gpu describe(const std::string& name, int major, int index) {
   const Gpu* known = nullptr;
   std::istringstream words(name);
@@ -72,7 +73,7 @@ Gpu describe(const std::string& name, int major, int index) {
   gpu.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   gpu.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   gpu.l2 = attribute(cudaDevAttrL2CacheSize, index);
-  // Code for compute capability 9.0 without the "a" has none of Hopper's own instructions.
+  // Only code for compute capability 9.0a has Hopper's own instructions.
 #ifdef TVMF_SM90A
   gpu.wgmma = major == 9;
 #else
@@ -92,7 +93,7 @@ Device open(int index) {
         "tvmf_ext: the CUDA kernels need compute capability 8.0 or newer, got " +
         std::to_string(major) + "." + std::to_string(minor) + ", " + name +
         "; use the eager functions of tvmf_ext.reference there");
-  // The first call may come while a graph is captured, which forbids an allocation by default.
+  // The first call may come during the capture of a graph, which forbids allocations by default.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   void *here = nullptr, *there = nullptr;
   check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
@@ -104,7 +105,8 @@ Device open(int index) {
   return {name, describe(name, major, index), static_cast<int*>(here), static_cast<int*>(there)};
 }
 
-// Opened at its first use, and never closed: a captured graph may hold the flag's address.
+// A device is opened at its first use and never closed: a captured graph may hold the address of
+// its flag.
 const Device& device_at(int index) {
   static std::mutex mutex;
   static std::map<int, Device>& devices = *new std::map<int, Device>;
@@ -145,14 +147,29 @@ GradientRef gradient(const Tensor& tensor) {
   return {tensor.numel() > 0 ? tensor.data_ptr() : nullptr, dtype_of(tensor)};
 }
 
-// What a call has of torch, and its arguments as the kernels take them.
+// The problem of a call whose weight the kernels read as `weight`, a copy where its dtype differs.
+CudaProblem cuda_problem(const Head& head, const Tensor& weight, int64_t kept, bool with_sum) {
+  return {.N = head.input.size(0),
+          .C = weight.size(0),
+          .D = head.input.size(1),
+          .x = dtype_of(head.input),
+          .given_weight = dtype_of(head.weight),
+          .allow_tf32 = head.allow_tf32,
+          .kept = kept,
+          .with_sum = with_sum,
+          .layout = {.row_stride = weight.stride(0),
+                     .col_stride = weight.stride(1),
+                     .aligned = reinterpret_cast<uintptr_t>(weight.data_ptr()) % 16 == 0}};
+}
+
+// One call: the torch objects that it needs, and its arguments as the kernels take them.
 class Call {
  public:
   explicit Call(const Head& head)
       : head_(head),
         index_(head.input.get_device()),
         guard_(index_),
-        weight_(to_dtype(head.weight, torch_dtype(cuda_weight_dtype(dtype_of(head.input),
+        weight_(to_dtype(head.weight, torch_dtype(weight_dtype_read(dtype_of(head.input),
                                                                     dtype_of(head.weight))))),
         kappa_(head.kappa),
         N(head.input.size(0)),
@@ -160,10 +177,11 @@ class Call {
         D(head.input.size(1)),
         accumulator(head.input.scalar_type() == ScalarType::Double ? ScalarType::Double
                                                                    : ScalarType::Float) {
-    if (N > std::numeric_limits<int32_t>::max() - kLargeTile)
+    // Tiles reach beyond the last row, by less than the largest tile has.
+    if (N > std::numeric_limits<int32_t>::max() - 128)
       throw std::invalid_argument("input must have fewer than 2^31 - 128 rows on CUDA, got " +
                                   std::to_string(N));
-    // This library's copy of the CUDA runtime keeps a current device of its own.
+    // The copy of the CUDA runtime in this library has a current device of its own.
     check(cudaSetDevice(index_), "cudaSetDevice");
     device_ = &device_at(index_);
     if (*device_->bad_label) {
@@ -172,7 +190,8 @@ class Call {
                               " had a target outside [0, C) that is not ignore_index; the loss of "
                               "its row is NaN");
     }
-    // To the kernels stride 0 is one kappa, and one gradient; here it is C of them.
+    // The kernels take stride 0 for one kappa of all classes, which has one gradient. A tensor [C]
+    // that was expanded has stride 0 too, but C gradients.
     if (kappa_ && kappa_->numel() > 1 && kappa_->stride(0) == 0)
       kappa_ = torch::stable::contiguous(*kappa_);
     void* stream = nullptr;
@@ -192,9 +211,13 @@ class Call {
   void forward(const LossOptions& options, bool with_sum, int64_t kept, const CudaStatistics& out,
                const Tensor& saved) const {
     const CudaPlan plan = plan_of(kept, with_sum);
-    const Tensor workspace = empty({plan.forward_workspace}, ScalarType::Byte);
-    const cudaError_t error = cuda_forward(arguments(), options, plan, out, saved.data_ptr(),
-                                           workspace.data_ptr(), stream_);
+    const Tensor workspace = empty({plan.cost.forward.workspace}, ScalarType::Byte);
+    const cudaError_t error = cuda_forward(plan, {.head = arguments(),
+                                                  .options = options,
+                                                  .out = out,
+                                                  .saved = saved.data_ptr(),
+                                                  .workspace = workspace.data_ptr(),
+                                                  .stream = stream_});
     if (error != cudaSuccess) fail(error, "the forward pass of " + text());
   }
 
@@ -212,42 +235,41 @@ class Call {
       return out;
     }
     const CudaPlan plan = plan_of(kept, with_sum);
-    const Tensor workspace = empty({plan.backward_workspace}, ScalarType::Byte);
+    const Tensor workspace = empty({plan.cost.backward.workspace}, ScalarType::Byte);
     const CudaGradients gradients{gradient(out.input), gradient(out.weight), gradient(out.kappa),
                                   gradient(out.scale), gradient(out.bias)};
-    const cudaError_t error = cuda_backward(arguments(), options, plan, upstream, gradients,
-                                            saved.data_ptr(), workspace.data_ptr(), stream_);
+    const cudaError_t error = cuda_backward(plan, {.head = arguments(),
+                                                   .options = options,
+                                                   .upstream = upstream,
+                                                   .out = gradients,
+                                                   .saved = saved.data_ptr(),
+                                                   .workspace = workspace.data_ptr(),
+                                                   .stream = stream_});
     if (error != cudaSuccess) fail(error, "the backward pass of " + text());
     return out;
   }
 
  private:
   CudaPlan plan_of(int64_t kept, bool with_sum) const {
-    // The weight's own: of another dtype its gradient is not float32.
-    const bool bulk = head_.weight.scalar_type() == ScalarType::Float && weight_.stride(1) == 1 &&
-                      weight_.stride(0) >= D && weight_.stride(0) % 4 == 0 && D % 4 == 0 &&
-                      reinterpret_cast<uintptr_t>(weight_.data_ptr()) % 16 == 0;
-    return plan_cuda({N, C, D, dtype_of(head_.input), dtype_of(weight_), head_.allow_tf32,
-                      cuda_kept(C, kept), with_sum, bulk},
-                     device_->gpu);
+    return plan_cuda(cuda_problem(head_, weight_, kept, with_sum), device_->gpu);
   }
 
   CudaHead arguments() const {
-    return {N,
-            C,
-            D,
-            matrix(head_.input),
-            matrix(weight_),
-            static_cast<const int64_t*>(head_.target.data_ptr()),
-            head_.target.stride(0),
-            vector(kappa_, head_.kappa_value),
-            vector(head_.scale, head_.scale_value),
-            vector(head_.bias),
-            vector(head_.prior),
-            vector(head_.class_weight, 1),
-            head_.softplus_scale,
-            head_.ignore_index,
-            device_->bad_label_there};
+    return {.N = N,
+            .C = C,
+            .D = D,
+            .x = matrix(head_.input),
+            .weight = matrix(weight_),
+            .target = static_cast<const int64_t*>(head_.target.data_ptr()),
+            .target_stride = head_.target.stride(0),
+            .kappa = vector(kappa_, head_.kappa_value),
+            .scale = vector(head_.scale, head_.scale_value),
+            .bias = vector(head_.bias),
+            .prior = vector(head_.prior),
+            .class_weight = vector(head_.class_weight, 1),
+            .softplus_scale = head_.softplus_scale,
+            .ignore_index = head_.ignore_index,
+            .bad_label = device_->bad_label_on_device};
   }
 
   std::string text() const {

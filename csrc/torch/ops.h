@@ -8,7 +8,8 @@
 #include <cstdint>
 #include <optional>
 
-#include "cuda/plan.h"
+#include "cuda/gpus.h"
+#include "problem.h"
 
 namespace tvmf {
 
@@ -72,19 +73,8 @@ Gradients cuda_cross_entropy_backward(const Head& head, const LossOptions& optio
                                       const Tensor& saved, int64_t kept, const Tensor& grad_loss,
                                       int64_t wanted);
 
-// The device as plan_cuda wants it; an error for one that the kernels do not run on.
+// The description of a device. Throws for one on which the kernels do not run.
 const Gpu& cuda_gpu(int32_t device);
-
-// What a CUDA plan is told of `kept`: all products or none.
-constexpr int64_t cuda_kept(int64_t C, int64_t kept) {
-  return kept >= C && kept % kPad == 0 ? kept : 0;
-}
-
-// The dtype in which the CUDA kernels read the weight; where it is another, a copy is made.
-constexpr DType cuda_weight_dtype(DType x, DType weight) {
-  if (weight == x || size_of(x) > 2) return x;
-  return DType::kFloat32;
-}
 
 inline Tensor to_dtype(const Tensor& tensor, torch::headeronly::ScalarType dtype) {
   if (tensor.scalar_type() == dtype) return tensor;

@@ -37,7 +37,8 @@ def test_statistics_of_ragged_tiles(few, path, mix):
     problem = hopper(70, 333, 68, mix, **OPTIONS)
     path = path | ({"sms": 4} if few else {})
     plan = check(problem, statistics=True, **path)["plan"]
-    assert plan["hopper"] and plan["few"] == (few or "sms" not in path)
+    assert plan["architecture"] == "sm90"
+    assert (plan["tile_classes"] == 64) == (few or "sms" not in path)
     assert (plan["chunks"] > 1) == ("l2" in path)
     launches = len(simt.load().reports())
     assert launches == plan["forward_launches"] + plan["backward_launches"]
@@ -61,7 +62,7 @@ def test_ranks(path):
 def test_the_loss_alone(path, shape, mix):
     """Without sums, ranks and the gradients of kappa and bias the kernels are others."""
     plan = check(hopper(*shape, mix, scale="[]"), **path)["plan"]
-    assert plan["hopper"] and plan["few"] == (path is SMALL)
+    assert plan["architecture"] == "sm90" and (plan["tile_classes"] == 64) == (path is SMALL)
 
 
 @PATHS
@@ -74,7 +75,7 @@ def test_chunks_of_an_odd_number_of_small_tiles():
     """A block of the weight gradient has two of them: the last one's second is the next chunk's."""
     path = {"wgmma": True, "sms": 6, "l2": 70_000}
     plan = check(hopper(70, 640, 68, "bf16-fp32", kappa="[C]", bias=True), **path)["plan"]
-    assert plan["few"] and plan["chunks"] > 1 and plan["chunk"] // 64 % 2
+    assert plan["tile_classes"] == 64 and plan["chunks"] > 1 and plan["chunk"] // 64 % 2
 
 
 def test_strides_that_bulk_copies_can_read():
@@ -84,16 +85,16 @@ def test_strides_that_bulk_copies_can_read():
     padded[:, :24] = problem["linear_weight"]
     problem["linear_weight"] = padded[:, :24]
     problem["target"] = torch.stack([problem["target"]] * 2, 1)[:, 0]
-    assert check(problem, **SMALL)["plan"]["hopper"]
+    assert check(problem, **SMALL)["plan"]["architecture"] == "sm90"
 
 
 def test_what_bulk_copies_cannot_read_takes_another_path():
-    assert not check(hopper(20, 40, 18, "bf16-fp32"), **SMALL)["plan"]["hopper"]
+    assert check(hopper(20, 40, 18, "bf16-fp32"), **SMALL)["plan"]["architecture"] == "sm80"
     problem = hopper(20, 40, 24, "bf16-fp32")
     padded = torch.zeros(40, 33)
     padded[:, :24] = problem["linear_weight"]
     problem["linear_weight"] = padded[:, :24]
-    assert not check(problem, **SMALL)["plan"]["hopper"]
+    assert check(problem, **SMALL)["plan"]["architecture"] == "sm80"
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])

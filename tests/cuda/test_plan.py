@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvmf_ext import CpuPlan, CudaPlan, ops, plan
+from tvmf_ext.planning import Sm80Plan, Sm90Plan
 
 GPUS = ("A100", "L40S", "H100", "H200", "B200")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -46,7 +47,8 @@ def test_workspace_stays_under_64_mib_whatever_the_classes(problem):
     (N, C, D), options = problem
     result = plan(N, C, D, **options)
     most = 64 * MIB
-    if result.hopper:  # holds the features twice, too, their rows padded, and a tile of all rows
+    if isinstance(result.variant, Sm90Plan):
+        # It holds the features twice, with padded rows, and a tile of all rows.
         most += 2 * 2 * (N + 31) * (D + 63) + 2 * 128 * N
     assert 0 < result.forward_workspace <= most
     assert 0 < result.backward_workspace <= most
@@ -58,24 +60,24 @@ def test_usual_batches_stay_under_64_mib_on_hopper(N, D):
     bf16 = {"dtype": torch.bfloat16, "weight_dtype": torch.float32, "device": "H200"}
     for C in (1, 1000, 10**6, 10**8):
         result = plan(N, C, D, **bf16)
-        assert result.hopper and result.workspace <= 64 * MIB
+        assert isinstance(result.variant, Sm90Plan) and result.workspace <= 64 * MIB
 
 
 @given(arguments(few))
 def test_hopper_runs_16_bit_features_with_a_float32_weight(problem):
     (N, C, D), options = problem
     result = plan(N, C, D, **options)
-    assert result.hopper == takes_hopper(D, **options)
-    if not result.hopper:
-        assert result.class_tile == result.row_blocks == result.walkers == 0
+    hopper = result.variant
+    if not takes_hopper(D, **options):
+        assert isinstance(hopper, Sm80Plan)
         return
-    assert result.kept == 0 and not result.latency and not result.resident
-    assert result.row_blocks * 256 >= N > (result.row_blocks - 1) * 256
-    assert result.class_tile in (64, 128) and result.chunk % result.class_tile == 0
-    tiles = result.class_tiles
-    assert tiles * result.class_tile >= C > (tiles - 1) * result.class_tile
-    assert 1 <= result.gradient_walkers <= result.walkers <= tiles
-    assert result.row_blocks * result.walkers <= max(result.sms, result.row_blocks)
+    assert isinstance(hopper, Sm90Plan) and result.kept == 0
+    assert hopper.row_blocks * 256 >= N > (hopper.row_blocks - 1) * 256
+    assert hopper.tile_classes in (64, 128) and hopper.chunk % hopper.tile_classes == 0
+    tiles = hopper.class_tiles
+    assert tiles * hopper.tile_classes >= C > (tiles - 1) * hopper.tile_classes
+    assert 1 <= hopper.gradient_blocks <= hopper.statistics_blocks <= tiles
+    assert hopper.row_blocks * hopper.statistics_blocks <= max(result.sms, hopper.row_blocks)
     assert result.backward_flops == 6.0 * N * C * D
 
 
@@ -85,16 +87,17 @@ def test_launches_traffic_and_tiles_add_up(problem):
     result = plan(N, C, D, **options)
     assert result == plan(N, C, D, **options)
     assert result.forward_launches in (3, 4)
-    assert not result.latency or result.backward_launches <= 4
-    if result.hopper:
-        assert result.backward_launches == 2 + 3 * result.chunks
-    else:
-        assert result.row_tiles * result.tile >= N > (result.row_tiles - 1) * result.tile
-        classes = result.class_splits * result.tiles_per_split * result.tile
-        assert classes >= C > classes - (result.tiles_per_split + 1) * result.tile
-    assert result.chunks * result.chunk >= C > (result.chunks - 1) * result.chunk
-    assert result.chunk % 64 == 0
-    assert result.latency <= (result.chunks == 1)
+    variant = result.variant
+    hopper = isinstance(variant, Sm90Plan)
+    latency = not hopper and variant.latency
+    assert result.backward_launches == (4 if latency else 2 + 3 * variant.chunks)
+    if not hopper:
+        assert variant.row_tiles * variant.tile >= N > (variant.row_tiles - 1) * variant.tile
+        classes = variant.class_splits * variant.tiles_per_split * variant.tile
+        assert classes >= C > classes - (variant.tiles_per_split + 1) * variant.tile
+    assert variant.chunks * variant.chunk >= C > (variant.chunks - 1) * variant.chunk
+    assert variant.chunk % 64 == 0
+    assert latency <= (variant.chunks == 1)
     itemsize = 8 if options["dtype"] == torch.float64 else 4
     assert result.kept == 0 or (result.kept % 16 == 0 and result.kept >= C)
     assert result.saved == itemsize * ((4 * N + C + 15) // 16 * 16 + N * result.kept)
@@ -102,10 +105,11 @@ def test_launches_traffic_and_tiles_add_up(problem):
     assert result.backward_flops >= 4.0 * N * C * D
     reads = result.weight_copy == 0
     features, weight = options["dtype"].itemsize, options["weight_dtype"].itemsize
-    if reads and not result.latency:
+    if reads and not latency:
         floor = 2 * C * D * weight + 2 * N * D * features
         most = 1.15 * floor + N * result.kept * itemsize
-        if result.hopper:  # gradient tile and rounded weights, out and in; the weights once more
+        if hopper:
+            # The gradient and rounded weights go out and in, and the weights come in once more.
             most = floor + 4 * C * D + 4 * C * (N + D)
         assert floor <= result.backward_hbm <= most
     for which in ("forward", "backward"):
@@ -119,10 +123,10 @@ def test_the_sizes_of_long_tailed_training_take_the_latency_plan_and_faces_the_o
     bf16 = {"dtype": torch.bfloat16, "weight_dtype": torch.float32, "device": "A100"}
     for N, C, D in ((256, 1000, 512), (256, 8142, 2048)):
         small = plan(N, C, D, **bf16)
-        assert small.latency and small.kept >= C
+        assert small.variant.latency and small.kept >= C
         assert small.forward_launches <= 4 and small.backward_launches <= 4
     large = plan(1024, 10**6, 512, **bf16)
-    assert not large.latency and large.kept == 0 and large.chunks > 1
+    assert not large.variant.latency and large.kept == 0 and large.variant.chunks > 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -142,6 +146,24 @@ def test_tf32_is_a_matter_of_float32_features_alone():
         assert (math == ["float32", "TF32"]) if dtype == torch.float32 else (math[0] == math[1])
 
 
+@pytest.mark.parametrize(
+    ("layout", "kept"),
+    [
+        ((64, 1, True), False),
+        ((68, 1, True), False),
+        ((66, 1, True), True),  # rows off 16 bytes
+        ((1, 512, True), True),  # transposed
+        ((64, 1, False), True),  # first element off 16 bytes
+        ((0, 1, True), True),  # one row for all classes
+    ],
+)
+def test_a_forward_pass_keeps_products_where_the_kernels_that_serve_it_read_them(layout, kept):
+    keeps = torch.ops.tvmf_ext.keeps_products
+    assert keeps(1000, 64, "bfloat16", "float32", *layout, "H200") == kept
+    assert keeps(1000, 64, "bfloat16", "float32", *layout, "A100")
+    assert keeps(1000, 64, "bfloat16", "bfloat16", *layout, "H200")
+
+
 def test_a_plan_without_backward_keeps_nothing():
     both, alone = (plan(64, 1000, 128, device="H200", backward=b) for b in (True, False))
     assert both.kept == 1008 and alone.kept == 0
@@ -154,26 +176,27 @@ def numbers(text):
 
 def test_the_report_names_what_runs_and_what_limits_it():
     result = plan(256, 8142, 2048, dtype=torch.bfloat16, weight_dtype=torch.float32, device="B200")
-    text = str(result)
+    text, tiles = str(result), result.variant
     for words in ("[256, 8142, 2048], bfloat16 features, float32 weight, on B200", "latency",
                   "all products", "matrix units", "GPU memory", "L2 cache", "launches", "workspace",
                   f"limited by {result.limit('forward')}",
-                  f"tile {result.tile} x {result.tile}, grid {result.row_tiles} x "
-                  f"{result.class_splits}", f"{result.forward_flops:.3g}"):  # fmt: skip
+                  f"tile {tiles.tile} x {tiles.tile}, grid {tiles.row_tiles} x "
+                  f"{tiles.class_splits}", f"{result.forward_flops:.3g}"):  # fmt: skip
         assert words in text
-    assert str(result.input_splits) in numbers(text)
+    assert str(tiles.input_splits) in numbers(text)
     assert max(map(len, text.splitlines())) <= 120
     assert "throughput: " in str(plan(1024, 10**6, 512, device="H200"))
     bf16 = {"dtype": torch.bfloat16, "weight_dtype": torch.float32}
     hopper = plan(1024, 10**6, 512, device="H200", **bf16)
-    for words in (f"Hopper: {hopper.chunks} chunks of {hopper.chunk} classes", "no products",
-                  f"256 rows x 128 classes, grid 4 x {hopper.walkers}", "gradient tile",
+    tiles = hopper.variant
+    for words in (f"Hopper: {tiles.chunks} chunks of {tiles.chunk} classes", "no products",
+                  f"256 rows x 128 classes, grid 4 x {tiles.statistics_blocks}", "gradient tile",
                   "tiles of 128 classes x 256 features in 132 blocks",
-                  f"tile 128 x 256, grid 8 x 2 x {hopper.input_splits}"):  # fmt: skip
+                  f"tile 128 x 256, grid 8 x 2 x {tiles.input_splits}"):  # fmt: skip
         assert words in str(hopper)
     assert max(map(len, str(hopper).splitlines())) <= 120
     with pytest.raises(dataclasses.FrozenInstanceError):
-        result.tile = 1
+        result.sms = 1
 
 
 def test_the_cpu_has_a_plan_too():

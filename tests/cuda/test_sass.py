@@ -94,9 +94,9 @@ def expected():
 
 _MATH = ("fp16", "bf16", "tf32", "fp32", "fp64")  # Math of plan.h
 _MANGLED = re.compile(
-    r"_ZN4tvmf\w*?\d\d(?P<name>[a-z]+_[a-z]+)I"
+    r"_ZN4tvmf4(?:rows|sm80)\w*?\d\d(?P<name>[a-z]+_[a-z]+)I"
     r"(?:LNS_4MathE(?P<math>\d)E(?P<weight>f|d|NS_\dbf16E|NS_\df16E)"
-    r"(?:NS_4TileILi(?P<tile>\d+)E\w*?)?|(?P<accumulator>[fd]))E+v"
+    r"(?:NS\d?_4TileILi(?P<tile>\d+)E\w*?)?|(?P<accumulator>[fd]))E+v"
 )
 _MANGLED_HOPPER = re.compile(
     r"_ZN4tvmf4sm90\w*?\d(?P<name>statistics|(?:weight_|feature_)?gradient)I"
@@ -452,7 +452,7 @@ def test_what_must_not_be_is_found_on_hopper(change, text):
 def test_what_must_not_be_is_found_in_a_dump():
     symbol = (
         "_ZN4tvmf44_GLOBAL__N__952700ee_11_backward_cu_bceae2d214input_gradientILNS_4MathE1Ef"
-        "NS_4TileILi128ELi128ELi2ELi4EEEEEvNS0_14BackwardParamsINS_10MathTraitsI"
+        r"NS\d?_4TileILi128ELi128ELi2ELi4EEEEEvNS0_14BackwardParamsINS_10MathTraitsI"
     )
     assert instance(symbol) == ("input_gradient", "bf16-fp32", 128)
     prefix = "_ZN4tvmf4sm9049_GLOBAL__N__8825d9c4_16_backward_sm90_cu_60869e71"

@@ -118,7 +118,8 @@ def main():
     )
     seconds = time.perf_counter() - start
     plan = rest["plan"]
-    path = "latency" if plan["latency"] else "Hopper's" if plan["hopper"] else "throughput"
+    portable = "latency" if plan.get("latency") else "throughput"
+    path = "Hopper's" if plan["architecture"] == "sm90" else portable
     print(
         f"N {args.n}, C {args.c}, D {args.d}, {args.dtype} features: "
         f"{path} path, {len(module.reports())} launches, "

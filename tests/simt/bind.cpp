@@ -4,7 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda/head.h"
+#include "cuda/dispatch.h"
+#include "cuda/plan_fields.h"
 
 namespace py = pybind11;
 using namespace tvmf;
@@ -113,17 +114,26 @@ py::dict step(const py::dict& args) {
                       .softplus_scale = args["softplus_scale"].cast<bool>(),
                       .ignore_index = args["ignore_index"].cast<int64_t>(),
                       .bad_label = bad_label};
-  const bool with_sum = !of_loss || options.label_smoothing > 0;
-  const CudaPlan plan =
-      plan_cuda({N, C, D, x.dtype, w.dtype, args["allow_tf32"].cast<bool>(),
-                 args["kept"].cast<bool>() ? round_up(C, kPad) : 0, with_sum,
-                 D % 4 == 0 && head.weight.col_stride == 1 && head.weight.row_stride % 4 == 0},
-                gpu_of(args));
+  const CudaProblem problem{
+      .N = N,
+      .C = C,
+      .D = D,
+      .x = x.dtype,
+      .given_weight = w.dtype,
+      .allow_tf32 = args["allow_tf32"].cast<bool>(),
+      .kept = args["kept"].cast<bool>() ? round_up(C, kPad) : 0,
+      .with_sum = !of_loss || options.label_smoothing > 0,
+      .layout = {.row_stride = head.weight.row_stride,
+                 .col_stride = head.weight.col_stride,
+                 .aligned = reinterpret_cast<uintptr_t>(head.weight.data) % 16 == 0}};
+  if (problem.weight() != w.dtype)
+    throw std::invalid_argument("the kernels do not read a weight of this dtype");
+  const CudaPlan plan = plan_cuda(problem, gpu_of(args));
   py::dict out;
   const auto output = [&](const char* name, int64_t count, int64_t size) {
     return simt::allocate(name, count * size);
   };
-  void* saved = output("saved", plan.saved, 1);
+  void* saved = output("saved", plan.cost.saved, 1);
   CudaStatistics statistics{};
   if (of_loss) {
     statistics.loss = output("loss", reduced ? 1 : N, acc);
@@ -133,8 +143,13 @@ py::dict step(const py::dict& args) {
     statistics.sum = output("sum", N, acc);
     statistics.rank = static_cast<int64_t*>(output("rank", N, 8));
   }
-  check(cuda_forward(head, options, plan, statistics, saved,
-                     output("forward_workspace", plan.forward_workspace, 1), nullptr));
+  check(
+      cuda_forward(plan, {.head = head,
+                          .options = options,
+                          .out = statistics,
+                          .saved = saved,
+                          .workspace = output("forward_workspace", plan.cost.forward.workspace, 1),
+                          .stream = nullptr}));
   if (of_loss) {
     out["loss"] = copy_out(statistics.loss, compute,
                            reduced ? std::vector<int64_t>{} : std::vector<int64_t>{N});
@@ -173,8 +188,14 @@ py::dict step(const py::dict& args) {
     const auto from = args["upstream"].cast<py::dict>();
     CudaUpstream upstream{vector("dloss", from, "loss", 0), vector("dlse", from, "lse", 0),
                           vector("dtarget", from, "target", 0), vector("dsum", from, "sum", 0)};
-    check(cuda_backward(head, options, plan, upstream, grads, saved,
-                        output("backward_workspace", plan.backward_workspace, 1), nullptr));
+    check(cuda_backward(plan,
+                        {.head = head,
+                         .options = options,
+                         .upstream = upstream,
+                         .out = grads,
+                         .saved = saved,
+                         .workspace = output("backward_workspace", plan.cost.backward.workspace, 1),
+                         .stream = nullptr}));
   }
   py::dict by_name;
   for (const auto& [name, ref, shape] : gradients)
@@ -182,27 +203,8 @@ py::dict step(const py::dict& args) {
   out["gradients"] = by_name;
 
   py::dict planned;
-#define FIELD(name) planned[#name] = plan.name
-  FIELD(latency);
-  FIELD(tile);
-  FIELD(row_tiles);
-  FIELD(class_splits);
-  FIELD(chunk);
-  FIELD(chunks);
-  FIELD(resident);
-  FIELD(row_groups);
-  FIELD(feature_splits);
-  FIELD(input_tile);
-  FIELD(input_splits);
-  FIELD(forward_launches);
-  FIELD(backward_launches);
-  FIELD(forward_l2);
-  FIELD(backward_l2);
-  FIELD(forward_flops);
-  FIELD(backward_flops);
-  planned["hopper"] = plan.hopper.used;
-  planned["few"] = plan.hopper.few;
-#undef FIELD
+  put_fields(plan,
+             [&](const std::string& key, const auto& value) { planned[key.c_str()] = value; });
   out["plan"] = planned;
   return out;
 }

@@ -5,8 +5,14 @@ execute_process(
   OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 find_package(pybind11 CONFIG REQUIRED)
 
-set(kernels csrc/cuda/forward.cu csrc/cuda/backward.cu csrc/cuda/sm90/statistics.cu
-  csrc/cuda/sm90/gradient.cu tests/simt/faults.cu tests/simt/faults_sm90.cu)
+set(kernels
+  csrc/cuda/rows/prepare.cu csrc/cuda/rows/finish.cu
+  csrc/cuda/rows/prepare_gradient.cu csrc/cuda/rows/finish_gradient.cu
+  csrc/cuda/sm80/sm80.cu csrc/cuda/sm80/statistics.cu
+  csrc/cuda/sm80/class_gradient.cu csrc/cuda/sm80/input_gradient.cu
+  csrc/cuda/sm90/sm90.cu csrc/cuda/sm90/statistics.cu
+  csrc/cuda/sm90/gradient.cu csrc/cuda/sm90/products.cu
+  tests/simt/faults.cu tests/simt/faults_sm90.cu)
 set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX)
 include_directories(tests/simt csrc)
 add_compile_definitions(TVMF_SIMT)
@@ -23,7 +29,9 @@ set(asan_kernels -O1 -fsanitize=address,undefined -fno-sanitize-recover=all)
 set(asan_runtime -O2 -g1 -fsanitize=address)
 
 # What needs neither is compiled once.
-add_library(simt_common OBJECT csrc/cuda/plan.cpp tests/simt/bind_runtime.cpp)
+add_library(simt_common OBJECT csrc/cuda/plan.cpp csrc/cuda/gpus.cpp csrc/cuda/sm80/plan.cpp
+  csrc/cuda/sm90/plan.cpp csrc/cuda/dispatch.cpp tests/simt/tensor_map.cpp
+  tests/simt/bind_runtime.cpp)
 target_link_libraries(simt_common PRIVATE pybind11::module)
 target_compile_options(simt_common PRIVATE -O1)
 

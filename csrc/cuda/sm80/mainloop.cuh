@@ -4,7 +4,7 @@
 
 #include "cuda/sm80/tile.cuh"
 
-namespace tvmf {
+namespace tvmf::sm80 {
 
 struct Lane {
   int warp_row, warp_col;  // of the block's tile, in warps
@@ -67,20 +67,6 @@ __device__ __forceinline__ void load_operand(const Operand<T>& operand, int64_t 
   }
 }
 
-// A number as the products see it. Norms are those of the rounded vectors: then rounding turns a
-// vector and does not stretch it, and a cosine near 1, where phi is steepest, is off least.
-template <Math kMath, class Acc>
-__device__ __forceinline__ Acc as_operand(Acc value) {
-  if constexpr (kMath == Math::kBf16)
-    return to_float(to_bf16(value));
-  else if constexpr (kMath == Math::kF16)
-    return to_float(to_f16(value));
-  else if constexpr (kMath == Math::kTf32)
-    return bits_as<float>(to_tf32(bits_as<uint32_t>(value)));
-  else
-    return value;
-}
-
 // Adds to `sum` the squares of every other 16 bytes of a line: two threads have a line together.
 template <Math kMath, class Layout, class Acc>
 __device__ __forceinline__ void add_squares(const unsigned char* smem, Acc& sum) {
@@ -105,16 +91,8 @@ __device__ __forceinline__ void add_squares(const unsigned char* smem, Acc& sum)
 }
 
 template <Math kMath>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (kMath == Math::kBf16)
-    return pack_bf16(low, high);
-  else
-    return pack_f16(low, high);
-}
-
-template <Math kMath>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
-                                             const uint32_t (&b)[2]) {
+__device__ __forceinline__ void multiply_fragments(float (&d)[4], const uint32_t (&a)[4],
+                                                   const uint32_t (&b)[2]) {
   if constexpr (kMath == Math::kBf16)
     mma_bf16(d, a, b);
   else if constexpr (kMath == Math::kF16)
@@ -202,7 +180,7 @@ __device__ __forceinline__ void multiply_stage_mma(const unsigned char* a_smem,
     for (int i = 0; i < Shape::kFragsRow; ++i)
 #pragma unroll
       for (int j = 0; j < Shape::kFragsCol; ++j)
-        multiply_add<kMath>(acc[i][j], a[i], b[j / 2][j % 2]);
+        multiply_fragments<kMath>(acc[i][j], a[i], b[j / 2][j % 2]);
   }
 }
 
@@ -294,4 +272,4 @@ __device__ __forceinline__ void pipeline(int tiles, int steps, const Load& load,
   cp_async_wait<0>();
 }
 
-}  // namespace tvmf
+}  // namespace tvmf::sm80

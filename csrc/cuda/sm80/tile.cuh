@@ -3,66 +3,10 @@
 // bytes of each row of the features, whatever their dtype.
 #pragma once
 
-#include "cuda/launch.cuh"
-#include "cuda/plan.h"
-#include "cuda/ptx.cuh"
+#include "cuda/math.cuh"
+#include "cuda/sm80/plan.h"
 
-namespace tvmf {
-
-template <Math kMath>
-struct MathTraits;
-template <>
-struct MathTraits<Math::kBf16> {
-  using X = bf16;
-  using Acc = float;
-};
-template <>
-struct MathTraits<Math::kF16> {
-  using X = f16;
-  using Acc = float;
-};
-template <>
-struct MathTraits<Math::kTf32> {
-  using X = float;
-  using Acc = float;
-};
-// Not 3xTF32: how tensor cores round sums is not documented and cannot be emulated, and at 1/3 of
-// 60 % of their TF32 rate they are at most 1.5 times as fast as fused multiply-adds.
-template <>
-struct MathTraits<Math::kF32> {
-  using X = float;
-  using Acc = float;
-};
-template <>
-struct MathTraits<Math::kF64> {
-  using X = double;
-  using Acc = double;
-};
-
-template <Math kMath>
-constexpr bool kTensorCores = kMath != Math::kF32 && kMath != Math::kF64;
-
-// Calls f with the plan's kind of product and a weight's element type.
-template <Math kMath>
-struct MathConstant {
-  static constexpr Math value = kMath;
-};
-template <class F>
-cudaError_t with_math(const CudaPlan& plan, const F& f) {
-  const bool wide = plan.problem.weight == DType::kFloat32;
-  switch (plan.math) {
-    case Math::kBf16:
-      return wide ? f(MathConstant<Math::kBf16>{}, float{})
-                  : f(MathConstant<Math::kBf16>{}, bf16{});
-    case Math::kF16:
-      return wide ? f(MathConstant<Math::kF16>{}, float{}) : f(MathConstant<Math::kF16>{}, f16{});
-    case Math::kTf32: return f(MathConstant<Math::kTf32>{}, float{});
-    case Math::kF32: return f(MathConstant<Math::kF32>{}, float{});
-    default: return f(MathConstant<Math::kF64>{}, double{});
-  }
-}
-
-constexpr int kWarp = 32;
+namespace tvmf::sm80 {
 
 template <Math kMath>
 constexpr int kTileD = kStepBytes / sizeof(typename MathTraits<kMath>::X);
@@ -88,6 +32,15 @@ using SmallTile = Tile<kSmallTile, kSmallTile, 2, 2>;
 using GradientTile = Tile<kGradientRows, kClassTile, 2, kRowParts>;
 using WeightTile = Tile<kClassTile, kFeatureTile, 2, 4>;
 static_assert(GradientTile::kThreads == WeightTile::kThreads, "one block makes both");
+
+// Calls f with the shape of a tile of this size. Products without tensor cores have small tiles
+// only.
+template <Math kMath, class F>
+cudaError_t with_tile(int64_t tile, const F& f) {
+  if constexpr (kTensorCores<kMath>)
+    if (tile == kLargeTile) return f(LargeTile{});
+  return f(SmallTile{});
+}
 
 // Stages of the pipeline: three where a 16-bit product reads a float32 weight of twice the bytes,
 // so that two blocks of large tiles fit beside each other.
@@ -129,29 +82,4 @@ struct OperandTile {
   }
 };
 
-template <class Acc, class T>
-__device__ __forceinline__ Acc to_number(T value) {
-  if constexpr (sizeof(T) == 2)
-    return to_float(value);
-  else
-    return value;
-}
-
-// An operand in global memory, and how far it goes.
-template <class T>
-struct Operand {
-  const T* data;
-  int64_t line_stride, element_stride;  // in elements
-  int64_t lines, elements;              // what lies beyond reads as 0
-  bool vectors;                         // 16-byte loads: aligned lines of contiguous elements
-
-  static __device__ __forceinline__ Operand of(const void* data, int64_t line_stride,
-                                               int64_t element_stride, int64_t lines,
-                                               int64_t elements) {
-    const bool vectors = element_stride == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-                         line_stride * int64_t(sizeof(T)) % 16 == 0 && line_stride >= 0;
-    return {static_cast<const T*>(data), line_stride, element_stride, lines, elements, vectors};
-  }
-};
-
-}  // namespace tvmf
+}  // namespace tvmf::sm80

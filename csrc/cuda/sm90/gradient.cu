@@ -1,26 +1,16 @@
-// Backward pass on Hopper, a chunk of classes at a time: cosines again and the gradient tile, with
-// the rounded weights beside it; the weight gradient with its projection; the features' gradient.
-#include "cuda/sm90/lanes.cuh"
-#include "cuda/sm90/sm90.h"
+// The gradient tiles of a chunk of classes: t_nc = dL/dcosine.
+#include "cuda/rows/gradient_row.cuh"
+#include "cuda/sm90/persistent.cuh"
 
 namespace tvmf::sm90 {
 namespace {
 
-struct GradientParams {
-  BackwardParams<float> p;
-  TensorMap weight, x;
-  int class_tiles, row_blocks, walkers;
-  int64_t grad_stride;  // of p.grad
-  uint16_t* rounded;    // [chunk, weight_stride]
-  int64_t weight_stride;
-};
-
 template <class Shape>
-struct GradientPlan {
-  // Of every row, in the order in which they are read.
+struct GradientLayout {
+  // The terms of each row of the block, in the order in which they are read.
   struct Tail {
     typename Shape::Ring ring;
-    float rnorm[Shape::kRows], rnorm_gain[Shape::kRows], max[Shape::kRows];
+    float rnorm[Shape::kRows], scaled_rnorm[Shape::kRows], max[Shape::kRows];
     float lse[Shape::kRows];     // dL/dlse / sum_exp
     float target[Shape::kRows];  // dL/dtarget
     float sum[Shape::kRows];     // dL/dsum
@@ -28,37 +18,37 @@ struct GradientPlan {
     int label[Shape::kRows];
   };
   struct Sums {
-    float dot[kConsumerWarps][Shape::kProductRows];
+    float dot[kConsumerWarps][Shape::kGroupRows];
   };
   static_assert(sizeof(Sums) <= Shape::kStagesBytes);
   static constexpr int kBytes = Shape::kStagesBytes + int(sizeof(Tail));
   static_assert(kBytes <= 232448);
 };
 
-// kAll: with the gradients of kappa and bias, and of `sum`.
+// A persistent block makes the cosines of its tiles again, and from them the gradient tiles; it
+// also stores the rounded weights. kAll: with the gradients of kappa and bias, and that of `sum`.
 template <Math kMath, class Shape, bool kAll>
-__global__ void __launch_bounds__(kThreads, 1)
-    gradient(const __grid_constant__ GradientParams params) {
+__global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ GradientParams p) {
 #ifdef TVMF_HOPPER
-  using Plan = GradientPlan<Shape>;
-  constexpr int kGroups = Shape::kProductRows / 32;
+  using Smem = GradientLayout<Shape>;
+  constexpr int kGroups = Shape::kGroupRows / 32;
   unsigned char* smem = static_cast<unsigned char*>(shared_memory());
-  auto& tail = *reinterpret_cast<typename Plan::Tail*>(smem + Shape::kStagesBytes);
-  const BackwardParams<float>& p = params.p;
+  auto& tail = *reinterpret_cast<typename Smem::Tail*>(smem + Shape::kStagesBytes);
   const CudaHead& head = p.head;
-  const int row_block = int(blockIdx.x) % params.row_blocks, first_row = row_block * Shape::kRows;
-  const int walker = int(blockIdx.x) / params.row_blocks;
-  const int steps = int((head.D + kDepth - 1) / kDepth);
+  const auto block = CosineBlock<Shape>::of(p.tiles, head.D);
+  const int first_row = block.first_row;
   const WgmmaLane lane = WgmmaLane::of();
 
   // Fetch the rows' terms.
   for (int i = threadIdx.x; i < Shape::kRows; i += kThreads) {
     const int n = first_row + i;
     const bool inside = n < head.N;
-    const auto row = inside ? load_as<GradientRow<float>>(p.rows + n) : GradientRow<float>{};
+    const auto row = inside ? load_as<GradientRow<float>>(p.rows.rows + n) : GradientRow<float>{};
     tail.rnorm[i] = row.rnorm;
-    tail.rnorm_gain[i] = row.rnorm_gain;
-    tail.max[i] = inside ? row.max : -kLowest<float>;  // no exponential overflows, or 0 times it
+    tail.scaled_rnorm[i] = row.scaled_rnorm;
+    // The maximum of a row beyond the last is so high that no exponential overflows: its gradient
+    // is 0 times that.
+    tail.max[i] = inside ? row.max : -kLowest<float>;
     tail.lse[i] = row.grad_lse * row.inv_sum_exp;
     tail.target[i] = row.grad_target;
     tail.sum[i] = row.grad_sum;
@@ -67,69 +57,57 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   tail.ring.init();
 
-  if (lane.warpgroup == kConsumers) {
-    give_registers<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kWarpgroup) {
-      prefetch_map(params.weight);
-      prefetch_map(params.x);
-      typename Shape::Place place;
-      for (int tile = walker; tile < params.class_tiles; tile += params.walkers)
-        for (int step = 0; step < steps; ++step)
-          Shape::copy(smem, tail.ring, place, params.weight, params.x,
-                      int(p.chunk_begin) + tile * Shape::kClasses, first_row, step);
-    }
-  } else {
-    take_registers<kConsumerRegisters>();
+  const auto produce = [&] { block.copy(smem, tail.ring, p.maps, int(p.chunk.begin)); };
+  const auto consume = [&] {
     const float scale = Scale<float>::of(head).value;
-    uint16_t* grad = static_cast<uint16_t*>(p.grad);
-    const int warp_row = Shape::kSplitRows ? lane.warpgroup * Shape::kProductRows : 0;
-    const int slot = Shape::kSplitRows ? row_block * kConsumers + lane.warpgroup : row_block;
-    typename Shape::Place place;
+    const int warp_row = warp_row_of<Shape>(lane);
+    const int slot =
+        Shape::kSplitRows ? block.row_block * kConsumers + lane.warpgroup : block.row_block;
+    typename Shape::State state;
     float acc[Shape::kAccumulators];
     float row_dot[kGroups] = {};
     float total_scale = 0, total_kappa = 0;
 
-    for (int tile = walker; tile < params.class_tiles; tile += params.walkers) {
-      const int first_column = tile * Shape::kClasses +  // of the chunk's classes
-                               (Shape::kSplitRows ? 0 : lane.warpgroup * 64) + lane.warp % 4 * 16;
+    for (int tile = block.first_tile; tile < block.tiles; tile += block.stride) {
+      const int first_column = warp_class_of<Shape>(tile, lane);  // counted in the chunk
       const int column = first_column + lane.group;
-      const int first_class = int(p.chunk_begin) + first_column;
+      const int first_class = int(p.chunk.begin) + first_column;
       ClassPair classes;
-      float weight_gain[2], col_dot[2] = {}, col_bias[2] = {}, col_kappa[2] = {};
+      float weight_factor[2], col_dot[2] = {}, col_bias[2] = {}, col_kappa[2] = {};
       bool inside[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64_t c = p.chunk_begin + column + h * 8;
+        const int64_t c = p.chunk.begin + column + h * 8;
         inside[h] = c < head.C;
         classes.terms[h] = ClassValues<float>::of(head, c, scale);
-        classes.rnorm[h] = inside[h] ? p.saved[p.layout.weight_rnorm + c] : 0.0f;
-        weight_gain[h] = inner_rnorm(classes.rnorm[h], p.float16);
+        classes.rnorm[h] = inside[h] ? p.saved.weight_rnorm[c] : 0.0f;
+        weight_factor[h] = inner_rnorm(classes.rnorm[h], p.options.float16);
       }
-      // The blocks of a tile take turns to write the rounded weights.
-      const bool keep = tile % params.row_blocks == row_block && warp_row == 0;
+      // The blocks that share a class tile take turns in writing its rounded weights.
+      const bool keep = tile % p.tiles.row_blocks == block.row_block && warp_row == 0;
       const auto use = [&](int step, int half, const uint32_t* pairs) {
         const int64_t d = step * kDepth + half * 32 + lane.quad * 8;
-        if (!keep || d >= params.weight_stride) return;
+        if (!keep || d >= p.weight.stride) return;
         struct alignas(16) Four {
           uint32_t v[4];
         };
 #pragma unroll
         for (int h = 0; h < 2; ++h)
           if (inside[h])
-            store_as(params.rounded + (column + h * 8) * params.weight_stride + d,
+            store_as(p.weight.data + (column + h * 8) * p.weight.stride + d,
                      Four{pairs[h], pairs[2 + h], pairs[4 + h], pairs[6 + h]});
       };
       float squares[2] = {};
-      Shape::template multiply<kMath>(smem, tail.ring, place, lane, steps, acc, squares, use);
+      Shape::template multiply<kMath>(smem, tail.ring, state, lane, block.steps, acc, squares, use);
       const unsigned targets =
           groups_with_target<kGroups>(tail.label + warp_row, first_class, lane.lane);
 
 #pragma unroll
       for (int b = 0; b < kGroups; ++b) {
         const int row = warp_row + b * 32 + lane.quad * 8;  // of the block's rows
-        float x_rnorm[8], rnorm_gain[8], max[8], lse[8], sum[8], dot[8], scaled[2][8];
+        float x_rnorm[8], scaled_rnorm[8], max[8], lse[8], sum[8], dot[8], scaled[2][8];
         load_rows(x_rnorm, tail.rnorm, row);
-        load_rows(rnorm_gain, tail.rnorm_gain, row);
+        load_rows(scaled_rnorm, tail.scaled_rnorm, row);
         load_rows(max, tail.max, row);
         load_rows(lse, tail.lse, row);
         if constexpr (kAll) load_rows(sum, tail.sum, row);
@@ -152,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 1)
               float g = lse[i] * exp_of(logit - max[i]);
               if (is_target) g += tail.target[row + i];
               if constexpr (kAll)
-                if (p.with_sum) g += sum[i] * terms.omega;
+                if (p.options.with_sum) g += sum[i] * terms.omega;
               const float t = g * scale * s.dphi_dcosine;
               dot[i] = fma(t, cosine, dot[i]);
               col_dot[h] = fma(t, cosine, col_dot[h]);
@@ -161,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 col_kappa[h] = fma(g, s.dphi_dkappa, col_kappa[h]);
               }
               total_scale = fma(g, s.phi + terms.bias, total_scale);
-              scaled[h][i] = t * rnorm_gain[i] * weight_gain[h];
+              scaled[h][i] = t * scaled_rnorm[i] * weight_factor[h];
             }
           }
         };
@@ -174,11 +152,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         struct alignas(16) Four {
           uint32_t v[4];
         };
-        if (n < params.grad_stride)
+        if (n < p.gradient.stride)
 #pragma unroll
           for (int h = 0; h < 2; ++h)
             if (inside[h])
-              store_as(grad + (column + h * 8) * params.grad_stride + n,
+              store_as(p.gradient.data + (column + h * 8) * p.gradient.stride + n,
                        Four{pack<kMath>(scaled[h][0], scaled[h][1]),
                             pack<kMath>(scaled[h][2], scaled[h][3]),
                             pack<kMath>(scaled[h][4], scaled[h][5]),
@@ -191,319 +169,52 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (lane.quad == 0 && inside[h])
 #pragma unroll
           for (int which = 0; which < 3; ++which)
-            p.col_sums[(slot * 3 + which) * p.chunk + column + h * 8] = sums[which];
+            p.sums.columns[(slot * 3 + which) * p.chunk.size + column + h * 8] = sums[which];
       }
     }
 
     const double warp_scale = warp_sum(double(total_scale)),
                  warp_kappa = warp_sum(double(total_kappa)) * double(scale);
     if (lane.lane == 0) {
-      double* totals = p.totals + 2 * (int64_t(blockIdx.x) * kConsumerWarps + lane.warp);
-      totals[0] = p.chunk_begin == 0 ? warp_scale : totals[0] + warp_scale;
-      totals[1] = p.chunk_begin == 0 ? warp_kappa : totals[1] + warp_kappa;
+      double* totals = p.sums.totals + 2 * (int64_t(blockIdx.x) * kConsumerWarps + lane.warp);
+      totals[0] = p.chunk.begin == 0 ? warp_scale : totals[0] + warp_scale;
+      totals[1] = p.chunk.begin == 0 ? warp_kappa : totals[1] + warp_kappa;
     }
     // Merge the warps that have the same rows, in order.
-    auto& sums = *reinterpret_cast<typename Plan::Sums*>(smem);
+    auto& sums = *reinterpret_cast<typename Smem::Sums*>(smem);
     consumer_sync();
 #pragma unroll
     for (int b = 0; b < kGroups; ++b)
       sums.dot[lane.warp][b * 32 + lane.quad * 8 + lane.group] = row_dot[b];
     consumer_sync();
-    constexpr int kWarps = Shape::kSplitRows ? kConsumerWarps / 2 : kConsumerWarps;
+    constexpr int kWarps = RowWarps<Shape>::kCount;
     for (int i = threadIdx.x; i < Shape::kRows; i += kConsumers * kWarpgroup) {
-      const int n = first_row + i, first_warp = i / Shape::kProductRows * kWarps;
+      const int n = first_row + i, first_warp = RowWarps<Shape>::first(i);
       if (n >= head.N) break;
       float dot = 0;
       for (int w = first_warp; w < first_warp + kWarps; ++w)
-        dot += sums.dot[w][i % Shape::kProductRows];
-      float& sum = p.row_dot[int64_t(walker) * head.N + n];
-      sum = p.chunk_begin == 0 ? dot : sum + dot;
+        dot += sums.dot[w][i % Shape::kGroupRows];
+      float& sum = p.sums.row_dot[int64_t(block.first_tile) * head.N + n];
+      sum = p.chunk.begin == 0 ? dot : sum + dot;
     }
-  }
-#else
-  no_such_instructions();
-#endif
-}
-
-struct ProductParams {
-  BackwardParams<float> p;
-  TensorMap a, b;
-  int row_tiles, col_tiles;
-  int steps, slots;         // slots: of p.col_sums
-  const uint16_t* rounded;  // [chunk, weight_stride]
-  int64_t weight_stride;
-};
-
-template <class Shape>
-constexpr int kProductBytes = Shape::kStagesBytes + int(sizeof(typename Shape::Ring));
-
-// dw of 128 classes x 256 features: all rows' gradient tile by the features, less the projection on
-// the rounded weights, whose cosines these are.
-template <Math kMath>
-__global__ void __launch_bounds__(kThreads, 1)
-    weight_gradient(const __grid_constant__ ProductParams params) {
-#ifdef TVMF_HOPPER
-  using Shape = ProductShape<false>;
-  unsigned char* smem = static_cast<unsigned char*>(shared_memory());
-  auto& ring = *reinterpret_cast<typename Shape::Ring*>(smem + Shape::kStagesBytes);
-  const BackwardParams<float>& p = params.p;
-  const CudaHead& head = p.head;
-  const int tiles = params.row_tiles * params.col_tiles;
-  const WgmmaLane lane = WgmmaLane::of();
-  ring.init();
-
-  if (lane.warpgroup == kConsumers) {
-    give_registers<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kWarpgroup) {
-      prefetch_map(params.a);
-      prefetch_map(params.b);
-      typename Shape::Place place;
-      for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
-        for (int step = 0; step < params.steps; ++step)
-          Shape::copy(smem, ring, place, params.a, params.b, tile / params.col_tiles * Shape::kRows,
-                      tile % params.col_tiles * Shape::kCols, step * kDepth);
-    }
-  } else {
-    take_registers<kConsumerRegisters>();
-    typename Shape::Place place;
-    float acc[Shape::kAccumulators];
-    const bool per_class_kappa = p.out.kappa.data && head.kappa.stride != 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const int col = tile % params.col_tiles;
-      const int column = tile / params.col_tiles * Shape::kRows + lane.warpgroup * 64 + lane.line;
-
-      // Finish the column sums: the projection's factor, and the gradients of bias and kappa.
-      float gain[2], factor[2];
-      bool wanted[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        // The last block of small tiles can reach into the next chunk.
-        const int64_t c = p.chunk_begin + column + h * 8;
-        const bool inside = column + h * 8 < p.chunk_count;
-        wanted[h] = inside && p.out.weight.data;
-        const float rnorm = inside ? p.saved[p.layout.weight_rnorm + c] : 0.0f;
-        const auto sum_of = [&](int which) {
-          float sum = 0;
-          for (int s = 0; s < params.slots; ++s)
-            sum += p.col_sums[(s * 3 + which) * p.chunk + column + h * 8];
-          return sum;
-        };
-        gain[h] = p.gain[1] * (inner_rnorm(rnorm, p.float16) == rnorm ? 1.0f : rnorm);
-        factor[h] = inside ? projection(sum_of(0), rnorm) : 0.0f;
-        if (col == 0 && lane.quad == 0 && inside) {
-          const float scale = Scale<float>::of(head).value;
-          if (p.out.bias.data) store_at(p.out.bias, c, scale * sum_of(1));
-          if (per_class_kappa) store_at(p.out.kappa, c, scale * sum_of(2));
-        }
-      }
-      // The projection's weights are on their way while the products are made.
-      struct alignas(8) Rounded {
-        uint32_t pair[2];
-      };
-      constexpr int kRuns = Shape::kCols / 16;
-      const int first_feature = col * Shape::kCols + lane.quad * 4, features = int(head.D);
-      Rounded w[2][kRuns];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint16_t* from = params.rounded + int64_t(column + h * 8) * params.weight_stride;
-#pragma unroll
-        for (int k = 0; k < kRuns; ++k) {
-          const bool there = wanted[h] && first_feature + k * 16 < features;
-          w[h][k] = there ? load_as<Rounded>(from + first_feature + k * 16) : Rounded{};
-        }
-      }
-      Shape::template multiply<kMath>(smem, ring, place, lane, params.steps, acc);
-
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (!wanted[h]) continue;
-        float* to = static_cast<float*>(p.out.weight.data) +
-                    (p.chunk_begin + column + h * 8) * head.D + first_feature;
-        struct alignas(16) Four {
-          float v[4];
-        };
-#pragma unroll
-        for (int k = 0; k < kRuns; ++k) {
-          Four out;
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            out.v[i] = gain[h] * acc[(k * 2 + i / 2) * 4 + h * 2 + i % 2] -
-                       factor[h] * half_of<kMath>(w[h][k].pair[i / 2], i % 2);
-          if (first_feature + k * 16 < features) store_as(to + k * 16, out);
-        }
-      }
-    }
-  }
-#else
-  no_such_instructions();
-#endif
-}
-
-// The chunk's gradient tile times its weights, 128 rows x 256 features of one run of classes.
-template <Math kMath>
-__global__ void __launch_bounds__(kThreads, 1)
-    feature_gradient(const __grid_constant__ ProductParams params) {
-#ifdef TVMF_HOPPER
-  using Shape = ProductShape<true>;
-  unsigned char* smem = static_cast<unsigned char*>(shared_memory());
-  auto& ring = *reinterpret_cast<typename Shape::Ring*>(smem + Shape::kStagesBytes);
-  const BackwardParams<float>& p = params.p;
-  const CudaHead& head = p.head;
-  const int tiles = params.row_tiles * params.col_tiles;
-  const int tile = int(blockIdx.x) % tiles, split = int(blockIdx.x) / tiles;
-  const int row = tile / params.col_tiles * Shape::kRows;
-  const int col = tile % params.col_tiles * Shape::kCols;
-  const int splits = int(p.input_splits), per_split = (params.steps + splits - 1) / splits;
-  const int first_step = split * per_split, left = params.steps - first_step;
-  const int steps = left < per_split ? left : per_split;
-  const WgmmaLane lane = WgmmaLane::of();
-  ring.init();
-
-  if (lane.warpgroup == kConsumers) {
-    give_registers<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kWarpgroup) {
-      prefetch_map(params.a);
-      prefetch_map(params.b);
-      typename Shape::Place place;
-      for (int step = 0; step < steps; ++step)
-        Shape::copy(smem, ring, place, params.a, params.b, row, col, (first_step + step) * kDepth);
-    }
-  } else {
-    take_registers<kConsumerRegisters>();
-    const bool add = p.chunk_begin > 0;
-    if (steps > 0 || !add) {
-      typename Shape::Place place;
-      float acc[Shape::kAccumulators];
-      if (steps > 0)
-        Shape::template multiply<kMath>(smem, ring, place, lane, steps, acc);
-      else
-        for (float& each : acc) each = 0;
-      float* dx = p.dx + int64_t(split) * head.N * head.D;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int64_t n = row + lane.warpgroup * 64 + lane.line + h * 8;
-        if (n >= head.N) continue;
-        float* to = dx + n * head.D;
-        const int first = col + lane.quad * 2, features = int(head.D);
-        // Sixteen loads are under way at once; stores could alias what is still to be read.
-        constexpr int kLoads = 16;
-#pragma unroll
-        for (int begin = 0; begin < Shape::kCols / 8; begin += kLoads) {
-          Pair<float> old[kLoads];
-#pragma unroll
-          for (int j = 0; j < kLoads; ++j) {
-            const int d = first + (begin + j) * 8;
-            old[j] = add && d < features ? load_as<Pair<float>>(to + d) : Pair<float>{};
-          }
-#pragma unroll
-          for (int j = 0; j < kLoads; ++j) {
-            const int d = first + (begin + j) * 8, at = (begin + j) * 4 + h * 2;
-            if (d < features)
-              store_as(to + d, Pair<float>{old[j].low + acc[at], old[j].high + acc[at + 1]});
-          }
-        }
-      }
-    }
-  }
-#else
-  no_such_instructions();
-#endif
-}
-
-template <Math kMath, class Shape>
-cudaError_t launch_gradient(const BackwardParams<float>& p, const CudaPlan& plan, void* rounded,
-                            cudaStream_t stream) {
-  const HopperPlan& hopper = plan.hopper;
-  const CudaHead& head = p.head;
-  GradientParams params{p,
-                        {},
-                        {},
-                        int(ceil_div(p.chunk_count, Shape::kClasses)),
-                        int(hopper.row_blocks),
-                        int(hopper.gradient_walkers),
-                        hopper.grad_stride,
-                        static_cast<uint16_t*>(rounded),
-                        hopper.weight_stride};
-  cudaError_t error = make_tensor_map(&params.weight, head.weight.data, DType::kFloat32, head.C,
-                                      head.D, head.weight.row_stride, Shape::kClasses, 32);
-  if (error == cudaSuccess)
-    error = make_tensor_map(&params.x, p.arranged.by_rows, plan.problem.x, hopper.rows,
-                            hopper.columns, hopper.columns, Shape::kRows, kDepth);
-  if (error != cudaSuccess) return error;
-  const dim3 grid(unsigned(hopper.row_blocks * hopper.gradient_walkers));
-  const auto run = [&](auto kernel) {
-    return launch_kernel(kernel, grid, kThreads, GradientPlan<Shape>::kBytes, stream, params);
   };
-  const bool all = p.with_sum || p.out.bias.data || p.out.kappa.data;
-  return all ? run(gradient<kMath, Shape, true>) : run(gradient<kMath, Shape, false>);
-}
-
-template <Math kMath>
-cudaError_t launch_weight(const BackwardParams<float>& p, const CudaPlan& plan, const void* rounded,
-                          cudaStream_t stream) {
-  using Shape = ProductShape<false>;
-  const HopperPlan& hopper = plan.hopper;
-  const CudaHead& head = p.head;
-  ProductParams params{p, {}, {}, 0, 0, 0, 0, static_cast<const uint16_t*>(rounded), 0};
-  params.row_tiles = int(ceil_div(p.chunk_count, Shape::kRows));
-  params.col_tiles = int(ceil_div(head.D, Shape::kCols));
-  params.steps = int(ceil_div(head.N, kDepth));
-  params.slots = int(hopper.col_slots);
-  params.weight_stride = hopper.weight_stride;
-  cudaError_t error = make_tensor_map(&params.a, p.grad, plan.problem.x, p.chunk_count, head.N,
-                                      hopper.grad_stride, Shape::kRows, kDepth);
-  if (error == cudaSuccess)
-    error = make_tensor_map(&params.b, p.arranged.by_columns, plan.problem.x, head.N,
-                            hopper.columns, hopper.columns, kDepth, kAtom);
-  if (error != cudaSuccess) return error;
-  const int64_t blocks = std::min(int64_t(params.row_tiles) * params.col_tiles, hopper.blocks);
-  return launch_kernel(weight_gradient<kMath>, dim3(unsigned(blocks)), kThreads,
-                       kProductBytes<Shape>, stream, params);
-}
-
-template <Math kMath>
-cudaError_t launch_features(const BackwardParams<float>& p, const CudaPlan& plan,
-                            const void* rounded, cudaStream_t stream) {
-  using Shape = ProductShape<true>;
-  const HopperPlan& hopper = plan.hopper;
-  const CudaHead& head = p.head;
-  ProductParams params{p, {}, {}, 0, 0, 0, 0, nullptr, 0};
-  params.row_tiles = int(ceil_div(head.N, Shape::kRows));
-  params.col_tiles = int(ceil_div(head.D, Shape::kCols));
-  params.steps = int(ceil_div(p.chunk_count, kDepth));
-  cudaError_t error = make_tensor_map(&params.a, p.grad, plan.problem.x, p.chunk_count, head.N,
-                                      hopper.grad_stride, kDepth, kAtom);
-  if (error == cudaSuccess)
-    error = make_tensor_map(&params.b, rounded, plan.problem.x, p.chunk_count, head.D,
-                            hopper.weight_stride, kDepth, kAtom);
-  if (error != cudaSuccess) return error;
-  const int64_t blocks = int64_t(params.row_tiles) * params.col_tiles * p.input_splits;
-  return launch_kernel(feature_gradient<kMath>, dim3(unsigned(blocks)), kThreads,
-                       kProductBytes<Shape>, stream, params);
+  produce_and_consume(p.maps, lane, produce, consume);
+#else
+  no_such_instructions();
+#endif
 }
 
 }  // namespace
 
-cudaError_t class_gradients(const BackwardParams<float>& given, const CudaPlan& plan, void* rounded,
-                            cudaStream_t stream) {
-  BackwardParams<float> p = given;
-  const CudaHead& head = p.head;
-  cudaError_t error = cudaSuccess;
-  for (int64_t begin = 0; begin < head.C && error == cudaSuccess; begin += plan.chunk) {
-    p.chunk_begin = begin;
-    p.chunk_count = std::min(plan.chunk, head.C - begin);
-    error = with_cosine_shape(plan, [&](auto math, auto shape) {
-      constexpr Math kMath = decltype(math)::value;
-      cudaError_t each = launch_gradient<kMath, decltype(shape)>(p, plan, rounded, stream);
-      const bool class_outputs = p.out.weight.data || p.out.bias.data || p.out.kappa.data;
-      if (each == cudaSuccess && class_outputs)
-        each = launch_weight<kMath>(p, plan, rounded, stream);
-      if (each == cudaSuccess && p.out.x.data)
-        each = launch_features<kMath>(p, plan, rounded, stream);
-      return each;
-    });
-  }
-  return error;
+cudaError_t launch_gradient(const GradientParams& p, const Plan& plan, cudaStream_t stream) {
+  const dim3 grid(unsigned(p.tiles.row_blocks * p.tiles.blocks));
+  return with_cosine_shape(plan, [&](auto math, auto shape) {
+    constexpr Math kMath = decltype(math)::value;
+    using Shape = decltype(shape);
+    return launch_kernel(
+        p.options.all ? gradient<kMath, Shape, true> : gradient<kMath, Shape, false>, grid,
+        kThreads, GradientLayout<Shape>::kBytes, stream, p);
+  });
 }
 
 }  // namespace tvmf::sm90

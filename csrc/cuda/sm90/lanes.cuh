@@ -1,13 +1,13 @@
-// What becomes of a warpgroup's products [64 classes, rows]: a lane has two classes, of them 8
-// successive rows of every 32. Sums over classes are shuffled together, 8 rows to 8 lanes.
+// How a warpgroup's products [64 classes, rows] lie in its lanes: a lane has two classes, and of
+// each 8 successive rows of every 32. Sums over the classes are made by shuffles, 8 rows at a time.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/class_terms.cuh"
 #include "cuda/sm90/mainloop.cuh"
 
 namespace tvmf::sm90 {
 
-// v[i] of 8 lanes of a column of the warp; lane `group` gets all of v[group].
+// Combines v[i] of the 8 lanes that have the same rows; lane `group` gets the result for v[group].
 template <class T, class Add>
 __device__ __forceinline__ T gather_rows(const T (&v)[8], int group, const Add& add) {
   T four[4], two[2];
@@ -29,7 +29,7 @@ __device__ __forceinline__ float sum_rows(const float (&v)[8], int group) {
   return gather_rows(v, group, [](float a, float b) { return a + b; });
 }
 
-// The lane's 8 rows of 32, of a vector in shared memory.
+// Loads 8 successive rows of a vector in shared memory.
 __device__ __forceinline__ void load_rows(float (&v)[8], const float* smem, int first) {
   struct alignas(16) Four {
     float v[4];
@@ -39,7 +39,7 @@ __device__ __forceinline__ void load_rows(float (&v)[8], const float* smem, int 
   for (int i = 0; i < 4; ++i) v[i] = low.v[i], v[i + 4] = high.v[i];
 }
 
-// A bit for each 32 of a warp's rows in which one of its 16 classes is a target.
+// A bit for each 32 rows of a warp: whether one of them has its target among the warp's 16 classes.
 template <int kGroups>
 __device__ __forceinline__ unsigned groups_with_target(const int* label_smem, int first_class,
                                                        int lane) {
@@ -52,16 +52,17 @@ __device__ __forceinline__ unsigned groups_with_target(const int* label_smem, in
   return groups;
 }
 
-// Of product row i of 8 of group b of 32, class h of 2.
+// The index of the accumulator of row i of 8, of group b of 32 rows, and of class h of 2.
 __host__ __device__ constexpr int accumulator_of(int b, int i, int h) {
   return (b * 4 + i / 2) * 4 + h * 2 + i % 2;
 }
 
+// Like the portable cosine_of, in two instructions less. The portable kernels would spill with it.
 __device__ __forceinline__ float cosine_of(float product, float x_rnorm, float weight_rnorm) {
   return clamp_unit(product * x_rnorm * weight_rnorm);
 }
 
-// A lane's two classes.
+// The terms of a lane's two classes.
 struct ClassPair {
   ClassValues<float> terms[2];
   float rnorm[2];

@@ -2,7 +2,8 @@
 // of two consumer warpgroups. Knows nothing of the loss.
 #pragma once
 
-#include "cuda/sm80/mainloop.cuh"
+#include "cuda/math.cuh"
+#include "cuda/sm90/plan.h"
 #include "cuda/sm90/ptx.cuh"
 
 namespace tvmf::sm90 {
@@ -12,27 +13,27 @@ constexpr int kThreads = kWarpgroup * (1 + kConsumers);
 // Of 65536 registers 2 x 128 x 240 + 128 x 24; accumulators of 64 x 256 take 128 of the 240.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-constexpr int kDepth = kHopperDepth;        // of a stage: a line of 16-bit numbers
-constexpr int kLine = 128;                  // bytes, what the swizzle permutes
-constexpr int kAtom = 64;                   // 16-bit elements of a line
-constexpr int kAtomBytes = kDepth * kLine;  // of a transposed operand: 64 lines of 64 elements
+constexpr int kLine = 128;  // bytes of a line of a stage, within which the swizzle permutes
+constexpr int kAtom = 64;   // 16-bit elements of a line
+// An atom of a transposed operand: 64 lines of 64 elements.
+constexpr int kAtomBytes = kDepth * kLine;
 
-// Where the pipeline is: a stage, and the parity of the times it has been round.
+// The state of a pipeline: its stage, and the parity of the number of times that it has come round.
 template <int kStages>
-struct Place {
+struct PipelineState {
   int stage = 0, parity = 0;
   __device__ __forceinline__ void next() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
 };
 
-// Barriers of a ring of stages, whose two operands become empty on their own: when all consumer
-// warps have read them.
+// The barriers of a ring of stages. Each of the two operands of a stage becomes empty on its own,
+// as soon as all consumer warps have read it.
 template <int kStages>
 struct alignas(16) Ring {
   Barrier full[kStages], empty_a[kStages], empty_b[kStages];
 
-  // All threads of the block.
+  // All threads of the block call it.
   __device__ __forceinline__ void init() {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
@@ -52,10 +53,11 @@ __device__ __forceinline__ void release(Barrier* empty) {
   if (threadIdx.x % kWarp == 0) barrier_arrive(empty);
 }
 
-// A warp's 16 lines of a warpgroup's 64, two a lane.
+// The lines of a product that a lane has: two of its warp's 16, of its warpgroup's 64.
 struct WgmmaLane {
-  int lane, group, quad, warp;  // warp: of the consumers'
-  int warpgroup, line;          // line: group's, of 64
+  int lane, group, quad;  // group: lane / 4, quad: lane % 4
+  int warp, warpgroup;
+  int line;  // the first of the lane's two lines of 64; the second is 8 further
 
   static __device__ __forceinline__ WgmmaLane of() {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -63,7 +65,7 @@ struct WgmmaLane {
   }
 };
 
-// One number of a pair.
+// The low or the high number of a pair.
 template <Math kMath>
 __device__ __forceinline__ float half_of(uint32_t pair, int high) {
   if constexpr (kMath == Math::kBf16)
@@ -72,58 +74,60 @@ __device__ __forceinline__ float half_of(uint32_t pair, int high) {
     return to_float(f16{uint16_t(high ? pair >> 16 : pair)});
 }
 
-// Cosines' operands: float32 weights [classes, D], rounded in registers, by arranged features
-// [rows, D] of 16 bits. Warpgroups share out classes, or rows where classes are few.
-template <int kProductRows_, bool kSplitRows_>
+// The product that makes cosines: float32 weights [classes, D], rounded in registers, times
+// arranged features [rows, D] of 16 bits. The warpgroups split the classes, or the rows where a
+// tile has only 64 classes.
+template <int kGroupRows_, bool kSplitRows_>
 struct CosineShape {
-  static constexpr int kProductRows = kProductRows_;  // of a warpgroup
+  static constexpr int kGroupRows = kGroupRows_;  // rows of a warpgroup
   static constexpr bool kSplitRows = kSplitRows_;
-  static constexpr int kClasses = kSplitRows ? 64 : 128;
-  static constexpr int kRows = kSplitRows ? 2 * kProductRows : kProductRows;
-  static_assert(kRows == kHopperRows, "the plan counts on it");
-  static constexpr int kBox = kClasses * kLine;  // 32 columns of weights; a stage has two
+  static constexpr int kClasses = kSplitRows ? kSmallClasses : kLargeClasses;
+  static constexpr int kRows = kSplitRows ? 2 * kGroupRows : kGroupRows;
+  static_assert(kRows == kCosineRows, "the plan counts on it");
+  static constexpr int kBox = kClasses * kLine;  // bytes of 32 columns of weights; a stage has two
   static constexpr int kWeightBytes = 2 * kBox, kStageBytes = kWeightBytes + kRows * kLine;
   static constexpr int kStages = kStageBytes > 48 * 1024 ? 3 : 4;
   static constexpr int kStagesBytes = kStages * kStageBytes;
-  static constexpr int kAccumulators = kProductRows / 2;
+  static constexpr int kAccumulators = kGroupRows / 2;
   using Ring = sm90::Ring<kStages>;
-  using Place = sm90::Place<kStages>;
+  using State = PipelineState<kStages>;
 
-  // Starts the copies of a step.
-  static __device__ __forceinline__ void copy(unsigned char* smem, Ring& ring, Place& place,
+  // Starts the copies of a step, as soon as its stage is empty.
+  static __device__ __forceinline__ void copy(unsigned char* smem, Ring& ring, State& state,
                                               const TensorMap& weight, const TensorMap& x,
                                               int first_class, int first_row, int step) {
-    unsigned char* stage = smem + place.stage * kStageBytes;
-    Barrier* full = &ring.full[place.stage];
-    barrier_wait(&ring.empty_a[place.stage], place.parity ^ 1);
+    unsigned char* stage = smem + state.stage * kStageBytes;
+    Barrier* full = &ring.full[state.stage];
+    barrier_wait(&ring.empty_a[state.stage], state.parity ^ 1);
     barrier_expect(full, kStageBytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       tensor_copy(stage + half * kBox, weight, step * kDepth + half * 32, first_class, full);
-    barrier_wait(&ring.empty_b[place.stage], place.parity ^ 1);
+    barrier_wait(&ring.empty_b[state.stage], state.parity ^ 1);
     tensor_copy(stage + kWeightBytes, x, step * kDepth, first_row, full);
-    place.next();
+    state.next();
   }
 
-  // All steps of a tile. `squares`: of the lane's two lines of weights, rounded, its share of them;
-  // use(step, half, pairs) sees the rounded weights: pairs [4 t + r + 2 i] of half a step.
+  // Multiplies all steps of a tile. `squares` gets the lane's share of the squares of its two lines
+  // of rounded weights. use(step, half, pairs) gets the rounded weights of half a step: pair 4 t +
+  // r + 2 i belongs to line r.
   template <Math kMath, class Use>
   static __device__ __forceinline__ void multiply(const unsigned char* smem, Ring& ring,
-                                                  Place& place, const WgmmaLane& lane, int steps,
+                                                  State& state, const WgmmaLane& lane, int steps,
                                                   float (&acc)[kAccumulators], float (&squares)[2],
                                                   const Use& use) {
     const int weight_line = (kSplitRows ? 0 : lane.warpgroup * 64) + lane.line;
-    const int x_line = kSplitRows ? lane.warpgroup * kProductRows : 0;
+    const int x_line = kSplitRows ? lane.warpgroup * kGroupRows : 0;
     struct alignas(16) Four {
       float v[4];
     };
     uint32_t a[2][8];
     int last = -1;
     for (int step = 0; step < steps; ++step) {
-      barrier_wait(&ring.full[place.stage], place.parity);
-      const unsigned char* w_smem = smem + place.stage * kStageBytes + weight_line * kLine;
+      barrier_wait(&ring.full[state.stage], state.parity);
+      const unsigned char* w_smem = smem + state.stage * kStageBytes + weight_line * kLine;
       const unsigned char* x_smem =
-          smem + place.stage * kStageBytes + kWeightBytes + x_line * kLine;
+          smem + state.stage * kStageBytes + kWeightBytes + x_line * kLine;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -153,13 +157,14 @@ struct CosineShape {
             wgmma_f16_registers(acc, &a[half][k * 4], b, add);
         }
         wgmma_commit();
-        if (half == 1) release(&ring.empty_a[place.stage]);
-        // The other half's registers may be written again, and the last step's features.
+        if (half == 1) release(&ring.empty_a[state.stage]);
+        // Now the registers of the other half may be written again, and so may the features of the
+        // last step.
         wgmma_wait<1>();
         if (half == 0 && last >= 0) release(&ring.empty_b[last]);
       }
-      last = place.stage;
-      place.next();
+      last = state.stage;
+      state.next();
     }
     wgmma_wait<0>();
     hold(acc);
@@ -167,24 +172,35 @@ struct CosineShape {
   }
 };
 
-// Products of two operands of 16 bits: 128 x 256 a block, summed over lines of both or over lines
-// of B and along those of A.
+// Calls f with the kind of 16-bit product and the shape of the plan's cosine tiles.
+template <class F>
+cudaError_t with_cosine_shape(const Plan& plan, const F& f) {
+  const auto with_shape = [&](auto math) {
+    return plan.small_tiles ? f(math, CosineShape<kCosineRows / 2, true>{})
+                            : f(math, CosineShape<kCosineRows, false>{});
+  };
+  return plan.math == Math::kBf16 ? with_shape(MathConstant<Math::kBf16>{})
+                                  : with_shape(MathConstant<Math::kF16>{});
+}
+
+// A product of two operands of 16 bits, 128 x 256 a block. The sum runs over the lines of B, and
+// over the lines of A where it is transposed, else along them.
 template <bool kTransposedA_>
 struct ProductShape {
   static constexpr bool kTransposedA = kTransposedA_;
-  static constexpr int kRows = kHopperProductRows, kCols = kHopperProductCols;
+  static constexpr int kRows = kProductRows, kCols = kProductCols;
   static constexpr int kBytesA = kRows * kLine, kStageBytes = kBytesA + kCols * kLine;
   static constexpr int kStages = 4, kStagesBytes = kStages * kStageBytes;
   static constexpr int kAccumulators = 128;
   using Ring = sm90::Ring<kStages>;
-  using Place = sm90::Place<kStages>;
+  using State = PipelineState<kStages>;
 
-  static __device__ __forceinline__ void copy(unsigned char* smem, Ring& ring, Place& place,
+  static __device__ __forceinline__ void copy(unsigned char* smem, Ring& ring, State& state,
                                               const TensorMap& a, const TensorMap& b, int first_row,
                                               int first_col, int depth) {
-    unsigned char* stage = smem + place.stage * kStageBytes;
-    Barrier* full = &ring.full[place.stage];
-    barrier_wait(&ring.empty_a[place.stage], place.parity ^ 1);
+    unsigned char* stage = smem + state.stage * kStageBytes;
+    Barrier* full = &ring.full[state.stage];
+    barrier_wait(&ring.empty_a[state.stage], state.parity ^ 1);
     barrier_expect(full, kStageBytes);
     if constexpr (kTransposedA) {
 #pragma unroll
@@ -193,22 +209,22 @@ struct ProductShape {
     } else {
       tensor_copy(stage, a, depth, first_row, full);
     }
-    barrier_wait(&ring.empty_b[place.stage], place.parity ^ 1);
+    barrier_wait(&ring.empty_b[state.stage], state.parity ^ 1);
 #pragma unroll
     for (int i = 0; i < kCols / kAtom; ++i)
       tensor_copy(stage + kBytesA + i * kAtomBytes, b, first_col + i * kAtom, depth, full);
-    place.next();
+    state.next();
   }
 
   template <Math kMath>
   static __device__ __forceinline__ void multiply(const unsigned char* smem, Ring& ring,
-                                                  Place& place, const WgmmaLane& lane, int steps,
+                                                  State& state, const WgmmaLane& lane, int steps,
                                                   float (&acc)[kAccumulators]) {
     constexpr int kStepA = kTransposedA ? 16 * kLine : 32;
     int last = -1;
     for (int step = 0; step < steps; ++step) {
-      barrier_wait(&ring.full[place.stage], place.parity);
-      const uint32_t stage = shared_address(smem + place.stage * kStageBytes);
+      barrier_wait(&ring.full[state.stage], state.parity);
+      const uint32_t stage = shared_address(smem + state.stage * kStageBytes);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k) {
@@ -224,8 +240,8 @@ struct ProductShape {
       wgmma_commit();
       wgmma_wait<1>();
       if (last >= 0) released(ring, last);
-      last = place.stage;
-      place.next();
+      last = state.stage;
+      state.next();
     }
     wgmma_wait<0>();
     hold(acc);

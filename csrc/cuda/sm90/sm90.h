@@ -1,36 +1,12 @@
-// The way to the kernels for Hopper: 16-bit features, float32 weights that bulk copies can read.
+// The two passes on Hopper, each a sequence of launches.
 #pragma once
 
-#include "cuda/passes.cuh"
-#include "cuda/sm90/mainloop.cuh"
+#include "cuda/head.h"
+#include "cuda/sm90/plan.h"
 
 namespace tvmf::sm90 {
 
-#ifndef TVMF_SIMT
-// Rows [rows, cols] as boxes of box_rows lines of 128 bytes; what is outside is read as 0.
-cudaError_t make_tensor_map(TensorMap* map, const void* data, DType dtype, int64_t rows,
-                            int64_t cols, int64_t row_stride, int box_rows, int box_cols);
-#endif
-
-// Calls f with the plan's kind of 16-bit product and its shape of cosine tiles.
-template <class F>
-cudaError_t with_cosine_shape(const CudaPlan& plan, const F& f) {
-  const auto with_math = [&](auto shape) {
-    return plan.math == Math::kBf16 ? f(MathConstant<Math::kBf16>{}, shape)
-                                    : f(MathConstant<Math::kF16>{}, shape);
-  };
-  return plan.hopper.few ? with_math(CosineShape<128, true>{})
-                         : with_math(CosineShape<256, false>{});
-}
-
-// Both want the arranged features in `p`.
-cudaError_t row_statistics(const ForwardParams<float>& p, const CudaPlan& plan,
-                           cudaStream_t stream);
-
-// All chunks of classes: weights', bias', kappa's gradients and the sums that are left to finish.
-// p.grad is [chunk, grad_stride] here, a class a line; `rounded` [chunk, weight_stride] takes the
-// chunk's weights.
-cudaError_t class_gradients(const BackwardParams<float>& p, const CudaPlan& plan, void* rounded,
-                            cudaStream_t stream);
+cudaError_t forward(const ForwardCall& call, const CudaProblem& problem, const Plan& plan);
+cudaError_t backward(const BackwardCall& call, const CudaProblem& problem, const Plan& plan);
 
 }  // namespace tvmf::sm90

@@ -1,0 +1,66 @@
+// The terms from which a product becomes a logit: cosine -> phi -> logit. Both passes compute a
+// logit by these functions, and so get the same bits.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "similarity.h"
+
+namespace tvmf {
+
+template <class T>
+struct Scale {
+  T value;
+  T derivative;  // of the value by the number that the caller gives
+
+  static __device__ __forceinline__ Scale of(const CudaHead& head) {
+    const T s = value_at<T>(head.scale, 0);
+    if (!head.softplus_scale) return {s, T(1)};
+    // F.softplus is linear beyond 20.
+    if (s > T(20)) return {s + 1, T(1)};
+    return {log1p(exp(s)) + 1, T(1) / (1 + exp(-s))};
+  }
+};
+
+template <class T>
+__device__ __forceinline__ T rnorm_of(T squares) {
+  const T norm = sqrt(squares);
+  return 1 / (norm < T(kEps) ? T(kEps) : norm);
+}
+
+// The terms of a class's logit, without its norm. Beyond the last class the logit is -inf and every
+// other term is 0.
+template <class T>
+struct ClassValues {
+  T kappa, bias, offset, omega;
+
+  static __device__ __forceinline__ ClassValues of(const CudaHead& head, int64_t c, T scale) {
+    if (c >= head.C) return {T(0), T(0), -infinity<T>(), T(0)};
+    const T bias = value_at<T>(head.bias, c);
+    return {value_at<T>(head.kappa, c), bias, scale * bias + value_at<T>(head.prior, c),
+            value_at<T>(head.class_weight, c)};
+  }
+};
+
+// The terms of a tile's classes in shared memory. The forward pass sets the norms later than the
+// other terms, when it has read the weights.
+template <class T, int kCols>
+struct ClassTile {
+  T rnorm[kCols], kappa[kCols], bias[kCols], offset[kCols], omega[kCols];
+
+  __device__ __forceinline__ void set(int col, const ClassValues<T>& terms) {
+    kappa[col] = terms.kappa, bias[col] = terms.bias;
+    offset[col] = terms.offset, omega[col] = terms.omega;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ T cosine_of(T product, T x_rnorm, T weight_rnorm) {
+  return clamp_cosine(product * x_rnorm * weight_rnorm);
+}
+
+template <class T>
+__device__ __forceinline__ T logit_of(T scale, T phi, T offset) {
+  return multiply_add(scale, phi, offset);
+}
+
+}  // namespace tvmf

@@ -1,0 +1,94 @@
+// A problem as the CUDA kernels see it, and what a pass over it costs by count. Everything here is
+// pure: the same numbers give the same result on every machine.
+#pragma once
+
+#include "cuda/gpus.h"
+#include "problem.h"
+
+namespace tvmf {
+
+// How two operands are multiplied: on tensor cores, except for the last two.
+enum class Math : int32_t { kF16, kBf16, kTf32, kF32, kF64 };
+
+constexpr Math math_of(DType x, bool allow_tf32) {
+  switch (x) {
+    case DType::kFloat16: return Math::kF16;
+    case DType::kBFloat16: return Math::kBf16;
+    case DType::kFloat32: return allow_tf32 ? Math::kTf32 : Math::kF32;
+    default: return Math::kF64;
+  }
+}
+
+// Bytes of a statistic, a norm or an accumulator.
+constexpr int64_t accumulator_size(DType x) { return x == DType::kFloat64 ? 8 : 4; }
+
+// The dtype in which the kernels read a weight. Where the caller's is another, a copy is made.
+constexpr DType weight_dtype_read(DType x, DType given_weight) {
+  if (given_weight == x || size_of(x) > 2) return x;
+  return DType::kFloat32;
+}
+
+// How the weight lies in memory as the kernels read it. The default is a new contiguous tensor.
+struct WeightLayout {
+  int64_t row_stride, col_stride;  // in elements
+  bool aligned = true;             // whether its first element lies on a 16-byte boundary
+};
+
+struct CudaProblem {
+  int64_t N, C, D;
+  DType x;
+  DType given_weight;  // the caller's dtype of the weight
+  bool allow_tf32;     // whether float32 products may be rounded to TF32
+  int64_t kept;        // classes whose products the caller offers to keep for the backward pass
+  bool with_sum;       // whether sums of logits over the classes are wanted
+  WeightLayout layout;
+
+  Math math() const { return math_of(x, allow_tf32); }
+  DType weight() const { return weight_dtype_read(x, given_weight); }
+  // The row stride of the products that the forward pass keeps: those of all classes, or of none.
+  int64_t kept_products() const { return kept >= C && kept % kPad == 0 ? kept : 0; }
+};
+
+// One pass of a plan, by count.
+struct PassCost {
+  int64_t launches = 0;
+  int64_t workspace = 0;  // bytes
+  double flops = 0;       // floating-point operations of the products
+  double hbm = 0;         // bytes that cross the GPU's memory interface
+  double l2 = 0;          // bytes between the L2 cache and the multiprocessors
+  double seconds = 0;     // predicted from the counts and the GPU's rates
+};
+
+struct Cost {
+  PassCost forward, backward;
+  int64_t saved = 0;                  // bytes that the forward pass saves for the backward pass
+  double flop_rate = 0, l2_rate = 0;  // the rates that the prediction takes the kernels to reach
+};
+
+constexpr int64_t kMiB = int64_t(1) << 20;
+constexpr int64_t kWorkspaceBudget = 64 * kMiB;  // bytes, whatever the number of classes is
+
+// Bytes between the L2 cache and the multiprocessors are counted in sectors, as the emulator does:
+// a scattered access takes a whole one, and two neighbours of 2 bytes leave half of 4 bytes unused.
+constexpr double kSectorBytes = 32;
+
+// Offsets in a workspace of parts that are taken one after another, on 256-byte boundaries.
+struct Cursor {
+  int64_t at = 0;
+  int64_t take(int64_t bytes) {
+    const int64_t here = at;
+    at += round_up(bytes, 256);
+    return here;
+  }
+};
+
+// Fills in the pass's predicted time: the slowest of its three parts, and its launches.
+inline void predict(PassCost& pass, const Cost& cost, const Gpu& gpu) {
+  const double operations = pass.flops / cost.flop_rate, memory = pass.hbm / gpu.hbm_rate,
+               cache = pass.l2 / cost.l2_rate;
+  double slowest = operations > memory ? operations : memory;
+  slowest = slowest > cache ? slowest : cache;
+  pass.seconds = slowest + double(pass.launches) * gpu.launch_seconds;
+}
+
+}  // namespace tvmf

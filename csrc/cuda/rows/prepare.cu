@@ -1,0 +1,105 @@
+#include "cuda/class_terms.cuh"
+#include "cuda/rows/rows.cuh"
+
+namespace tvmf::rows {
+namespace {
+
+constexpr int kThreads = 128, kLoads = 4;
+
+// Each of the first N blocks has a row: it makes the row's norm, its product with its target's
+// weight, and the target's score. The blocks beyond arrange the features. Latency bounds this
+// kernel, so the loads of a row of up to 2048 features are in flight at once: told that four blocks
+// share a multiprocessor, the compiler has the registers for this, and does not put each load
+// before its use.
+template <Math kMath, class W>
+__global__ void __launch_bounds__(kThreads, 4)
+    prepare_rows(const __grid_constant__ PrepareParams<typename MathTraits<kMath>::Acc> p) {
+  using X = typename MathTraits<kMath>::X;
+  using T = typename MathTraits<kMath>::Acc;
+  const CudaHead& head = p.head;
+  const int64_t n = blockIdx.x;
+  if (n >= head.N) {
+    sm90::arrange(head, p.arranged, (n - head.N) * kThreads + threadIdx.x);
+    return;
+  }
+  const auto x = Operand<X>::of(head.x, head.N, head.D);
+  const auto weight = Operand<W>::of(head.weight, head.C, head.D);
+
+  const int64_t y = head.target[n * head.target_stride];
+  const bool ignored = y == head.ignore_index, valid = !ignored && y >= 0 && y < head.C;
+  const T kappa = valid ? value_at<T>(head.kappa, y) : T(0);
+  const T bias = valid ? value_at<T>(head.bias, y) : T(0);
+  const X* x_line = x.data + n * x.line_stride;
+  const W* w_line = weight.data + (valid ? y : 0) * weight.line_stride;
+  T sums[3] = {};  // |x|^2, |w|^2, <x, w>
+  const auto add_runs = [&](auto run) {
+    constexpr int kRun = decltype(run)::value;
+    struct XRun {
+      X element[kRun];
+    };
+    struct WRun {
+      W element[kRun];
+    };
+    constexpr int64_t kStep = kThreads * kRun;
+    for (int64_t first = threadIdx.x * kRun; first < head.D; first += kLoads * kStep) {
+      XRun xs[kLoads];
+      WRun ws[kLoads];
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load) {
+        const int64_t k = first + load * kStep;
+        const bool inside = k < head.D;
+        xs[load] = inside ? load_as<XRun>(x_line + k * x.element_stride) : XRun{};
+        ws[load] = inside && valid ? load_as<WRun>(w_line + k * weight.element_stride) : WRun{};
+      }
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load)
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          const T xi = as_operand<kMath>(to_number<T>(xs[load].element[i]));
+          const T wi = as_operand<kMath>(to_number<T>(ws[load].element[i]));
+          sums[0] = fma(xi, xi, sums[0]);
+          sums[1] = fma(wi, wi, sums[1]);
+          sums[2] = fma(xi, wi, sums[2]);
+        }
+    }
+  };
+  constexpr int kRun = 16 / (sizeof(W) > sizeof(X) ? sizeof(W) : sizeof(X));
+  if (x.vectors && weight.vectors && head.D % kRun == 0)
+    add_runs(std::integral_constant<int, kRun>{});
+  else
+    add_runs(std::integral_constant<int, 1>{});
+  block_sums(sums, static_cast<T*>(shared_memory()));
+  if (threadIdx.x != 0) return;
+
+  const auto [x_squares, w_squares, product] = sums;
+  const T x_rnorm = rnorm_of(x_squares);
+  T score = 0;
+  if (valid) {
+    const T cosine = cosine_of(product, x_rnorm, rnorm_of(w_squares));
+    score = similarity(cosine, kappa) + bias;
+  }
+  // A wrong label must not kill the context: its row is NaN, and the host finds the flag.
+  const bool wrong = !ignored && !valid;
+  if (wrong) raise_flag(head.bad_label);
+  p.saved.x_rnorm[n] = x_rnorm;
+  p.saved.target_product[n] = product;
+  p.targets.label[n] = valid ? y : ignored ? -1 : -2;
+  p.targets.score[n] = score;
+  p.targets.logit[n] = wrong ? T(NAN) : T(0);
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t launch_prepare(const PrepareParams<T>& p, Math math, cudaStream_t stream) {
+  return with_math_of<T>(math, p.head.weight.dtype, [&](auto kind, auto weight) {
+    constexpr Math kMath = decltype(kind)::value;
+    const int64_t blocks = p.head.N + ceil_div(p.arranged.items(), kThreads);
+    return launch_kernel(prepare_rows<kMath, decltype(weight)>, dim3(unsigned(blocks)), kThreads,
+                         3 * kThreads / kWarp * int(sizeof(T)), stream, p);
+  });
+}
+template cudaError_t launch_prepare(const PrepareParams<float>&, Math, cudaStream_t);
+template cudaError_t launch_prepare(const PrepareParams<double>&, Math, cudaStream_t);
+
+}  // namespace tvmf::rows

@@ -1,0 +1,142 @@
+#include "cuda/rows/gradient_row.cuh"
+#include "cuda/rows/rows.cuh"
+
+namespace tvmf::rows {
+namespace {
+
+constexpr int kThreads = 512;
+
+// The first block makes dL/dlse, dL/dtarget and dL/dsum of every row, and the loss scale of float16
+// gradient tiles; the blocks beyond arrange the features. Latency bounds this kernel: the loads of
+// a row's terms are in flight while the block makes sums over all rows and classes.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    prepare_gradient(const __grid_constant__ PrepareGradientParams<T> p) {
+  double* smem = static_cast<double*>(shared_memory());
+  const CudaHead& head = p.head;
+  if (blockIdx.x > 0) {
+    sm90::arrange(head, p.arranged, int64_t(blockIdx.x - 1) * kThreads + threadIdx.x);
+    return;
+  }
+  const bool of_loss = p.upstream.loss.data, mean = p.options.reduction == Reduction::kMean;
+  const double keep = 1 - p.options.label_smoothing, smooth = p.options.label_smoothing / head.C;
+  const auto label_of = [&](int64_t target) {
+    return target == head.ignore_index ? -1 : target >= 0 && target < head.C ? target : -2;
+  };
+  const auto omega_of = [&](int64_t label) {
+    return double(value_at<T>(head.class_weight, label));
+  };
+  struct Terms {
+    int64_t target;
+    T rnorm, max, sum_exp, target_product;
+    T upstream[3];  // the gradient of the loss, or those of lse, target and sum
+  };
+  const auto terms_of = [&](int64_t n) {
+    if (n >= head.N) return Terms{};
+    Terms terms{head.target[n * head.target_stride],
+                p.saved.x_rnorm[n],
+                p.saved.max[n],
+                p.saved.sum_exp[n],
+                p.saved.target_product[n],
+                {}};
+    if (of_loss) {
+      terms.upstream[0] = value_at<T>(p.upstream.loss, n);
+    } else {
+      terms.upstream[0] = value_at<T>(p.upstream.lse, n);
+      terms.upstream[1] = value_at<T>(p.upstream.target, n);
+      terms.upstream[2] = value_at<T>(p.upstream.sum, n);
+    }
+    return terms;
+  };
+  Terms next = terms_of(threadIdx.x);
+
+  double sums[2] = {};    // class weights summed over the rows' labels, and over the classes
+  double maxima[3] = {};  // of the class weights, of phi', and of the classes' 1 / norm
+  if (of_loss && mean) {
+    for (int64_t n = threadIdx.x; n < head.N; n += kThreads) {
+      const int64_t label = label_of(head.target[n * head.target_stride]);
+      sums[0] += label == -1 ? 0 : label == -2 ? 1 : omega_of(label);
+    }
+  }
+  const bool weighted = head.class_weight.data;
+  if (p.with_sum && weighted) {
+    for_values<T>(head.class_weight, head.C, [&](double omega) {
+      sums[1] += omega;
+      maxima[0] = larger(omega, maxima[0]);
+    });
+  }
+  if (p.float16) {
+    const auto note_kappa = [&](double kappa) {
+      maxima[1] = larger(kappa > 0 ? 1 + 2 * kappa : 1 / (1 + 2 * kappa), maxima[1]);
+    };
+    if (head.kappa.data && head.kappa.stride != 0)
+      for_values<T>(head.kappa, head.C, note_kappa);
+    else
+      note_kappa(value_at<T>(head.kappa, 0));
+    const VectorRef rnorms{p.saved.weight_rnorm, DType::kFloat32, 1, 0};
+    for_values<T>(rnorms, head.C, [&](T rnorm) {
+      maxima[2] = larger(double(inner_rnorm(rnorm, true)), maxima[2]);
+    });
+  }
+  if ((of_loss && mean) || (p.with_sum && weighted)) block_sums(sums, smem);
+  if ((p.with_sum && weighted) || p.float16) block_maxima(maxima, smem);
+  const double total_weight = sums[0];
+  const double omega_sum = weighted ? sums[1] : head.class_weight.value * double(head.C);
+  const double omega_max = weighted ? maxima[0] : head.class_weight.value;
+
+  double largest[1] = {};
+  for (int64_t n = threadIdx.x; n < head.N; n += kThreads) {
+    const Terms terms = next;
+    next = terms_of(n + kThreads);
+    const int64_t label = label_of(terms.target);
+    T a = 0, b = 0, s = 0;
+    if (of_loss) {
+      if (label >= 0) {
+        double g = terms.upstream[0];
+        if (mean) g /= total_weight;
+        const double weight = keep * omega_of(label);
+        a = T(g * (weight + smooth * omega_sum));
+        b = T(-g * weight);
+        s = T(-g * smooth);
+      }
+    } else {
+      a = terms.upstream[0];
+      b = terms.upstream[1];
+      s = terms.upstream[2];
+    }
+    if (label == -2) a = b = s = T(__builtin_nan(""));
+    const T inner = inner_rnorm(terms.rnorm, p.float16);
+    store_row(p.gradient.rows + n, {terms.rnorm, inner, terms.max, 1 / terms.sum_exp, a, b, s,
+                                    terms.target_product, label, 0});
+    const double bound = fabs(double(a)) + fabs(double(b)) + fabs(double(s)) * omega_max;
+    largest[0] = larger(bound * double(inner), largest[0]);
+  }
+  if (!p.float16) {
+    if (threadIdx.x == 0) p.gradient.loss_scale[0] = p.gradient.loss_scale[1] = 1;
+    return;
+  }
+
+  // The loss scale brings the bound |t r q| <= largest * scale * max phi' * max q to 2^12; float16
+  // reaches 2^16.
+  block_maxima(largest, smem);
+  const double bound = largest[0] * maxima[1] * maxima[2] * double(Scale<T>::of(head).value);
+  const int exponent = bound > 1e-30 && bound < 1e30 ? 12 - ilogb(bound) : 0;
+  const T loss_scale = T(exp2(double(exponent)));
+  if (threadIdx.x == 0)
+    p.gradient.loss_scale[0] = loss_scale, p.gradient.loss_scale[1] = 1 / loss_scale;
+  for (int64_t n = threadIdx.x; n < head.N; n += kThreads)
+    p.gradient.rows[n].scaled_rnorm *= loss_scale;
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t launch_prepare_gradient(const PrepareGradientParams<T>& p, cudaStream_t stream) {
+  const int64_t blocks = 1 + ceil_div(p.arranged.items(), kThreads);
+  return launch_kernel(prepare_gradient<T>, dim3(unsigned(blocks)), kThreads,
+                       3 * kThreads / kWarp * 8, stream, p);
+}
+template cudaError_t launch_prepare_gradient(const PrepareGradientParams<float>&, cudaStream_t);
+template cudaError_t launch_prepare_gradient(const PrepareGradientParams<double>&, cudaStream_t);
+
+}  // namespace tvmf::rows

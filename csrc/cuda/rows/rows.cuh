@@ -1,0 +1,74 @@
+// The O(N) kernels around the products, shared by all architectures: each prepares or finishes
+// something for every row. Every function starts one kernel (finish: one or two).
+#pragma once
+
+#include "cuda/rows/workspace.h"
+#include "cuda/sm90/arrange.cuh"
+#include "cuda/views.h"
+
+namespace tvmf::rows {
+
+using sm90::ArrangedRows;
+
+template <class T>
+struct PrepareParams {
+  CudaHead head;
+  Saved<T> saved;         // writes x_rnorm and target_product
+  RowTargets<T> targets;  // writes all three
+  ArrangedRows arranged;  // writes it, where it is not null
+};
+
+// Norms of the rows, and of each row's target: product, score and label.
+template <class T>
+cudaError_t launch_prepare(const PrepareParams<T>& p, Math math, cudaStream_t stream);
+
+template <class T>
+struct FinishParams {
+  CudaHead head;
+  LossOptions options;
+  CudaStatistics out;
+  Saved<T> saved;  // writes max and sum_exp
+  RowTargets<T> targets;
+  PartialStatistics<T> partial;
+  bool target_apart;   // whether the partial sum_exp leave the target out
+  int64_t block_rows;  // rows of a block
+  double* totals;      // [blocks, 2]  sums of the losses and of their weights
+};
+
+// Merges the partial statistics of each row in order, and makes the statistics or the loss.
+template <class T>
+cudaError_t launch_finish(const FinishParams<T>& p, cudaStream_t stream);
+
+template <class T>
+struct PrepareGradientParams {
+  CudaHead head;
+  LossOptions options;
+  CudaUpstream upstream;
+  Saved<const T> saved;
+  GradientRows<T> gradient;  // writes it
+  ArrangedRows arranged;     // writes it, where it is not null
+  bool with_sum;
+  bool float16;  // whether gradient tiles are float16, so that they need a loss scale
+};
+
+// The part of each row in the gradients of all classes, and the loss scale.
+template <class T>
+cudaError_t launch_prepare_gradient(const PrepareGradientParams<T>& p, cudaStream_t stream);
+
+template <class T>
+struct FinishGradientParams {
+  CudaHead head;
+  CudaGradients out;  // writes x and scale, and kappa where it is one for all classes
+  Saved<const T> saved;
+  const T* inv_loss_scale;  // [1]
+  GradientSums<T> sums;
+  int64_t row_dots, totals;  // slots of sums.row_dot and of sums.totals
+  PartialFeatures<const T> dx;
+  bool float16;
+};
+
+// Adds up the partial gradients of the features in order and projects them; finishes the scalars.
+template <class T>
+cudaError_t launch_finish_gradient(const FinishGradientParams<T>& p, cudaStream_t stream);
+
+}  // namespace tvmf::rows

@@ -1,0 +1,55 @@
+// The parts of a workspace that the O(N) kernels of cuda/rows use, on every architecture: byte
+// offsets from its beginning. The shapes stand in cuda/views.h.
+#pragma once
+
+#include "cuda/cost.h"
+
+namespace tvmf::rows {
+
+// Rows that one block of finish_rows merges: all of them where that is at most 8192 partial
+// results, which takes one block as long as a further launch would.
+inline int64_t finish_block_rows(int64_t N, int64_t splits) { return N * splits <= 8192 ? N : 16; }
+
+struct ForwardWorkspace {
+  int64_t label, target_score, target_logit, max, sum_exp, sum, rank, totals;
+
+  // The classes are split into `splits` runs, each of which leaves partial statistics of every row.
+  static ForwardWorkspace take(Cursor& cursor, const CudaProblem& problem, int64_t splits) {
+    const int64_t N = problem.N, acc = accumulator_size(problem.x), partial = splits * N;
+    ForwardWorkspace at;
+    at.label = cursor.take(N * 8);
+    at.target_score = cursor.take(N * acc);
+    at.target_logit = cursor.take(N * acc);
+    at.max = cursor.take(partial * acc);
+    at.sum_exp = cursor.take(partial * acc);
+    at.sum = cursor.take(problem.with_sum ? partial * acc : 0);
+    at.rank = cursor.take(partial * 4);
+    at.totals = cursor.take(ceil_div(N, finish_block_rows(N, splits)) * 2 * 8);
+    return at;
+  }
+};
+
+// How many partial sums of each kind the class kernels leave for finish_gradient to add up.
+struct PartialCounts {
+  int64_t row_dots;  // of each row's sum_c t c
+  int64_t features;  // of dx
+  int64_t totals;    // of the two sums over all rows and classes
+};
+
+struct BackwardWorkspace {
+  int64_t rows, loss_scale, row_dot, dx, totals;
+
+  static BackwardWorkspace take(Cursor& cursor, const CudaProblem& problem,
+                                const PartialCounts& counts) {
+    const int64_t N = problem.N, acc = accumulator_size(problem.x);
+    BackwardWorkspace at;
+    at.rows = cursor.take(N * round_up(8 * acc + 8, 16));  // GradientRow
+    at.loss_scale = cursor.take(2 * acc);
+    at.row_dot = cursor.take(counts.row_dots * N * acc);
+    at.dx = cursor.take(counts.features * N * problem.D * acc);
+    at.totals = cursor.take(counts.totals * 2 * 8);
+    return at;
+  }
+};
+
+}  // namespace tvmf::rows

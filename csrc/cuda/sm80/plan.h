@@ -1,0 +1,63 @@
+// The plan of the portable kernels: mma.sync and cp.async, compute capability 8.0 and newer, every
+// mix of dtypes. Tile sizes are chosen here and used by the kernels (sm80/tile.cuh).
+#pragma once
+
+#include "cuda/rows/workspace.h"
+
+namespace tvmf::sm80 {
+
+constexpr int64_t kLargeTile = 128, kSmallTile = 64;  // cosines and dx: tiles of this size squared
+constexpr int64_t kClassTile = 64;                    // classes of a block of class_gradient
+constexpr int64_t kGradientRows = 128;                // rows of its gradient tile
+constexpr int64_t kFeatureTile = 128;                 // features of its weight gradient's tile
+constexpr int64_t kRowParts = 4;    // warps of it that share a row, each with a partial row sum
+constexpr int64_t kStepBytes = 64;  // bytes of a row of features in one step of the main loop
+
+// Bytes of shared memory of class_gradient without a resident gradient tile.
+constexpr int64_t gradient_shared_bytes(Math math) { return math == Math::kF64 ? 55872 : 52544; }
+
+struct Plan {
+  static constexpr bool kKeepsProducts = true;
+
+  Math math;
+  // Few launches, for a small N x C: one chunk of classes, whose gradient tile and weight gradient
+  // are made in one launch. Otherwise the backward pass takes three launches a chunk.
+  bool latency;
+  int64_t kept;  // row stride of the products that the forward pass keeps, or 0
+
+  // row_statistics: a block makes tiles of tile x tile cosines; grid [row_tiles, class_splits].
+  int64_t tile, row_tiles, class_splits, tiles_per_split;
+
+  // class_gradient: a block has 64 classes; one launch has `chunk` classes, a multiple of 64.
+  int64_t chunk, chunks;
+  bool resident;           // whether the gradient tile of all rows stays in shared memory
+  int64_t row_groups;      // blocks that share a class tile's rows; 1 on the latency path
+  int64_t feature_splits;  // blocks that share a class tile's weight gradient
+
+  // input_gradient: blocks of input_tile x input_tile; grid [row tiles, feature tiles, splits].
+  int64_t input_tile, input_splits;
+
+  rows::PartialCounts partial_counts() const {
+    const int64_t tiles = chunk / kClassTile;
+    return {tiles * kRowParts, input_splits, tiles * row_groups};
+  }
+};
+
+struct ForwardWorkspace {
+  ForwardWorkspace(const CudaProblem& problem, const Plan& plan);
+  rows::ForwardWorkspace rows;
+  int64_t size;
+};
+
+struct BackwardWorkspace {
+  BackwardWorkspace(const CudaProblem& problem, const Plan& plan);
+  rows::BackwardWorkspace rows;
+  int64_t gradient;     // GradientMatrix: N x chunk elements of x's dtype
+  int64_t column_sums;  // [slots, 3, chunk] accumulators
+  int64_t size;
+};
+
+Plan make_plan(const CudaProblem& problem, const Gpu& gpu);
+Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu);
+
+}  // namespace tvmf::sm80

@@ -1,0 +1,219 @@
+// Tiles of cosines become online statistics of the rows: one partial result for each run of
+// classes.
+#include "cuda/class_terms.cuh"
+#include "cuda/sm80/kernels.h"
+#include "cuda/sm80/mainloop.cuh"
+
+namespace tvmf::sm80 {
+namespace {
+
+// The terms of a tile's rows that are known before the products.
+template <class T, int kRows>
+struct RowTile {
+  T rnorm[kRows], target_product[kRows], target_score[kRows];
+  int64_t label[kRows];  // as RowTargets has it
+};
+
+// Statistics of the rows over the logits so far. The first of the four lanes that share a row keeps
+// them.
+template <class T, int kRows>
+struct StatisticTile {
+  T max[kRows], sum_exp[kRows], sum[kRows];
+  int rank[kRows];
+};
+
+template <Math kMath, class W, class Shape>
+struct StatisticsLayout {
+  using X = typename MathTraits<kMath>::X;
+  using T = typename MathTraits<kMath>::Acc;
+  using LayoutX = OperandTile<X, Shape::kRows, kMath, false>;
+  using LayoutW = OperandTile<W, Shape::kCols, kMath, false>;
+  static constexpr int kStageBytes = LayoutX::kBytes + LayoutW::kBytes;
+  static_assert(Shape::kThreads == 2 * Shape::kCols, "two threads square a class's weights");
+
+  struct Tail {
+    ClassTile<T, Shape::kCols> classes;
+    RowTile<T, Shape::kRows> rows;
+    StatisticTile<T, Shape::kRows> statistics[Shape::kWarpsCol];
+  };
+  static constexpr int kStagesBytes = kStages<kMath, W> * kStageBytes;
+  static constexpr int kBytes = kStagesBytes + int(sizeof(Tail));
+};
+
+// A block has kRows rows and walks a run of class tiles. Blocks of the same run read the same
+// weights at about the same time, so that these cross the memory interface once.
+template <Math kMath, class W, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 2)
+    row_statistics(const __grid_constant__ StatisticsParams<typename MathTraits<kMath>::Acc> p) {
+  using Smem = StatisticsLayout<kMath, W, Shape>;
+  using X = typename Smem::X;
+  using T = typename Smem::T;
+  using LayoutX = typename Smem::LayoutX;
+  using LayoutW = typename Smem::LayoutW;
+  constexpr int kRowsPerLane = 2 * Shape::kFragsRow;
+  unsigned char* smem = static_cast<unsigned char*>(shared_memory());
+  auto& tail = *reinterpret_cast<typename Smem::Tail*>(smem + Smem::kStagesBytes);
+  const CudaHead& head = p.head;
+  const Lane lane = Lane::of<Shape>();
+  const int first_row = int(blockIdx.x) * Shape::kRows;
+  const int per_split = int(p.tiles_per_split), first_tile = int(blockIdx.y) * per_split;
+  const int left = int((head.C + Shape::kCols - 1) / Shape::kCols) - first_tile;
+  const int tiles = left < per_split ? left : per_split;
+  const auto x = Operand<X>::of(head.x, head.N, head.D);
+  const auto weight = Operand<W>::of(head.weight, head.C, head.D);
+  const T scale = Scale<T>::of(head).value;
+
+  // Fetch the rows' terms, and start their statistics.
+  for (int i = threadIdx.x; i < Shape::kRows; i += Shape::kThreads) {
+    const int n = first_row + i;
+    const bool inside = n < head.N;
+    tail.rows.rnorm[i] = inside ? p.saved.x_rnorm[n] : T(0);
+    tail.rows.target_product[i] = inside ? p.saved.target_product[n] : T(0);
+    tail.rows.target_score[i] = inside ? p.targets.score[n] : T(0);
+    tail.rows.label[i] = inside ? p.targets.label[n] : -1;
+    for (auto& statistics : tail.statistics) {
+      statistics.max[i] = kLowest<T>;
+      statistics.sum_exp[i] = statistics.sum[i] = 0;
+      statistics.rank[i] = 0;
+    }
+  }
+
+  T acc[Shape::kFragsRow][Shape::kFragsCol][4];
+  clear(acc);
+  T squares = 0;
+
+  const auto load = [&](int tile, int step, int stage) {
+    unsigned char* to = smem + stage * Smem::kStageBytes;
+    const int64_t d = step * kTileD<kMath>, c = int64_t(first_tile + tile) * Shape::kCols;
+    load_operand<LayoutX, Shape::kThreads>(x, first_row, d, to);
+    load_operand<LayoutW, Shape::kThreads>(weight, c, d, to + LayoutX::kBytes);
+  };
+  const auto start = [&](int tile) {
+    const int64_t c = int64_t(first_tile + tile) * Shape::kCols;
+    for (int i = threadIdx.x; i < Shape::kCols; i += Shape::kThreads)
+      tail.classes.set(i, ClassValues<T>::of(head, c + i, scale));
+  };
+  const auto multiply = [&](int, int stage) {
+    const unsigned char* x_smem = smem + stage * Smem::kStageBytes;
+    const unsigned char* w_smem = x_smem + LayoutX::kBytes;
+    multiply_stage<kMath, Shape, LayoutX, LayoutW>(x_smem, w_smem, lane, acc);
+    add_squares<kMath, LayoutW>(w_smem, squares);
+  };
+  const auto finish = [&](int tile) {
+    const int64_t first_class = int64_t(first_tile + tile) * Shape::kCols;
+
+    // Finish the norms of the weights. The first row of blocks saves them for the backward pass.
+    squares += __shfl_xor_sync(0xffffffff, squares, 1);
+    if (threadIdx.x % 2 == 0) {
+      const int col = threadIdx.x / 2;
+      const T rnorm = rnorm_of(squares);
+      tail.classes.rnorm[col] = rnorm;
+      if (blockIdx.x == 0 && first_class + col < head.C)
+        p.saved.weight_rnorm[first_class + col] = rnorm;
+    }
+    squares = 0;
+    __syncthreads();
+
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) {
+      const int i = r / 2, half = r % 2 * 2, row_in_tile = lane.row<Shape>(i, r % 2);
+      const int n = first_row + row_in_tile;
+      const int64_t label = tail.rows.label[row_in_tile] - first_class;
+      const T x_rnorm = tail.rows.rnorm[row_in_tile];
+      const T target_score = tail.rows.target_score[row_in_tile];
+
+      // Products become logits. The target's product is the one that the backward pass will see.
+      T tile_max = kLowest<T>, sum = 0;
+      int rank = 0;
+#pragma unroll
+      for (int j = 0; j < Shape::kFragsCol; ++j) {
+        const int col = lane.col<Shape>(j);
+        Pair<T> product{acc[i][j][half], acc[i][j][half + 1]};
+        if (label == col) product.low = tail.rows.target_product[row_in_tile];
+        if (label == col + 1) product.high = tail.rows.target_product[row_in_tile];
+        if (first_class + col < p.saved.kept && n < head.N)
+          store_as(p.saved.product + int64_t(n) * p.saved.kept + first_class + col, product);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int c = col + e;
+          const T cosine =
+              cosine_of(e ? product.high : product.low, x_rnorm, tail.classes.rnorm[c]);
+          const T phi = similarity(cosine, tail.classes.kappa[c]);
+          const T logit = logit_of(scale, phi, tail.classes.offset[c]);
+          acc[i][j][half + e] = logit;
+          tile_max = larger(tile_max, logit);
+          if (first_class + c < head.C) {
+            // Every score that is not below or equal counts as above it, NaN too.
+            if (label != c && !(phi + tail.classes.bias[c] <= target_score)) ++rank;
+            if (p.partial.with_sum) sum += tail.classes.omega[c] * logit;
+            if (label == c) p.targets.logit[n] = logit;
+          }
+        }
+      }
+
+      // Logits become the statistics of the tile, relative to the largest logit so far.
+      auto& statistics = tail.statistics[lane.warp_col];
+      const T first_max = lane.quad == 0 ? statistics.max[row_in_tile] : T(0);
+      const T old_max = __shfl_sync(0xffffffff, first_max, lane.lane & ~3);
+      const T max = larger(old_max, quad_max(tile_max));
+      T sum_exp = 0;
+#pragma unroll
+      for (int j = 0; j < Shape::kFragsCol; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) sum_exp += exp_of(acc[i][j][half + e] - max);
+      sum_exp = quad_sum(sum_exp);
+      rank = quad_sum(rank);
+      if (p.partial.with_sum) sum = quad_sum(sum);
+      if (lane.quad == 0) {
+        statistics.max[row_in_tile] = max;
+        statistics.sum_exp[row_in_tile] =
+            statistics.sum_exp[row_in_tile] * exp_of(old_max - max) + sum_exp;
+        statistics.sum[row_in_tile] += sum;
+        statistics.rank[row_in_tile] += rank;
+      }
+    }
+    clear(acc);
+  };
+  const int steps = int((head.D + kTileD<kMath> - 1) / kTileD<kMath>);
+  pipeline<kStages<kMath, W>>(tiles, steps, load, start, multiply, finish);
+
+  // Merge the warps that have the same rows, in order.
+  __syncthreads();
+  for (int i = threadIdx.x; i < Shape::kRows; i += Shape::kThreads) {
+    const int n = first_row + i;
+    if (n >= head.N) break;
+    T max = kLowest<T>, sum_exp = 0, sum = 0;
+    int rank = 0;
+    for (const auto& statistics : tail.statistics) max = larger(max, statistics.max[i]);
+    for (const auto& statistics : tail.statistics) {
+      sum_exp += statistics.sum_exp[i] * exp_of(statistics.max[i] - max);
+      sum += statistics.sum[i];
+      rank += statistics.rank[i];
+    }
+    const int64_t at = blockIdx.y * head.N + n;
+    p.partial.max[at] = max;
+    p.partial.sum_exp[at] = sum_exp;
+    p.partial.rank[at] = rank;
+    if (p.partial.with_sum) p.partial.sum[at] = sum;
+  }
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t launch_statistics(const StatisticsParams<T>& p, const Plan& plan, cudaStream_t stream) {
+  return with_math_of<T>(plan.math, p.head.weight.dtype, [&](auto math, auto weight) {
+    constexpr Math kMath = decltype(math)::value;
+    using W = decltype(weight);
+    return with_tile<kMath>(plan.tile, [&](auto shape) {
+      using Shape = decltype(shape);
+      const dim3 grid(unsigned(plan.row_tiles), unsigned(plan.class_splits));
+      return launch_kernel(row_statistics<kMath, W, Shape>, grid, Shape::kThreads,
+                           StatisticsLayout<kMath, W, Shape>::kBytes, stream, p);
+    });
+  });
+}
+template cudaError_t launch_statistics(const StatisticsParams<float>&, const Plan&, cudaStream_t);
+template cudaError_t launch_statistics(const StatisticsParams<double>&, const Plan&, cudaStream_t);
+
+}  // namespace tvmf::sm80

@@ -1,0 +1,58 @@
+// 16-bit features in the order in which the lanes of Hopper's kernels read them, so that a lane's
+// fragments are neighbours in shared memory. The kernels that prepare the rows write them.
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace tvmf::sm90 {
+
+// Zeros beyond the last row and column. The pointers are null where no features are arranged.
+struct ArrangedRows {
+  int64_t rows, columns;  // multiples of 32 and of 64
+  void* by_rows;          // [rows, columns]  rows and columns by source_of: operand of the cosines
+  void* by_columns;       // [N, columns]  columns by column_of: operand of the weight gradient
+
+  // Work items of `arrange`, each of 16 bytes.
+  int64_t items() const { return by_rows ? rows * (columns / 8) : 0; }
+};
+
+// Position 8 t + 2 q + e of 32 holds column 8 q + 2 t + e: a lane's 8 successive weights are its
+// operands of two instructions. Rows are arranged likewise, so that a lane's products belong to 8
+// successive rows.
+__host__ __device__ constexpr int source_of(int position) {
+  return position % 8 / 2 * 8 + position / 8 * 2 + position % 2;
+}
+
+// Columns of the weight gradient: position 8 t + 2 q + e of 16 holds column 4 q + 2 t + e, so that
+// a lane has 4 successive columns and four lanes have 64 bytes of float32.
+__host__ __device__ constexpr int column_of(int position) {
+  return position % 8 / 2 * 4 + position / 8 * 2 + position % 2;
+}
+
+// Work item i: 16 bytes of each order, four pairs of neighbours.
+__device__ __forceinline__ void arrange(const CudaHead& head, const ArrangedRows& to, int64_t i) {
+  const int64_t row = i / (to.columns / 8);
+  if (row >= to.rows) return;
+  const int col = int(i % (to.columns / 8)) * 8;
+  const uint16_t* x = static_cast<const uint16_t*>(head.x.data);
+  struct alignas(16) Eight {
+    uint16_t v[8];
+  };
+  const auto eight_of = [&](int64_t n, const auto& column) {
+    Eight eight{};
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const int64_t d = column(k);
+      if (n < head.N && d < head.D) eight.v[k] = x[n * head.x.row_stride + d * head.x.col_stride];
+    }
+    return eight;
+  };
+  store_as(static_cast<uint16_t*>(to.by_rows) + row * to.columns + col,
+           eight_of(row / 32 * 32 + source_of(int(row % 32)),
+                    [&](int k) { return col / 32 * 32 + source_of(col % 32 + k); }));
+  if (to.by_columns && row < head.N)
+    store_as(static_cast<uint16_t*>(to.by_columns) + row * to.columns + col,
+             eight_of(row, [&](int k) { return col / 16 * 16 + column_of(col % 16 + k); }));
+}
+
+}  // namespace tvmf::sm90

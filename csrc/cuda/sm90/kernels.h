@@ -1,0 +1,107 @@
+// Hopper's kernels, which multiply: their parameters and their launches.
+#pragma once
+
+#include "cuda/sm90/plan.h"
+#include "cuda/sm90/tensor_map.h"
+#include "cuda/views.h"
+
+namespace tvmf::sm90 {
+
+// The operands of a product, as tensor copies read them.
+struct TensorMaps {
+  TensorMap a, b;
+};
+
+// The tiles of a kernel of cosines. Its grid has row_blocks * blocks persistent blocks.
+struct CosineTiles {
+  int class_tiles, row_blocks;
+  int blocks;  // persistent blocks that share the class tiles of a block of rows
+};
+
+struct StatisticsParams {
+  TensorMaps maps;  // weight, arranged features
+  CudaHead head;
+  Saved<float> saved;                // writes weight_rnorm
+  RowTargets<float> targets;         // writes logit
+  PartialStatistics<float> partial;  // writes it
+  CosineTiles tiles;
+};
+
+// `all`: with ranks and sums.
+cudaError_t launch_statistics(const StatisticsParams& p, const Plan& plan, bool all,
+                              cudaStream_t stream);
+
+// The chunk's gradients with respect to the cosines, as the products read them: element [c, n] is
+// t_nc r_n q_c times the loss scale.
+struct ClassMajorGradient {
+  uint16_t* data;  // [chunk.size, stride] of the features' dtype
+  int64_t stride;  // N, rounded up to 8
+};
+
+// The chunk's weights in the features' dtype.
+struct RoundedWeights {
+  uint16_t* data;  // [chunk.size, stride]
+  int64_t stride;  // D, rounded up to 8
+};
+
+struct GradientOptions {
+  bool with_sum;
+  bool float16;  // whether the features are float16
+  bool all;      // whether gradients of `sum`, the bias or kappa are involved
+};
+
+// Sums of each class over the rows: of t c, of g and of g dphi/dkappa.
+struct ColumnSums {
+  const float* data;  // [slots, 3, chunk.size]
+  int slots;
+};
+
+struct GradientParams {
+  TensorMaps maps;  // weight, arranged features
+  CudaHead head;
+  Saved<const float> saved;
+  GradientRows<float> rows;
+  Chunk chunk;
+  ClassMajorGradient gradient;  // writes it
+  RoundedWeights weight;        // writes it
+  GradientSums<float> sums;     // writes them, or adds to them after the first chunk
+  CosineTiles tiles;
+  GradientOptions options;
+};
+
+cudaError_t launch_gradient(const GradientParams& p, const Plan& plan, cudaStream_t stream);
+
+// The tiles of a product of kProductRows x kProductCols, and its steps of kDepth.
+struct ProductTiles {
+  int rows, cols;
+  int steps;
+};
+
+struct WeightGradientParams {
+  TensorMaps maps;  // gradient, features arranged by columns
+  CudaHead head;
+  CudaGradients out;  // writes weight and bias, and kappa where it has a value per class
+  Saved<const float> saved;
+  const float* inv_loss_scale;  // [1]
+  Chunk chunk;
+  RoundedWeights weight;
+  ColumnSums sums;
+  ProductTiles tiles;
+  bool float16;
+};
+
+cudaError_t launch_weight_gradient(const WeightGradientParams& p, const Plan& plan,
+                                   cudaStream_t stream);
+
+struct FeatureGradientParams {
+  TensorMaps maps;  // gradient, rounded weights
+  int64_t N, D;
+  PartialFeatures<float> dx;  // writes it, or adds to it
+  ProductTiles tiles;
+  bool add;  // whether an earlier chunk has written dx
+};
+
+cudaError_t launch_feature_gradient(const FeatureGradientParams& p, const Plan& plan,
+                                    cudaStream_t stream);
+
+}  // namespace tvmf::sm90

@@ -1,0 +1,65 @@
+// The plan of Hopper's own kernels: tensor copies and wgmma, compute capability 9.0, 16-bit
+// features with a float32 weight. Tile sizes are chosen here and used by the kernels
+// (sm90/mainloop.cuh).
+#pragma once
+
+#include "cuda/rows/workspace.h"
+
+namespace tvmf::sm90 {
+
+constexpr int kCosineRows = 256;                        // rows of a tile of cosines
+constexpr int kSmallClasses = 64, kLargeClasses = 128;  // its classes
+constexpr int kProductRows = 128, kProductCols = 256;   // a tile of dw or of dx
+constexpr int kDepth = 64;  // elements of a row in one step of the main loops
+
+struct Plan {
+  // The backward pass makes the cosines again, which takes less time than reading kept products.
+  static constexpr bool kKeepsProducts = false;
+
+  Math math;
+  bool small_tiles;  // cosines in tiles of 64 classes instead of 128
+
+  // The features, arranged in the order in which the lanes read them (sm90/arrange.cuh).
+  int64_t arranged_rows, arranged_columns;
+
+  // Cosines: row_blocks x class_tiles tiles. Persistent blocks share the class tiles of their rows.
+  int64_t row_blocks, class_tiles;
+  int64_t statistics_blocks, gradient_blocks;  // persistent blocks for each block of rows
+  int64_t blocks;                              // persistent blocks that run at the same time
+
+  // Backward pass: `chunk` classes at a time.
+  int64_t chunk, chunks;
+  int64_t gradient_stride, weight_stride;  // of ClassMajorGradient and RoundedWeights, in elements
+  int64_t column_slots;                    // partial sums of a class over its rows
+  int64_t input_splits;                    // partial sums of dx
+
+  int64_t tile_classes() const { return small_tiles ? kSmallClasses : kLargeClasses; }
+  rows::PartialCounts partial_counts() const {
+    return {gradient_blocks, input_splits, row_blocks * gradient_blocks * 8};  // 8 consumer warps
+  }
+};
+
+struct ForwardWorkspace {
+  ForwardWorkspace(const CudaProblem& problem, const Plan& plan);
+  rows::ForwardWorkspace rows;
+  int64_t arranged;
+  int64_t size;
+};
+
+struct BackwardWorkspace {
+  BackwardWorkspace(const CudaProblem& problem, const Plan& plan);
+  rows::BackwardWorkspace rows;
+  int64_t gradient;                    // ClassMajorGradient
+  int64_t column_sums;                 // [column_slots, 3, chunk] float
+  int64_t arranged, arranged_columns;  // ArrangedRows
+  int64_t weight;                      // RoundedWeights
+  int64_t size;
+};
+
+// Whether these kernels serve the problem: the GPU has the instructions and this build their code,
+// the dtypes are theirs, and tensor copies can read the weight where it lies.
+bool serves(const CudaProblem& problem, const Gpu& gpu);
+Plan make_plan(const CudaProblem& problem, const Gpu& gpu);
+Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu);
+
+}  // namespace tvmf::sm90

@@ -1,0 +1,178 @@
+#include <algorithm>
+
+#include "cuda/rows/passes.cuh"
+#include "cuda/sm90/kernels.h"
+#include "cuda/sm90/sm90.h"
+
+namespace tvmf::sm90 {
+namespace {
+
+constexpr int kAtom = 64;  // 16-bit elements of a line of a box
+
+// Matrices as tensor maps. A map that cannot be made leaves its error in `error`.
+class MapMaker {
+ public:
+  explicit MapMaker(DType x) : x_(x) {}
+
+  // 16-bit elements, in boxes of box_rows lines.
+  TensorMap of(const void* data, int64_t rows, int64_t cols, int64_t stride, int box_rows) {
+    return make(data, x_, rows, cols, stride, box_rows, kAtom);
+  }
+  TensorMap of_weight(const CudaHead& head, int box_rows) {
+    return make(head.weight.data, DType::kFloat32, head.C, head.D, head.weight.row_stride, box_rows,
+                kAtom / 2);
+  }
+  // Both operands of a kernel of cosines.
+  TensorMaps of_cosines(const CudaHead& head, const rows::ArrangedRows& x, const Plan& plan) {
+    const int classes = int(plan.tile_classes());
+    return {of_weight(head, classes), of(x.by_rows, x.rows, x.columns, x.columns, kCosineRows)};
+  }
+
+  cudaError_t error = cudaSuccess;
+
+ private:
+  TensorMap make(const void* data, DType dtype, int64_t rows, int64_t cols, int64_t stride,
+                 int box_rows, int box_cols) {
+    TensorMap map{};
+    if (error == cudaSuccess)
+      error = make_tensor_map(&map, data, dtype, rows, cols, stride, box_rows, box_cols);
+    return map;
+  }
+  DType x_;
+};
+
+CosineTiles cosine_tiles(const Plan& plan, int64_t classes, int64_t blocks) {
+  return {.class_tiles = int(ceil_div(classes, plan.tile_classes())),
+          .row_blocks = int(plan.row_blocks),
+          .blocks = int(blocks)};
+}
+
+ProductTiles product_tiles(int64_t rows, int64_t cols, int64_t depth) {
+  return {.rows = int(ceil_div(rows, kProductRows)),
+          .cols = int(ceil_div(cols, kProductCols)),
+          .steps = int(ceil_div(depth, kDepth))};
+}
+
+// The three launches of each chunk.
+class ChunkLauncher {
+ public:
+  ChunkLauncher(const rows::BackwardPass<float>& pass, const CudaProblem& problem, const Plan& plan,
+                const BackwardWorkspace& at, const rows::ArrangedRows& arranged)
+      : pass_(pass),
+        head_(pass.call.head),
+        out_(pass.call.out),
+        problem_(problem),
+        plan_(plan),
+        arranged_(arranged),
+        gradient_{pass.workspace.at<uint16_t>(at.gradient), plan.gradient_stride},
+        weight_{pass.workspace.at<uint16_t>(at.weight), plan.weight_stride} {}
+
+  cudaError_t launch(const Chunk& chunk) const {
+    cudaError_t error = gradient(chunk);
+    const bool class_outputs = out_.weight.data || out_.bias.data || out_.kappa.data;
+    if (error == cudaSuccess && class_outputs) error = weight_gradient(chunk);
+    if (error == cudaSuccess && out_.x.data) error = feature_gradient(chunk);
+    return error;
+  }
+
+ private:
+  cudaError_t gradient(const Chunk& chunk) const {
+    MapMaker maps(problem_.x);
+    const bool all = problem_.with_sum || out_.bias.data || out_.kappa.data;
+    const GradientParams p{
+        .maps = maps.of_cosines(head_, arranged_, plan_),
+        .head = head_,
+        .saved = pass_.saved,
+        .rows = pass_.rows,
+        .chunk = chunk,
+        .gradient = gradient_,
+        .weight = weight_,
+        .sums = pass_.sums,
+        .tiles = cosine_tiles(plan_, chunk.count, plan_.gradient_blocks),
+        .options = {.with_sum = problem_.with_sum, .float16 = pass_.float16, .all = all}};
+    return maps.error == cudaSuccess ? launch_gradient(p, plan_, pass_.call.stream) : maps.error;
+  }
+
+  cudaError_t weight_gradient(const Chunk& chunk) const {
+    MapMaker maps(problem_.x);
+    const int64_t N = head_.N;
+    const WeightGradientParams p{
+        .maps = {maps.of(gradient_.data, chunk.count, N, gradient_.stride, kProductRows),
+                 maps.of(arranged_.by_columns, N, arranged_.columns, arranged_.columns, kDepth)},
+        .head = head_,
+        .out = out_,
+        .saved = pass_.saved,
+        .inv_loss_scale = pass_.rows.loss_scale + 1,
+        .chunk = chunk,
+        .weight = weight_,
+        .sums = {.data = pass_.sums.columns, .slots = int(plan_.column_slots)},
+        .tiles = product_tiles(chunk.count, head_.D, N),
+        .float16 = pass_.float16};
+    return maps.error == cudaSuccess ? launch_weight_gradient(p, plan_, pass_.call.stream)
+                                     : maps.error;
+  }
+
+  cudaError_t feature_gradient(const Chunk& chunk) const {
+    MapMaker maps(problem_.x);
+    const int64_t N = head_.N, D = head_.D;
+    const FeatureGradientParams p{
+        .maps = {maps.of(gradient_.data, chunk.count, N, gradient_.stride, kDepth),
+                 maps.of(weight_.data, chunk.count, D, weight_.stride, kDepth)},
+        .N = N,
+        .D = D,
+        .dx = pass_.dx,
+        .tiles = product_tiles(N, D, chunk.count),
+        .add = chunk.begin > 0};
+    return maps.error == cudaSuccess ? launch_feature_gradient(p, plan_, pass_.call.stream)
+                                     : maps.error;
+  }
+
+  const rows::BackwardPass<float>& pass_;
+  const CudaHead& head_;
+  const CudaGradients& out_;
+  const CudaProblem& problem_;
+  const Plan& plan_;
+  const rows::ArrangedRows arranged_;
+  const ClassMajorGradient gradient_;
+  const RoundedWeights weight_;
+};
+
+}  // namespace
+
+cudaError_t forward(const ForwardCall& call, const CudaProblem& problem, const Plan& plan) {
+  const ForwardWorkspace at(problem, plan);
+  const rows::ForwardPass<float> pass(call, problem, at.rows, 0, plan.statistics_blocks);
+  const rows::ArrangedRows arranged{.rows = plan.arranged_rows,
+                                    .columns = plan.arranged_columns,
+                                    .by_rows = pass.workspace.bytes(at.arranged),
+                                    .by_columns = nullptr};
+  cudaError_t error = pass.prepare(plan.math, arranged);
+  if (error != cudaSuccess) return error;
+  MapMaker maps(problem.x);
+  const StatisticsParams p{.maps = maps.of_cosines(call.head, arranged, plan),
+                           .head = call.head,
+                           .saved = pass.saved,
+                           .targets = pass.targets,
+                           .partial = pass.partial,
+                           .tiles = cosine_tiles(plan, problem.C, plan.statistics_blocks)};
+  if (maps.error != cudaSuccess) return maps.error;
+  error = launch_statistics(p, plan, /*all=*/call.out.lse || problem.with_sum, call.stream);
+  return error == cudaSuccess ? pass.finish(/*target_apart=*/true) : error;
+}
+
+cudaError_t backward(const BackwardCall& call, const CudaProblem& problem, const Plan& plan) {
+  const BackwardWorkspace at(problem, plan);
+  const rows::BackwardPass<float> pass(call, problem, at.rows, at.column_sums, 0,
+                                       plan.partial_counts());
+  const rows::ArrangedRows arranged{.rows = plan.arranged_rows,
+                                    .columns = plan.arranged_columns,
+                                    .by_rows = pass.workspace.bytes(at.arranged),
+                                    .by_columns = pass.workspace.bytes(at.arranged_columns)};
+  const ChunkLauncher launcher(pass, problem, plan, at, arranged);
+  cudaError_t error = pass.prepare(arranged);
+  for (int64_t begin = 0; begin < problem.C && error == cudaSuccess; begin += plan.chunk)
+    error = launcher.launch({begin, std::min(plan.chunk, problem.C - begin), plan.chunk});
+  return error == cudaSuccess ? pass.finish() : error;
+}
+
+}  // namespace tvmf::sm90

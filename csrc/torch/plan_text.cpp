@@ -1,0 +1,105 @@
+#include "torch/plan_text.h"
+
+#include "cpu/plan.h"
+#include "cuda/plan_fields.h"
+#include "torch/check.h"
+#include "torch/ops.h"
+
+namespace tvmf {
+namespace {
+
+DType dtype_named(const std::string& name) {
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float32") return DType::kFloat32;
+  TVMF_CHECK(name == "float64", "dtype must be float16, bfloat16, float32 or float64, got ", name);
+  return DType::kFloat64;
+}
+
+// "cuda:0" names a device of this machine, everything else a GPU of the table.
+Gpu gpu_named(const std::string& device) {
+  if (const Gpu* gpu = find_gpu(device)) return *gpu;
+  TVMF_CHECK(device.rfind("cuda:", 0) == 0, "device must be cpu, cuda or one of ", gpu_names(),
+             ", got ", device);
+#ifdef TVMF_WITH_CUDA
+  return cuda_gpu(std::stoi(device.substr(5)));
+#else
+  fail("device must be cpu or one of ", gpu_names(), " in a build without CUDA, got ", device);
+#endif
+}
+
+// "key=value;key=value;"
+class Fields {
+ public:
+  Fields() { text_.precision(17); }
+  template <class T>
+  void put(const std::string& key, const T& value) {
+    text_ << key << "=" << value << ";";
+  }
+  std::string text() const { return text_.str(); }
+
+ private:
+  std::ostringstream text_;
+};
+
+std::string cpu_text(int64_t N, int64_t C, int64_t D, DType x, int64_t kept) {
+  const int64_t element_size = size_of(x) == 8 ? 8 : 4;
+  const CpuPlan plan = plan_cpu(N, C, D, element_size);
+  Fields fields;
+  fields.put("architecture", "cpu");
+  fields.put("class_block", plan.class_block);
+  fields.put("row_group", plan.row_group);
+  fields.put("stripe", plan.stripe);
+  fields.put("kept", kept);
+  fields.put("saved", SavedLayout(N, C, kept).size * element_size);
+  return fields.text();
+}
+
+}  // namespace
+
+std::string plan_text(int64_t N, int64_t C, int64_t D, std::string dtype, std::string weight_dtype,
+                      bool allow_tf32, int64_t kept, bool with_sum, std::string device) {
+  TVMF_CHECK(N >= 1 && C >= 1 && D >= 1, "N, C and D must be at least 1, got ", N, ", ", C, ", ",
+             D);
+  TVMF_CHECK(kept >= 0, "kept must be at least 0, got ", kept);
+  const DType x = dtype_named(dtype), weight = dtype_named(weight_dtype);
+  if (device == "cpu") return cpu_text(N, C, D, x, kept);
+
+  const Gpu gpu = gpu_named(device);
+  const CudaProblem problem{.N = N,
+                            .C = C,
+                            .D = D,
+                            .x = x,
+                            .given_weight = weight,
+                            .allow_tf32 = allow_tf32,
+                            .kept = kept,
+                            .with_sum = with_sum,
+                            .layout = {.row_stride = D, .col_stride = 1}};
+  const CudaPlan plan = plan_cuda(problem, gpu);
+  Fields fields;
+  fields.put("gpu", gpu.name);
+  fields.put("sms", gpu.sms);
+  fields.put("hbm_rate", gpu.hbm_rate);
+  fields.put("launch_seconds", gpu.launch_seconds);
+  fields.put("weight_copy", problem.weight() == weight ? 0 : C * D * size_of(problem.weight()));
+  put_fields(plan, [&](const std::string& key, const auto& value) { fields.put(key, value); });
+  return fields.text();
+}
+
+bool keeps_products(int64_t C, int64_t D, std::string dtype, std::string weight_dtype,
+                    int64_t row_stride, int64_t col_stride, bool aligned, std::string device) {
+  const CudaProblem problem{
+      .N = 1,
+      .C = C,
+      .D = D,
+      .x = dtype_named(dtype),
+      .given_weight = dtype_named(weight_dtype),
+      .allow_tf32 = false,
+      .kept = 0,
+      .with_sum = false,
+      .layout = {.row_stride = row_stride, .col_stride = col_stride, .aligned = aligned}};
+  return std::visit([](const auto& variant) { return variant.kKeepsProducts; },
+                    plan_cuda(problem, gpu_named(device)).variant);
+}
+
+}  // namespace tvmf

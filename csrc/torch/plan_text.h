@@ -1,0 +1,20 @@
+// What Python asks about plans, without a call of the kernels.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace tvmf {
+
+// The fields of a plan as "key=value;...". A field that belongs to one architecture appears with
+// that architecture alone; `architecture` is "cpu", "sm80" or "sm90". Throws std::invalid_argument
+// for a size below 1, an unknown dtype or an unknown device.
+std::string plan_text(int64_t N, int64_t C, int64_t D, std::string dtype, std::string weight_dtype,
+                      bool allow_tf32, int64_t kept, bool with_sum, std::string device);
+
+// Whether the kernels that serve such a head on `device` ("cuda:0", or the name of a GPU) use
+// products that the forward pass kept. Strides are in elements.
+bool keeps_products(int64_t C, int64_t D, std::string dtype, std::string weight_dtype,
+                    int64_t row_stride, int64_t col_stride, bool aligned, std::string device);
+
+}  // namespace tvmf
