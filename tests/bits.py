@@ -28,8 +28,8 @@ OPTIONS = {
 }
 CPU_SHAPES = ((1, 1, 1), (1, 8, 8), (33, 5000, 37), (300, 601, 130), (256, 1000, 512))
 EMULATED_SHAPES = ((1, 1, 4), (140, 200, 72), (300, 331, 40), (70, 90, 33))
-# An H200 with other sizes: few multiprocessors make large tiles, a small cache makes chunks. The last
-# three take Hopper's own kernels where the dtypes allow it.
+# An H200 with other sizes: few multiprocessors make large tiles, a small cache makes chunks. The
+# last three take Hopper's own kernels where the dtypes allow it.
 EMULATED_GPUS = (
     {},
     {"sms": 2},
@@ -87,7 +87,7 @@ def emulated_results():
                 compute = problems.compute_dtype(dtype)
                 own = {n: u.to(compute) for n, u in zip(names, upstream, strict=True)}
                 module.reset()
-                outputs, gradients, rest = simt.step(
+                outputs, gradients, _ = simt.step(
                     arguments, own, statistics=statistics, tf32=tf32, **gpu
                 )
                 counts = [(*(getattr(r, c) for c in COUNTS), str(r.grid)) for r in module.reports()]

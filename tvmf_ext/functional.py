@@ -58,7 +58,7 @@ def products_to_keep(N, C, D, dtype, cuda):
 
 
 def _uses_kept_products(C, D, dtype, weight_dtype, row_stride, col_stride, aligned, device):
-    """Whether the kernels on a CUDA device use products that a forward pass kept. Hopper's do not."""
+    """Whether kernels on a CUDA device use products that a forward pass kept; Hopper's do not."""
     if not (ops.HAS_CUDA and torch.cuda.is_available()):
         return True  # a fake tensor's device need not be there
     names = (str(each).removeprefix("torch.") for each in (dtype, weight_dtype))
