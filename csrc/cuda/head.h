@@ -2,13 +2,9 @@
 // Pointers are device memory; nothing is allocated, nothing waits for the device.
 #pragma once
 
-#include "cuda/plan.h"
-
-#ifdef TVMF_SIMT
-#include "simt.h"
-#else
 #include <cuda_runtime_api.h>
-#endif
+
+#include "cuda/plan.h"
 
 namespace tvmf {
 

@@ -10,6 +10,7 @@ namespace faults {
 namespace {
 
 using namespace tvmf;
+using namespace tvmf::sm90;
 
 struct Params {
   CaseSm90 c;

@@ -23,7 +23,8 @@ set(asan_kernels -O1 -fsanitize=address,undefined -fno-sanitize-recover=all)
 set(asan_runtime -O2 -g1 -fsanitize=address)
 
 # What needs neither is compiled once.
-add_library(simt_common OBJECT csrc/cuda/plan.cpp tests/simt/bind_runtime.cpp)
+add_library(simt_common OBJECT csrc/cuda/plan.cpp tests/simt/tensor_map.cpp
+  tests/simt/bind_runtime.cpp)
 target_link_libraries(simt_common PRIVATE pybind11::module)
 target_compile_options(simt_common PRIVATE -O1)
 

@@ -2,22 +2,15 @@
 // SIMT emulator (tests/simt) the same names run on the CPU.
 #pragma once
 
-#ifdef TVMF_SIMT
-#include "cuda/plan.h"
-#endif
 #include "cuda/ptx.cuh"
+#include "cuda/sm90/tensor_map.h"
 
 // Code of these instructions is only made for the chip that has them.
 #if defined(TVMF_SIMT) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define TVMF_HOPPER
 #endif
 
-namespace tvmf {
-
-// What a bulk tensor copy knows of a matrix in global memory: a CUtensorMap, opaque here.
-struct alignas(64) TensorMap {
-  uint64_t opaque[16];
-};
+namespace tvmf::sm90 {
 
 // Phases of arrivals and of bytes to come, in shared memory.
 struct alignas(8) Barrier {
@@ -43,12 +36,6 @@ __device__ __forceinline__ void no_such_instructions() {
 #endif
 
 #ifdef TVMF_SIMT
-
-// A matrix of rows that lie `row_stride` elements apart, in boxes of 128 bytes by `box_rows`.
-inline cudaError_t make_tensor_map(TensorMap* map, const void* data, DType dtype, int64_t rows,
-                                   int64_t cols, int64_t row_stride, int box_rows, int box_cols) {
-  return simt::make_map(map, data, int(size_of(dtype)), rows, cols, row_stride, box_rows, box_cols);
-}
 
 __forceinline__ uint32_t shared_address(const void* smem) { return simt::shared_address(smem); }
 __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
@@ -248,4 +235,4 @@ TVMF_WGMMA(128, 64, f16, 64, 65, 66, 67, 68, 69)
 
 #endif
 
-}  // namespace tvmf
+}  // namespace tvmf::sm90

@@ -6,12 +6,6 @@
 
 namespace tvmf::sm90 {
 
-#ifndef TVMF_SIMT
-// Rows [rows, cols] as boxes of box_rows lines of 128 bytes; what is outside is read as 0.
-cudaError_t make_tensor_map(TensorMap* map, const void* data, DType dtype, int64_t rows,
-                            int64_t cols, int64_t row_stride, int box_rows, int box_cols);
-#endif
-
 // Calls f with the plan's kind of 16-bit product and its shape of cosine tiles.
 template <class F>
 cudaError_t with_cosine_shape(const CudaPlan& plan, const F& f) {

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "cuda/sm90/sm90.h"
+#include "cuda/sm90/tensor_map.h"
 
 namespace tvmf::sm90 {
 
