@@ -2,13 +2,9 @@
 // dtypes and their strides.
 #pragma once
 
-#include "problem.h"
-
-#ifdef TVMF_SIMT
-#include "simt.h"
-#else
 #include <cuda_runtime_api.h>
-#endif
+
+#include "problem.h"
 
 namespace tvmf {
 
