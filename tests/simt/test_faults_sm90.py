@@ -218,7 +218,7 @@ def test_uses_of_mbarriers(fault, message):
 def test_address_sanitizer_passes_what_is_right():
     program = (
         "import sys, numpy as np; from tests import simt; module = simt.load('simt_asan')\n"
-        "from tests import test_simt_sm90 as t; run = module.run_fault_sm90\n"
+        "from tests.simt import test_faults_sm90 as t; run = module.run_fault_sm90\n"
         "a, b = [bits for bits, _ in t.operands('bf16', 256)]\n"
         "run('product_bf16_00_256', a, b, 64 * 256, shared_bytes=t.shared_of(256))\n"
         "run('ring', t.floats(128, 400), t.NOTHING, **t.RING)\n"
