@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "cuda/head.h"
+#include "simt.h"
 
 namespace py = pybind11;
 using namespace tvmf;
