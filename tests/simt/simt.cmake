@@ -14,8 +14,8 @@ include_directories(tests/simt csrc)
 add_compile_options(-ffp-contract=off -Wall -Wextra -Wno-psabi)
 
 # nvcc includes cuda_runtime.h before a kernel's file. The other options keep accesses to memory as
-# they are written: GCC would vectorise and merge them, or call memcpy, which has no hook. A tail call
-# would hide its line, and a guarded static variable calls functions of TSan's runtime.
+# they are written: GCC would vectorise and merge them, or call memcpy, which has no hook. A tail
+# call would hide its line, and a guarded static variable calls functions of TSan's runtime.
 set(kernel_options -x c++ -include cuda_runtime.h -g1 -fno-tree-vectorize -fno-tree-slp-vectorize
   -fno-store-merging -fno-tree-loop-distribute-patterns -fno-optimize-sibling-calls
   -fno-threadsafe-statics -Wno-unknown-pragmas)
