@@ -1,5 +1,4 @@
-// How a kernel is launched, and where its shared memory begins. The emulator has its own version of
-// this file (tests/simt/cuda/launch.cuh), which the include path finds first.
+// How a kernel is launched, and where its shared memory begins.
 #pragma once
 
 #include <cuda_runtime.h>

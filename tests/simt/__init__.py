@@ -1,11 +1,12 @@
-"""The CUDA kernels on the CPU: builds the emulator's modules, and runs one pass of the head.
+"""Runs the CUDA kernels on a CPU: builds the emulator's modules and runs one pass of the head.
 
-`step` takes the arguments of `tvmf_cross_entropy` as torch tensors; simt.cpp is the emulator.
+`step` takes the arguments of `tvmf_cross_entropy` as torch tensors. simt.h describes the emulator.
 """
 
 import functools
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,18 +23,32 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def build():
-    """Compiles what is out of date: `simt_hooks` and, for AddressSanitizer, `simt_asan`."""
-    configure = ["cmake", "-S", _ROOT, "-B", _BUILD, "-G", "Ninja", "-DTVMF_SIMT=ON",
-                 f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
-    for command in (configure, ["cmake", "--build", _BUILD]):
-        done = subprocess.run(command, capture_output=True, text=True)
+    """Compiles `simt_hooks` and `simt_asan` where their sources have changed."""
+    # Python's own folder comes first: it has cmake and ninja even where nobody has activated the
+    # environment.
+    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
+    missing = [name for name in ("cmake", "ninja") if not shutil.which(name, path=path)]
+    if importlib.util.find_spec("pybind11") is None:
+        missing.append("pybind11")
+    if missing:
+        raise RuntimeError(
+            f"building the emulator needs {', '.join(missing)}: pip install -e '.[test]'"
+        )
+    options = ("-G", "Ninja", "-DTVMF_SIMT=ON", f"-DPython_EXECUTABLE={sys.executable}")
+    for command in (
+        ["cmake", "-S", _ROOT, "-B", _BUILD, *options],
+        ["cmake", "--build", _BUILD],
+    ):
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"PATH": path}
+        )
         if done.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
 
 
 @functools.cache
 def load(name="simt_hooks"):
-    """The emulator's Python module."""
+    """Builds and imports one of the emulator's two modules."""
     build()
     (path,) = _BUILD.glob(f"{name}.*.so")
     spec = importlib.util.spec_from_file_location(name, path)
@@ -43,8 +58,10 @@ def load(name="simt_hooks"):
 
 
 def asan_environment():
-    """Of a Python that loads `simt_asan`: it is not instrumented itself, so the runtimes have to be
-    there before it is."""
+    """The environment of a Python process that loads `simt_asan`.
+
+    Python itself is not instrumented, so the sanitizer's runtime must be loaded before it starts.
+    """
     libraries = [
         subprocess.check_output(["g++", f"-print-file-name={name}.so"], text=True).strip()
         for name in ("libasan", "libstdc++")
@@ -53,7 +70,10 @@ def asan_environment():
 
 
 def _array(tensor):
-    """The tensor as the emulator takes it: its memory and strides, and the name of its dtype."""
+    """The tensor as an array that shares its memory, and the name of its dtype.
+
+    NumPy has no bfloat16, so 16-bit numbers become uint16.
+    """
     name = str(tensor.dtype).removeprefix("torch.")
     tensor = tensor.detach()
     if tensor.element_size() == 2:
@@ -73,18 +93,20 @@ def _argument(value):
 def step(
     problem, upstream, *, statistics=False, wanted=None, kept=True, tf32=False, module=None, **gpu
 ):
-    """One forward and backward pass of the kernels.
+    """Runs one forward and backward pass of the kernels.
 
     Args:
-        problem: arguments of `tvmf_cross_entropy`, or of `row_statistics` with `statistics`.
-        upstream: gradients of the outputs, by name; absent ones are 0.
-        wanted: names of the tensors whose gradients are made; all of them by default.
-        kept: whether the forward pass keeps the products.
-        gpu: `sms`, `l2`, `shared_per_block`, `shared_per_sm` of the GPU that is planned for, where
-            they are not an H200's.
+        problem: the arguments of `tvmf_cross_entropy`, or of `row_statistics` if `statistics`.
+        upstream: the gradients of the outputs by name. Absent ones are 0.
+        wanted: the names of the tensors whose gradients are computed, by default all tensors.
+        kept: whether the forward pass keeps the products for the backward pass.
+        tf32: whether float32 products may be TF32.
+        module: one of the emulator's modules, by default `simt_hooks`.
+        gpu: properties in which the planned GPU differs from an H200: `sms`, `l2`,
+            `shared_per_block`, `shared_per_sm`, and `wgmma`, which is False by default.
 
     Returns:
-        Outputs by name, gradients by name, and the rest: the plan, `bad_label`.
+        The outputs by name, the gradients by name, and a dict of the plan and `bad_label`.
     """
     scale = problem["scale"]
     softplus = isinstance(scale, SoftplusScale)
@@ -130,20 +152,22 @@ def step(
 
 
 def judge(problem, *, statistics=False, rows=False, tf32=False, **options):
-    """`step` on a problem with upstream gradients of all sizes, its results by the error rule.
+    """Runs `step` with upstream gradients of many sizes and compares its results with float64.
 
-    What 16-bit and TF32 results may be off at least is one unit in the last place of an operand.
-    For TF32 the rule's eager PyTorch is that of float16, which has as many bits of mantissa: on a
-    CPU PyTorch has no TF32.
+    The error may always be one unit in the last place of a 16-bit or TF32 operand. PyTorch has no
+    TF32 on a CPU, so the eager result for TF32 is that of float16, which has as many bits of
+    mantissa.
+
+    Returns:
+        A line of error and bound for each result, and the rest that `step` returns.
     """
     function = tvmf_ext.row_statistics if statistics else tvmf_ext.tvmf_cross_entropy
     if statistics:
         problem = problems.statistics_arguments(problem)
     dtype = problem["input"].dtype
     names = ("lse", "target", "sum") if statistics else ("loss",)
-    shape = () if problem.get("reduction", "mean") != "none" and not statistics else (
-        len(problem["input"]),
-    )  # fmt: skip
+    reduced = not statistics and problem.get("reduction", "mean") != "none"
+    shape = () if reduced else (len(problem["input"]),)
     upstream = problems.upstream_of({name: torch.empty(shape) for name in names})
     own = [u.to(problems.compute_dtype(dtype)) for u in upstream]
     outputs, gradients, rest = step(
@@ -152,8 +176,13 @@ def judge(problem, *, statistics=False, rows=False, tf32=False, **options):
     outputs.pop("rank", None)
     operand = torch.float16 if tf32 else dtype
     lines = problems.judge(
-        function, problem, outputs, gradients, upstream, rows,
+        function,
+        problem,
+        outputs,
+        gradients,
+        upstream,
+        rows,
         tolerance=torch.finfo(operand).eps if operand.itemsize == 2 else None,
         eager_dtype=operand,
-    )  # fmt: skip
+    )
     return lines, rest

@@ -1,4 +1,4 @@
-"""One case of the CUDA kernels on the emulator, against float64:
+"""Runs the CUDA kernels on one problem on the emulator and compares the results with float64.
 
 python -m tests.simt --n 129 --c 1003 --d 72 --dtype bf16 --kappa 16 --scale 16 --seed 0
 """
@@ -23,35 +23,42 @@ DTYPES = {
 def parse():
     parser = argparse.ArgumentParser(
         prog="python -m tests.simt",
-        description="Runs the CUDA kernels on an emulated GPU: one forward and backward pass, with "
-        "its checks for races and uninitialised memory. Prints the error of each result against "
-        "float64, relative in norm, and what the rule allows: twice that of eager PyTorch in the "
-        "same dtype, and a few roundings. Exits with 1 where a result is off.",
+        description="Runs one forward and backward pass of the CUDA kernels on an emulated GPU, "
+        "which checks for races and uninitialised memory. Prints the error of each result relative "
+        "to float64 in norm, and the error allowed: twice that of eager PyTorch in the same dtype, "
+        "plus a few roundings. Exits with 1 if an error is larger.",
     )
     add = parser.add_argument
     add("--n", type=int, default=129, help="rows (samples)")
     add("--c", type=int, default=1003, help="classes")
     add("--d", type=int, default=72, help="features")
-    add("--dtype", choices=DTYPES, default="bf16", help="of the features")
+    add("--dtype", choices=DTYPES, default="bf16", help="dtype of the features")
     add(
-        "--weight-dtype", choices=DTYPES, help="of the weight; float32 goes with every 16-bit dtype"
+        "--weight-dtype",
+        choices=DTYPES,
+        help="dtype of the weight: that of the features, or fp32 with 16-bit features",
     )
-    add("--tf32", action="store_true", help="float32 products in TF32")
-    add("--kappa", default="16", help="a number, or the shape of a tensor of them: [], [C]")
-    add("--scale", default="16", help="a number, [] for a tensor, or softplus")
+    add("--tf32", action="store_true", help="compute float32 products in TF32")
+    add("--kappa", default="16", help="a number, or the shape of a tensor: [], [1] or [C]")
+    add("--scale", default="16", help="a number, the shape of a tensor: [] or [1], or softplus")
     for name in ("bias", "prior", "class-weight"):
         add(f"--{name}", action="store_true")
-    add("--ignored", type=float, default=0.0, help="share of rows with ignore_index")
+    add("--ignored", type=float, default=0.0, help="fraction of rows whose label is ignore_index")
     add("--label-smoothing", type=float, default=0.0)
     add("--reduction", choices=("mean", "sum", "none"), default="mean")
-    add("--statistics", action="store_true", help="row statistics in place of the loss")
-    add("--recompute", action="store_true", help="keep no products for the backward pass")
-    add("--strided", action="store_true", help="features and weight that are not contiguous")
-    add("--sms", type=int, default=132, help="multiprocessors that are planned for")
-    add("--l2", type=int, default=50 << 20, help="bytes of L2 that are planned for")
-    add("--wgmma", action="store_true", help="plan for a GPU with Hopper's own instructions")
-    add("--seed", type=int, default=0, help="of the data, and of the order of blocks and threads")
-    add("--counts", action="store_true", help="print what each launch did")
+    add("--statistics", action="store_true", help="compute row statistics instead of the loss")
+    add("--recompute", action="store_true", help="compute the products again in the backward pass")
+    add("--strided", action="store_true", help="use features and weight that are not contiguous")
+    add("--sms", type=int, default=132, help="multiprocessors of the GPU to plan for")
+    add("--l2", type=int, default=50 << 20, help="bytes of L2 of the GPU to plan for")
+    add("--wgmma", action="store_true", help="plan for a GPU that has Hopper's wgmma")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the data and of the order of blocks and threads",
+    )
+    add("--counts", action="store_true", help="print the counts of each launch")
     args = parser.parse_args()
     for name in ("n", "c", "d", "sms", "l2"):
         if getattr(args, name) < 1:

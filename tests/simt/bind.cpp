@@ -1,11 +1,12 @@
-// Python's way to the emulated kernels: one forward and backward pass on NumPy arrays, all buffers
-// of exactly the extents that the operators have.
+// Python's functions for the emulated kernels: one forward and backward pass on NumPy arrays. Every
+// buffer has exactly the extent that the operators give it, so that accesses beyond it are found.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cuda/dispatch.h"
 #include "cuda/plan_fields.h"
+#include "simt.h"
 
 namespace py = pybind11;
 using namespace tvmf;
@@ -15,7 +16,7 @@ void bind_faults(py::module_& module);
 
 namespace {
 
-// An array of 16-bit numbers comes as uint16; `dtype` says which they are.
+// NumPy has no bfloat16, so both 16-bit dtypes come as arrays of uint16, and `dtype` names the one.
 struct Typed {
   py::array array;
   DType dtype;
@@ -29,13 +30,13 @@ DType dtype_of(const std::string& name) {
   throw std::invalid_argument("dtype must be float16, bfloat16, float32 or float64, got " + name);
 }
 
-// (array, dtype name)
+// Reads a pair (array, name of its dtype).
 Typed typed(const py::handle& pair) {
   const auto tuple = pair.cast<py::tuple>();
   return {tuple[0].cast<py::array>(), dtype_of(tuple[1].cast<std::string>())};
 }
 
-// The array's memory from its first element to its last, with its strides.
+// Copies the memory between the array's first and last element, which keeps its strides.
 void* copy_in(const char* name, const py::array& array) {
   int64_t last = 0;
   for (int i = 0; i < array.ndim(); ++i) last += (array.shape(i) - 1) * array.strides(i);
@@ -51,7 +52,7 @@ MatrixRef matrix(const char* name, const Typed& value) {
           value.array.strides(1) / size};
 }
 
-// A number, (array of one value, dtype) or (array of one value per row, dtype).
+// Reads a number, or an array of one value, or of one value per row. `absent` stands for None.
 VectorRef vector(const char* name, const py::dict& from, const char* key, double absent) {
   if (!from.contains(key) || from[key].is_none()) return {nullptr, DType::kFloat32, 0, absent};
   const py::handle value = from[key];
@@ -84,7 +85,8 @@ Gpu gpu_of(const py::dict& args) {
   return gpu;
 }
 
-// Outputs and gradients by name; `upstream` of the statistics (lse, target, sum) or of the loss.
+// Returns outputs and gradients by name. `upstream` holds the gradients of the loss or, of the
+// statistics, those of lse, target and sum.
 py::dict step(const py::dict& args) {
   simt::release_all();
   const Typed x = typed(args["input"]), w = typed(args["linear_weight"]);

@@ -1,4 +1,4 @@
-// Python's way to the emulator: options, reports, and the emulator's own test kernels.
+// Python's functions for the emulator itself: options, reports, and the kernels that test it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -36,7 +36,7 @@ void bind_runtime(py::module_& module) {
 #undef FIELD
 }
 
-// y [outputs] of the kernel on the bytes of x; buffers "x" and "y" have these exact extents.
+// Runs a kernel of faults.cu on the bytes of x, and returns y. The buffers are named "x" and "y".
 static py::array_t<float> run_fault(const std::string& name, py::array x, int outputs, bool right,
                                     int argument, unsigned grid, int threads, int shared_bytes) {
   simt::release_all();
@@ -54,14 +54,14 @@ static faults::Matrix matrix(const char* name, const py::array& array, int box_r
   if (!array.ndim()) return {};
   const int64_t size = array.itemsize(), rows = array.shape(0), cols = array.shape(1);
   const int64_t row_stride = array.strides(0) / size;
-  const size_t bytes = ((rows - 1) * row_stride + cols) * size;
+  const size_t bytes = ((rows - 1) * row_stride + cols) * size;  // up to the last element
   void* memory = simt::allocate(name, bytes);
   std::memcpy(memory, array.data(), bytes);
   return {
       memory, int(size), rows, cols, row_stride, box_rows, box_cols ? box_cols : int(128 / size)};
 }
 
-// The same for a kernel that copies boxes of the matrices "a" and "b".
+// Runs a kernel of faults_sm90.cu, which copies boxes of the buffers "a" and "b".
 static py::array_t<float> run_fault_sm90(const std::string& name, py::array a, py::array b,
                                          int outputs, int box_a, int box_b, bool right,
                                          std::array<int, 4> argument, unsigned grid, int threads,

@@ -1,5 +1,5 @@
-// The emulator's own test kernels: each right, or with one fault planted. tests/simt/test_faults.py
-// says what is to be found in each.
+// Kernels that test the emulator. Each is right, or contains one planted fault; test_faults.py
+// lists the faults and the messages that must name them.
 #include <map>
 #include <stdexcept>
 
@@ -12,7 +12,7 @@ namespace {
 __device__ float* shared() { return static_cast<float*>(simt::shared_memory()); }
 __device__ const float* floats(const Case& c) { return static_cast<const float*>(c.x); }
 
-// Sums x over the block by a tree.
+// Sums x over the block by a tree. The fault omits barriers within a warp.
 __global__ void block_sum(Case c) {
   float* sums = shared();
   const int t = threadIdx.x;
@@ -24,6 +24,7 @@ __global__ void block_sum(Case c) {
   if (t == 0) c.y[0] = sums[0];
 }
 
+// The fault lets two threads write one word.
 __global__ void write_word(Case c) {
   const int t = threadIdx.x;
   shared()[c.right ? t : t / 2] = t;
@@ -31,7 +32,7 @@ __global__ void write_word(Case c) {
   c.y[t] = shared()[t];
 }
 
-// Two halves of a word are two places.
+// Two threads may write the two halves of a word, but not one half.
 __global__ void write_half_word(Case c) {
   const int t = threadIdx.x;
   uint16_t* halves = static_cast<uint16_t*>(simt::shared_memory());
@@ -40,7 +41,7 @@ __global__ void write_half_word(Case c) {
   c.y[t] = halves[t];
 }
 
-// A shuffle moves a value but puts no order on memory; __syncwarp does.
+// __syncwarp orders accesses to memory; a shuffle does not.
 __global__ void warp_exchange(Case c) {
   const int t = threadIdx.x;
   shared()[t] = floats(c)[t];
@@ -51,6 +52,7 @@ __global__ void warp_exchange(Case c) {
   c.y[t] = shared()[t ^ 1];
 }
 
+// A thread's wait does not cover its neighbour's copy.
 __global__ void async_neighbour(Case c) {
   const int t = threadIdx.x;
   tvmf::cp_async(shared() + 4 * t, floats(c) + 4 * t, 16);
@@ -60,6 +62,7 @@ __global__ void async_neighbour(Case c) {
   c.y[t] = shared()[4 * (t ^ 1)];
 }
 
+// The fault reads the destination before the copy has been waited for.
 __global__ void async_without_wait(Case c) {
   const int t = threadIdx.x;
   tvmf::cp_async(shared() + 4 * t, floats(c) + 4 * t, 16);
@@ -69,7 +72,8 @@ __global__ void async_without_wait(Case c) {
   c.y[t] = shared()[4 * t];
 }
 
-// Two groups in flight, of which the first is needed, then the second.
+// Two groups are in flight. The first is needed, then the second, for which the fault does not
+// wait.
 __global__ void async_pending(Case c) {
   const int t = threadIdx.x;
   float* stage[2] = {shared() + 4 * t, shared() + 4 * (blockDim.x + t)};
@@ -86,7 +90,7 @@ __global__ void async_pending(Case c) {
   c.y[2 * t + 1] = *stage[1];
 }
 
-// The first `argument` bytes of 16 come from memory, the others are 0.
+// Copies the first `argument` bytes of 16; the others become 0.
 __global__ void async_ragged(Case c) {
   const int t = threadIdx.x;
   tvmf::cp_async(shared() + 4 * t, c.x, c.argument);
@@ -99,10 +103,12 @@ __global__ void async_alignment(Case c) {
   tvmf::cp_async(shared() + 4 * threadIdx.x, floats(c) + (c.right ? 4 : 1), 16);
 }
 
+// The fault lets all blocks write one word.
 __global__ void write_across_blocks(Case c) {
   if (threadIdx.x == 0) c.y[c.right ? blockIdx.x : 0] = blockIdx.x;
 }
 
+// The fault adds without an atomic.
 __global__ void count_threads(Case c) {
   int* counter = reinterpret_cast<int*>(c.y);
   if (c.right)
@@ -111,22 +117,26 @@ __global__ void count_threads(Case c) {
     ++*counter;
 }
 
+// The fault writes one word behind the end.
 __global__ void shared_extent(Case c) {
   const int t = threadIdx.x;
   shared()[t + (c.right ? 0 : 1)] = t;
   c.y[t] = t;
 }
 
+// The fault reads one word behind the end.
 __global__ void global_extent(Case c) {
   const int t = threadIdx.x;
   c.y[t] = floats(c)[t + (c.right ? 0 : 1)];
 }
 
+// The fault lets all but 16 threads exit without the barrier.
 __global__ void deadlock(Case c) {
   if (c.right || threadIdx.x < 16) __syncthreads();
   c.y[threadIdx.x] = 1;
 }
 
+// The fault makes one half of the warp vote while the other half shuffles.
 __global__ void divergent_collectives(Case c) {
   const int t = threadIdx.x;
   if (c.right || t < 16)
@@ -135,13 +145,15 @@ __global__ void divergent_collectives(Case c) {
     c.y[t] = __ballot_sync(~0u, 1);
 }
 
+// The fault lets a lane exit that the others shuffle with.
 __global__ void early_exit(Case c) {
   const int t = threadIdx.x;
   if (!c.right && t == 7) return;
   c.y[t] = __shfl_xor_sync(~0u, t, 1);
 }
 
-// The halves of the block each fill and read their part, meeting at their own barrier.
+// Each half of the block fills and reads its own part of shared memory and has its own barrier. The
+// fault reads the other half's part.
 __global__ void named_barriers(Case c) {
   const int t = threadIdx.x, members = blockDim.x / 2, half = t / members;
   shared()[t] = floats(c)[t];
@@ -150,6 +162,7 @@ __global__ void named_barriers(Case c) {
   c.y[t] = shared()[last + members * (c.right ? half : 1 - half)];
 }
 
+// Writes the results of eight shuffles and votes.
 __global__ void shuffles(Case c) {
   const int t = threadIdx.x, n = blockDim.x;
   const float v = floats(c)[t];
@@ -164,6 +177,7 @@ __global__ void shuffles(Case c) {
       __shfl_down_sync(t % 32 < 16 ? 0xffffu : 0xffff0000u, int64_t(t) << 40, 1, 16) >> 40;
 }
 
+// Writes each thread's place in the order of the atomics.
 __global__ void arrival_order(Case c) {
   int* counter = static_cast<int*>(simt::shared_memory());
   if (threadIdx.x == 0) *counter = 0;
@@ -171,7 +185,7 @@ __global__ void arrival_order(Case c) {
   c.y[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(counter, 1);
 }
 
-// Every lane reads T at a distance of `argument` T's.
+// Each lane reads a T, `argument` T's behind that of the lane before it.
 template <class T>
 __global__ void read_shared(Case c) {
   const T value = static_cast<const T*>(simt::shared_memory())[threadIdx.x * c.argument];
@@ -183,7 +197,8 @@ __global__ void read_global(Case c) {
   reinterpret_cast<T*>(c.y)[threadIdx.x] = value;
 }
 
-// Lane 5 accesses T at half of its size; what lies behind an odd number of barriers is read so.
+// The fault moves lane 5's access by half of its size. The argument selects a read of global memory
+// (0), a write to shared memory (1) or a read of shared memory (2).
 template <class T>
 __global__ void misaligned(Case c) {
   const bool half = !c.right && threadIdx.x == 5;
@@ -196,14 +211,15 @@ __global__ void misaligned(Case c) {
     reinterpret_cast<T*>(c.y)[threadIdx.x] = *there;
 }
 
-// Some lanes take a branch, and go round a loop as often as they are in it.
+// Lane l goes l times round the loop.
 __global__ void divergent_reads(Case c) {
   float sum = 0;
   for (unsigned i = 0; i < threadIdx.x; ++i) sum += floats(c)[i];
   c.y[threadIdx.x] = sum;
 }
 
-// Rows of 128 bytes are read as 8x8 matrices; swizzled, no two rows of one share a bank.
+// Reads 8x8 matrices from rows of 128 bytes. With the swizzle no two rows of a matrix share a bank;
+// the fault reads without it.
 __global__ void read_matrices(Case c) {
   const int t = threadIdx.x, row = t % 8 + t / 8 * 8;
   uint32_t frag[4];
@@ -212,8 +228,8 @@ __global__ void read_matrices(Case c) {
   c.y[t] = frag[0];
 }
 
-// y [16, 8] = A B^T: x holds A [16, 16] and B [8, 16] (16-bit) or A [16, 8] and B [8, 8] (tf32).
-// An argument with 4 added has B as [16, 8] and reads it transposed.
+// y [16, 8] = 1 + A B^T, where x holds A [16, 16] and B [8, 16] of 16 bits, or A [16, 8] and B [8,
+// 8] of tf32. The argument is the MmaKind, plus 4 where B is stored as [16, 8] and read transposed.
 __global__ void matrix_product(Case c) {
   const int lane = threadIdx.x, kind = c.argument % 4;
   const bool transposed = c.argument >= 4;
@@ -222,7 +238,7 @@ __global__ void matrix_product(Case c) {
   __syncwarp();
   uint32_t a[4], b[4];
   tvmf::load_matrix_x4(a, chunks + lane % 16 * 2 + lane / 16);
-  const int other = lane % 16;  // matrices 2 and 3 are not used
+  const int other = lane % 16;  // of the four matrices only two are used
   if (transposed)
     tvmf::load_matrix_x4_transposed(b, chunks + 32 + other);
   else
@@ -235,7 +251,7 @@ __global__ void matrix_product(Case c) {
   for (int i = 0; i < 4; ++i) c.y[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 
-// Rounds of a main loop's warp: two ldmatrix and eight mma.
+// Per round two ldmatrix and eight mma, as in a main loop.
 __global__ void many_products(Case c) {
   const int lane = threadIdx.x % 32;
   tvmf::Bytes16* chunks = static_cast<tvmf::Bytes16*>(simt::shared_memory());

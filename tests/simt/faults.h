@@ -1,4 +1,4 @@
-// The emulator's own test kernels: each right, or with one fault planted.
+// The kernels of faults.cu and faults_sm90.cu, which test the emulator.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +10,15 @@ struct Case {
   const void* x;
   float* y;
   int n;         // bytes of x
-  int argument;  // what the kernel makes of it
-  bool right;
+  int argument;  // its meaning depends on the kernel
+  bool right;    // without the planted fault
 };
 void launch(const std::string& name, unsigned grid, int threads, int shared_bytes, const Case& c);
 
-// Hopper's: two matrices in boxes of 128 bytes by so many rows.
+// A matrix that tensor copies read in boxes of box_rows lines of 128 bytes.
 struct Matrix {
   const void* data;
-  int bytes;  // of an element
+  int bytes;  // per element
   int64_t rows, cols, row_stride;
   int box_rows, box_cols;
 };

@@ -1,5 +1,5 @@
-// The emulator's own test kernels for what Hopper adds: each right, or with one fault planted.
-// tests/simt/test_faults_sm90.py says what is to be found in each.
+// Kernels that test the emulator's mbarriers, tensor copies and wgmma. Each is right, or contains a
+// planted fault; test_faults_sm90.py lists the faults and the messages that must name them.
 #include <map>
 #include <stdexcept>
 
@@ -19,9 +19,10 @@ struct Params {
 
 __device__ unsigned char* shared() { return static_cast<unsigned char*>(simt::shared_memory()); }
 
-constexpr int kBox = 8192;  // 64 lines
+constexpr int kBox = 8192;  // bytes of a box of 64 lines
 
-// y = the words of a box in shared memory: argument 0 is its column, 1 its row.
+// Copies the words of a box to y. Argument 0 is its column, argument 1 its row. The fault reads
+// without waiting for the copy.
 __global__ void copy_box(const __grid_constant__ Params p) {
   const int words = p.c.a.box_rows * 32;
   Barrier* full = reinterpret_cast<Barrier*>(shared() + words * 4);
@@ -39,6 +40,7 @@ __global__ void copy_box(const __grid_constant__ Params p) {
     p.c.y[i] = reinterpret_cast<const float*>(shared())[i];
 }
 
+// The fault copies to an address that is no multiple of 1024.
 __global__ void copy_alignment(const __grid_constant__ Params p) {
   Barrier* full = reinterpret_cast<Barrier*>(shared() + 2 * kBox);
   if (threadIdx.x == 0) {
@@ -49,8 +51,8 @@ __global__ void copy_alignment(const __grid_constant__ Params p) {
   }
 }
 
-// Sums the columns of a, boxes of 64 x 32 floats through three stages; a block has its own
-// rows. The last warp copies, the others consume.
+// Sums the columns of a over the block's 64 rows. The last warp copies boxes of 64 x 32 floats
+// through three stages, and the other warps consume them.
 constexpr int kStages = 3;
 struct Ring {
   Barrier full[kStages], empty[kStages];
@@ -98,9 +100,10 @@ __global__ void ring(const __grid_constant__ Params p) {
   if (warp < warps) p.c.y[blockIdx.x * warps * 32 + threadIdx.x] = sum[0] + sum[1];
 }
 
-// y [64, kCols] = 1 + A B^T over a depth of 64. A transposed operand lies in boxes of 64 of its
-// lines. `kFault`: 1 no wait, 2 read before the wait, 3 no fence for registers, 4 operands not
-// waited for, 5 one warp less.
+// y [64, kCols] = A B^T over a depth of 64, plus 1 where argument 1 is set. A transposed operand
+// lies in boxes of 64 of its lines. Argument 0 selects the fault: 1 omits the wait for wgmma, 2
+// reads the accumulators before the wait, 3 omits the fence for registers, 4 omits the wait for the
+// operands, 5 lets one warp issue one wgmma less.
 template <bool kF16, bool kRegisters, bool kTransposedA, bool kTransposedB, int kCols>
 __global__ void product(const __grid_constant__ Params p) {
   const int fault = p.c.right ? 0 : p.c.argument[0];
@@ -153,7 +156,7 @@ __global__ void product(const __grid_constant__ Params p) {
   if (fault == 2) wgmma_wait<0>();
 }
 
-// The stage is given back while wgmma reads it: to another copy, or to a thread's own write.
+// The fault gives a stage back to the copying thread while wgmma reads it.
 __global__ void early_release(const __grid_constant__ Params p) {
   unsigned char *a = shared(), *b = shared() + kBox;
   Barrier* full = reinterpret_cast<Barrier*>(b + 128 * 128);
@@ -187,7 +190,8 @@ __global__ void early_release(const __grid_constant__ Params p) {
   }
 }
 
-// Operands that threads write themselves.
+// Threads write the operands themselves. The fault omits the fence before the barrier; with
+// argument 0 set, it fences behind the barrier.
 __global__ void written_operand(const __grid_constant__ Params p) {
   uint32_t* words = reinterpret_cast<uint32_t*>(shared());
   for (int i = threadIdx.x; i < 3 * kBox / 4; i += blockDim.x) words[i] = 0x3f803f80;
@@ -203,6 +207,8 @@ __global__ void written_operand(const __grid_constant__ Params p) {
   for (int i = 0; i < 64; ++i) p.c.y[threadIdx.x * 64 + i] = d[i];
 }
 
+// The argument selects the fault: 1 omits the initialisation, 2 the barrier behind it, and 3 one
+// arrival.
 __global__ void barrier_uses(const __grid_constant__ Params p) {
   Barrier* barrier = reinterpret_cast<Barrier*>(shared());
   const int t = threadIdx.x, fault = p.c.right ? 0 : p.c.argument[0];
@@ -216,7 +222,7 @@ __global__ void barrier_uses(const __grid_constant__ Params p) {
   p.c.y[t] = t;
 }
 
-// Rounds of a main loop: four wgmma of 256 columns.
+// Per round four wgmma of 256 columns, as in a main loop.
 __global__ void many_products(const __grid_constant__ Params p) {
   uint32_t* words = reinterpret_cast<uint32_t*>(shared());
   for (unsigned i = threadIdx.x; i < 5 * kBox / 4; i += blockDim.x) words[i] = 0;

@@ -1,5 +1,5 @@
-# The emulator's modules: simt_hooks, whose accesses to memory the emulator checks and counts, and
-# simt_asan, the same under AddressSanitizer and UBSan. tests/simt/__init__.py builds both.
+# The emulator's Python modules. simt_hooks checks and counts every access to memory; simt_asan runs
+# the same kernels under AddressSanitizer and UBSan. tests/simt/__init__.py builds both.
 execute_process(
   COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir
   OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
@@ -14,21 +14,23 @@ set(kernels
   csrc/cuda/sm90/gradient.cu csrc/cuda/sm90/products.cu
   tests/simt/faults.cu tests/simt/faults_sm90.cu)
 set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX)
+set(runtime scheduler memory races counts location collectives wgmma mbarrier copies launch)
+list(TRANSFORM runtime REPLACE "(.+)" "tests/simt/runtime/\\1.cpp")
 include_directories(tests/simt csrc)
-add_compile_definitions(TVMF_SIMT)
 add_compile_options(-ffp-contract=off -Wall -Wextra -Wno-psabi)
 
-# Accesses are to stay as written: GCC would vectorise and merge them, and make calls of memcpy,
-# which no hook sees. A tail call would hide its line, and a guarded static call TSan's runtime.
-set(kernel_options -x c++ -g1 -fno-tree-vectorize -fno-tree-slp-vectorize -fno-store-merging
-  -fno-tree-loop-distribute-patterns -fno-optimize-sibling-calls -fno-threadsafe-statics
-  -Wno-unknown-pragmas)
+# nvcc includes cuda_runtime.h before a kernel's file. The other options keep accesses to memory as
+# they are written: GCC would vectorise and merge them, or call memcpy, which has no hook. A tail
+# call would hide its line, and a guarded static variable calls functions of TSan's runtime.
+set(kernel_options -x c++ -include cuda_runtime.h -g1 -fno-tree-vectorize -fno-tree-slp-vectorize
+  -fno-store-merging -fno-tree-loop-distribute-patterns -fno-optimize-sibling-calls
+  -fno-threadsafe-statics -Wno-unknown-pragmas)
 set(hooks_kernels -O2 -fsanitize=thread --param=tsan-instrument-func-entry-exit=0)
 set(hooks_runtime -O3)
 set(asan_kernels -O1 -fsanitize=address,undefined -fno-sanitize-recover=all)
 set(asan_runtime -O2 -g1 -fsanitize=address)
 
-# What needs neither is compiled once.
+# The files that are the same in both modules are compiled once.
 add_library(simt_common OBJECT csrc/cuda/plan.cpp csrc/cuda/gpus.cpp csrc/cuda/sm80/plan.cpp
   csrc/cuda/sm90/plan.cpp csrc/cuda/dispatch.cpp tests/simt/tensor_map.cpp
   tests/simt/bind_runtime.cpp)
@@ -37,13 +39,15 @@ target_compile_options(simt_common PRIVATE -O1)
 
 foreach(kind hooks asan)
   add_library(simt_${kind}_kernels OBJECT ${kernels})
-  add_library(simt_${kind}_runtime OBJECT tests/simt/simt.cpp)
+  add_library(simt_${kind}_runtime OBJECT ${runtime})
   target_compile_options(simt_${kind}_kernels PRIVATE ${kernel_options} ${${kind}_kernels})
   target_compile_options(simt_${kind}_runtime PRIVATE ${${kind}_runtime})
+  # One unit of all files, so that a hook has no calls between them.
+  set_target_properties(simt_${kind}_runtime PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 0)
   pybind11_add_module(simt_${kind} NO_EXTRAS tests/simt/bind.cpp $<TARGET_OBJECTS:simt_common>
     $<TARGET_OBJECTS:simt_${kind}_kernels> $<TARGET_OBJECTS:simt_${kind}_runtime>)
   target_compile_options(simt_${kind} PRIVATE -O1)
   target_compile_definitions(simt_${kind} PRIVATE SIMT_MODULE=simt_${kind})
 endforeach()
-# libtsan is not linked: simt.cpp has the hooks.
+# The hooks are the runtime's own, so libtsan is not linked.
 target_link_options(simt_asan PRIVATE -fsanitize=address,undefined)

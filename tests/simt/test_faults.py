@@ -1,5 +1,5 @@
-"""The emulator itself: each planted fault is found, its right twin passes, and what it counts is
-what one counts by hand. The kernels are tests/simt/faults.cu."""
+"""Tests of the emulator: it finds each planted fault, passes the right version of each kernel, and
+its counts are those made by hand. The kernels are in faults.cu."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found_and_its_twin_passes(name, seed):
+def test_a_planted_fault_is_found_and_the_right_kernel_passes(name, seed):
     launch, message = FAULTS[name]
     right = run(name, seed=seed, **launch)
     np.testing.assert_array_equal(right, run(name, seed=seed + 100, **launch))
@@ -79,7 +79,7 @@ def test_a_planted_fault_is_found_and_its_twin_passes(name, seed):
     [(0, "read"), (1, "write"), (2, "read")],
     ids=["global", "write", "shared"],
 )
-def test_an_address_is_a_multiple_of_what_is_accessed(size, argument, access):
+def test_a_misaligned_address_is_found(size, argument, access):
     launch = {"outputs": 128, "shared_bytes": 528, "argument": argument, "count": False}
     run(f"misaligned_{size}", **launch)
     memory = "shared memory" if argument else "x"
@@ -92,7 +92,7 @@ def test_an_address_is_a_multiple_of_what_is_accessed(size, argument, access):
 
 
 @pytest.mark.parametrize("name", ["async_without_wait", "async_pending"])
-def test_data_not_waited_for_are_nan(name):
+def test_a_copy_is_nan_until_its_wait(name):
     launch = {"outputs": 64, "shared_bytes": 1024}
     last = slice(1, None, 2) if name == "async_pending" else slice(0, 32)
     right = run(name, **launch)
@@ -105,18 +105,18 @@ def test_data_not_waited_for_are_nan(name):
 
 
 @pytest.mark.parametrize("bytes_read", [0, 4, 6, 16])
-def test_a_ragged_copy_is_filled_up_with_zeros(bytes_read):
+def test_a_partial_copy_is_padded_with_zeros(bytes_read):
     y = run("async_ragged", outputs=128, shared_bytes=512, argument=bytes_read)
     expected = np.frombuffer(X[:4].tobytes()[:bytes_read].ljust(16, b"\0"), np.float32)
     np.testing.assert_array_equal(y.reshape(32, 4), np.tile(expected, (32, 1)))
 
 
-def test_memory_that_nobody_wrote_is_nan():
+def test_unwritten_memory_is_nan():
     assert np.isnan(run("write_across_blocks", grid=5)[5:]).all()
     assert np.isnan(run("read_shared_4", shared_bytes=128, argument=1)).all()
 
 
-def test_the_seed_orders_threads_and_blocks_and_right_kernels_do_not_mind():
+def test_the_seed_orders_threads_and_blocks():
     orders = {run("arrival_order", seed=s, shared_bytes=4).tobytes() for s in range(5)}
     again = {run("arrival_order", seed=s, shared_bytes=4).tobytes() for s in range(5)}
     launch = {"threads": 256, "shared_bytes": 1024}
@@ -142,7 +142,7 @@ def test_shuffles_and_votes():
 
 
 def bf16(values):
-    """Rounded to zero: the bits, and the values that they stand for."""
+    """Rounds towards zero, and returns the bits and their values."""
     bits = values.view(np.uint32) & 0xFFFF0000
     return (bits >> 16).astype(np.uint16), bits.view(np.float32)
 
@@ -152,15 +152,20 @@ def f16(values):
 
 
 def tf32(values):
-    """The hardware ignores the low bits, so they stay."""
+    """Returns the bits unchanged, because the hardware ignores the low ones, and their values."""
     return values, (values.view(np.uint32) & 0xFFFFE000).view(np.float32)
 
 
 @pytest.mark.parametrize(
     ("kind", "convert", "depth", "transposed"),
-    [(0, bf16, 16, False), (0, bf16, 16, True), (1, f16, 16, False), (1, f16, 16, True),
-     (2, tf32, 8, False)],
-)  # fmt: skip
+    [
+        (0, bf16, 16, False),
+        (0, bf16, 16, True),
+        (1, f16, 16, False),
+        (1, f16, 16, True),
+        (2, tf32, 8, False),
+    ],
+)
 def test_fragments_make_a_matrix_product(kind, convert, depth, transposed):
     random = np.random.default_rng(kind)
     a_bits, a = convert(random.standard_normal((16, depth), dtype=np.float32))
@@ -179,24 +184,24 @@ def test_float16_covers_its_range(special):
     x = np.frombuffer(a.tobytes() + np.eye(8, 16, dtype=np.float16).tobytes(), np.uint8)
     y = run("matrix_product", x, 128, argument=1, shared_bytes=4096).reshape(16, 8)
     expected = 1 + a.astype(np.float32)[:, :8]
-    if not np.isfinite(special):  # inf * 0 too
+    if not np.isfinite(special):  # inf * 0 is NaN
         expected[3, :5] = expected[3, 6:] = np.nan
     np.testing.assert_array_equal(y, expected)
 
 
-# Words that a warp's lanes ask of one bank, beyond the first, by hand.
+# Counted by hand: how many distinct words the lanes read from the busiest bank.
 @pytest.mark.parametrize(
     ("size", "stride", "wavefronts", "conflicts"),
     [
-        (4, 0, 1, 0),  # all read one word
+        (4, 0, 1, 0),  # all lanes read one word
         (4, 1, 1, 0),
         (4, 2, 2, 1),
         (4, 32, 32, 31),
         (4, 33, 1, 0),
-        (8, 1, 2, 0),  # by half-warps
+        (8, 1, 2, 0),  # a wavefront serves at most a half-warp
         (8, 2, 4, 2),
         (8, 16, 32, 30),
-        (16, 1, 4, 0),  # by quarter-warps
+        (16, 1, 4, 0),  # a wavefront serves at most a quarter-warp
         (16, 8, 32, 28),
         (16, 9, 4, 0),
     ],
@@ -234,7 +239,7 @@ def test_sectors(size, stride, sectors):
     assert report.global_write_sectors == report.global_unique_write_sectors == size
 
 
-def test_lanes_that_go_round_a_loop_together_are_one_request():
+def test_lanes_in_the_same_round_of_a_loop_share_a_request():
     report = counted("divergent_reads")
     (reads,) = [s for s in report.sites if s.kind == "global read"]
     assert reads.requests == 31
@@ -251,7 +256,7 @@ def test_counts_of_instructions():
 
 
 @pytest.mark.parametrize("name", ["shared_extent", "global_extent"])
-def test_address_sanitizer_sees_what_is_out_of_bounds(name):
+def test_address_sanitizer_finds_accesses_out_of_bounds(name):
     launch = FAULTS[name][0]
     program = (
         "import sys, numpy as np; from tests import simt; module = simt.load('simt_asan')\n"

@@ -1,33 +1,20 @@
-// Hopper's own instructions, one per function: mbarrier, bulk tensor copies and wgmma. Under the
-// SIMT emulator (tests/simt) the same names run on the CPU.
+// Hopper's own instructions, one per function: mbarrier, bulk tensor copies and wgmma.
 #pragma once
 
 #include "cuda/ptx.cuh"
+#include "cuda/sm90/shared_memory.cuh"
 #include "cuda/sm90/tensor_map.h"
 
-// Code of these instructions is only made for the chip that has them.
-#if defined(TVMF_SIMT) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// Only code for sm_90a may contain these instructions.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define TVMF_HOPPER
 #endif
 
 namespace tvmf::sm90 {
 
-// Phases of arrivals and of bytes to come, in shared memory.
-struct alignas(8) Barrier {
-  uint64_t state;
-};
-
-// A tile in shared memory as wgmma reads it: lines of 128 bytes, 8 of them a swizzled atom. Along
-// the lines' direction the next 64 elements are `next_atom` bytes away (transposed operands only),
-// across it the next 8 lines are 1024.
-__host__ __device__ constexpr uint64_t matrix_descriptor(uint32_t shared_address, int next_atom) {
-  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
-  return uint64_t(shared_address >> 4 & 0x3fff) | uint64_t(next_atom >> 4) << 16 |
-         uint64_t(1024 >> 4) << 32 | kSwizzle128;
-}
-
 #ifndef TVMF_HOPPER
-// In place of a kernel of them: an error at the launch's end, and not a result that nobody wrote.
+// Stands in for the body of a kernel that needs these instructions. The launch then ends with an
+// error instead of a result that nobody has written.
 __device__ __forceinline__ void no_such_instructions() {
 #ifdef __CUDA_ARCH__
   asm volatile("trap;");
@@ -35,71 +22,12 @@ __device__ __forceinline__ void no_such_instructions() {
 }
 #endif
 
-#ifdef TVMF_SIMT
-
-__forceinline__ uint32_t shared_address(const void* smem) { return simt::shared_address(smem); }
-__forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
-  simt::barrier_init(&barrier->state, arrivals);
-}
-__forceinline__ void barrier_init_fence() {}
-__forceinline__ void barrier_arrive(Barrier* barrier) { simt::barrier_arrive(&barrier->state, 0); }
-__forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
-  simt::barrier_arrive(&barrier->state, bytes);
-}
-__forceinline__ void barrier_wait(Barrier* barrier, int parity) {
-  simt::barrier_wait(&barrier->state, parity);
-}
-__forceinline__ void tensor_copy(void* smem, const TensorMap& map, int col, int row,
-                                 Barrier* barrier) {
-  simt::tensor_copy(smem, &map, col, row, &barrier->state);
-}
-__forceinline__ float clamp_unit(float v) { return v > 1 ? 1 : v < -1 ? -1 : v; }
-__forceinline__ void prefetch_map(const TensorMap&) {}
-__forceinline__ void consumer_sync() { simt::named_barrier(1, 256); }
-
-template <int kCount>
-__forceinline__ void take_registers() {}
-template <int kCount>
-__forceinline__ void give_registers() {}
-
-__forceinline__ void wgmma_fence() { simt::meet(simt::Collective::kWgmmaFence, ~0u, {}); }
-__forceinline__ void wgmma_commit() { simt::meet(simt::Collective::kWgmmaCommit, ~0u, {}); }
-template <int kPending>
-__forceinline__ void wgmma_wait() {
-  simt::meet(simt::Collective::kWgmmaWait, ~0u, {nullptr, nullptr, kPending, 0});
-}
-
-template <int kCount>
-__forceinline__ void hold(float (&)[kCount]) {}
-
-#define TVMF_WGMMA(name, kind)                                                          \
-  template <int kCount>                                                                 \
-  __forceinline__ void wgmma_##name##_registers(float (&d)[kCount], const uint32_t* a,  \
-                                                uint64_t b_descriptor, bool add) {      \
-    static_assert(kCount == 64 || kCount == 128);                                       \
-    const simt::Wgmma w{kind, 2 * kCount, a, 0, b_descriptor, false, false, add};       \
-    simt::meet(simt::Collective::kWgmma, ~0u, {&w, d, 0, 0});                           \
-  }                                                                                     \
-  template <bool kTransposedA, bool kTransposedB, int kCount>                           \
-  __forceinline__ void wgmma_##name##_shared(float (&d)[kCount], uint64_t a_descriptor, \
-                                             uint64_t b_descriptor, bool add) {         \
-    static_assert(kCount == 64 || kCount == 128);                                       \
-    const simt::Wgmma w{kind,         2 * kCount,   nullptr,      a_descriptor,         \
-                        b_descriptor, kTransposedA, kTransposedB, add};                 \
-    simt::meet(simt::Collective::kWgmma, ~0u, {&w, d, 0, 0});                           \
-  }
-TVMF_WGMMA(bf16, simt::kBf16)
-TVMF_WGMMA(f16, simt::kF16)
-#undef TVMF_WGMMA
-
-#else  // the device
-
 __device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
                : "memory");
 }
-// Makes the initialised barriers known to the copy engine; a block barrier must follow.
+// Makes the initialised barriers visible to the copy engine. A __syncthreads must follow.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -107,7 +35,7 @@ __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
-// Arrives, and lets the phase end only when so many bytes have been copied.
+// Arrives, and adds to the bytes that must be copied before the phase ends.
 __device__ __forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -129,7 +57,8 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
       : "memory");
 }
 
-// A box of the matrix at element `col` of line `row` to shared memory; what is outside is 0.
+// Starts the copy of the box at row `row` and column `col` to shared memory. Elements outside the
+// matrix become zero. The bytes count towards the phase of `barrier`.
 __device__ __forceinline__ void tensor_copy(void* smem, const TensorMap& map, int col, int row,
                                             Barrier* barrier) {
   asm volatile(
@@ -142,10 +71,11 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// The 256 threads of the consumer warpgroups.
+// A barrier of the 256 threads of the consumer warpgroups.
 __device__ __forceinline__ void consumer_sync() {
   asm volatile("barrier.sync 1, 256;" ::: "memory");
 }
+// Raises or lowers the number of registers of each thread of the warpgroup.
 template <int kCount>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -155,32 +85,35 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// To [-1, 1] in two instructions; NaN stays.
+// Clamps to [-1, 1] by two instructions, which let NaN pass.
 __device__ __forceinline__ float clamp_unit(float v) {
   asm("min.NaN.f32 %0, %0, 0f3f800000;" : "+f"(v));
   asm("max.NaN.f32 %0, %0, 0fbf800000;" : "+f"(v));
   return v;
 }
 
+// Orders earlier writes of registers before the wgmma that read or accumulate into them.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+// Waits until at most kPending of the committed groups of wgmma are unfinished.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler may not move what uses the accumulators above the wait before this.
+// Keeps the compiler from moving reads of the accumulators above the wait that precedes this call.
 template <int kCount>
 __device__ __forceinline__ void hold(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Registers' names in the order of operands: %0, ... , then the operands themselves.
+// The accumulators' operand names in the order of their numbers (%0, %1, ...), then the operands
+// themselves.
 #define TVMF_TEN(t)                                                                                \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
   "9, "
@@ -195,6 +128,8 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
 #define TVMF_D_64 TVMF_D64(0)
 #define TVMF_D_128 TVMF_D64(0), TVMF_D64(64)
 
+// d = A B, or d += A B where `add`, with A [64, 16] and B [16, cols]. B lies in shared memory; A
+// lies in registers (_registers) or in shared memory, too (_shared).
 #define TVMF_WGMMA(cols, count, type, a0, a1, a2, a3, a4, a5)                                     \
   __device__ __forceinline__ void wgmma_##type##_registers(float (&d)[count], const uint32_t* a,  \
                                                            uint64_t b_descriptor, bool add) {     \
@@ -232,7 +167,5 @@ TVMF_WGMMA(128, 64, f16, 64, 65, 66, 67, 68, 69)
 #undef TVMF_D64
 #undef TVMF_D_64
 #undef TVMF_D_128
-
-#endif
 
 }  // namespace tvmf::sm90
