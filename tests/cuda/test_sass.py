@@ -1,5 +1,5 @@
 """What nvcc made of the kernels, read from the installed library: registers, shared memory and
-instructions against what the sources mean and what the tile table of docs/kernels.md says.
+instructions against what the sources mean and what the tile table of docs/measurements.md says.
 
 python -m tests.cuda.test_sass    prints that table
 """
@@ -26,7 +26,7 @@ from tests.cuda.test_emulated import CHUNKED, MIXES, SMALL, make
 from tvmf_ext import _C, build_info
 
 CAPABILITIES = ("8.0", "9.0")  # what kernels are tuned for, of all that a build can have
-DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "measurements.md"
 TILED = ("row_statistics", "class_gradient", "input_gradient")
 # Hopper's own: the rows of a tile that a warpgroup has, by kernel; "all" is with sums, ranks and
 # the gradients of kappa and bias.
@@ -385,7 +385,7 @@ def test_the_documents_tile_table_is_true():
     documented = {(*row[1:5], row[7]) for row in rows if len(row) == 11}
     for line in table():
         row = [cell.strip() for cell in line.split("|")]
-        assert (*row[1:5], row[7]) in documented, f"not in docs/kernels.md: {line}"
+        assert (*row[1:5], row[7]) in documented, f"not in docs/measurements.md: {line}"
 
 
 GOOD = Kernel("input_gradient", "bf16", 128, 121, 0, Counter({
