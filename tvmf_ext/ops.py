@@ -1,10 +1,12 @@
 """The operators: loads the library, and gives them fake implementations and gradients.
 
 `torch.ops.tvmf_ext.row_statistics` and `torch.ops.tvmf_ext.cross_entropy` are what
-`tvmf_ext.functional` calls; csrc/bind.cpp holds their schemas and checks their arguments.
+`tvmf_ext.functional` calls; csrc/torch/bind.cpp holds their schemas and checks their arguments.
 """
 
+import operator
 import os
+from typing import NamedTuple
 
 import torch
 from torch import library
@@ -23,12 +25,40 @@ _row_statistics_backward = torch.ops.tvmf_ext.row_statistics_backward.default
 _cross_entropy = torch.ops.tvmf_ext.cross_entropy.default
 _cross_entropy_backward = torch.ops.tvmf_ext.cross_entropy_backward.default
 
-# The head's arguments come first in every operator, in this order:
-#   input, weight, target, kappa, kappa_value, scale, scale_value, softplus_scale, bias, prior,
-#   class_weight, ignore_index, allow_tf32
-# then the operator's own: with_sum, kept or label_smoothing, reduction, kept.
-_HEAD = 13
-_DIFFERENTIABLE = ((0, 1), (1, 2), (3, 4), (5, 8), (8, 16))  # position, bit of `wanted`
+
+class Head(NamedTuple):
+    """The arguments that come first in every operator, in the order of csrc/torch/schema.h."""
+
+    input: torch.Tensor
+    weight: torch.Tensor
+    target: torch.Tensor
+    kappa: torch.Tensor | None
+    kappa_value: float
+    scale: torch.Tensor | None
+    scale_value: float
+    softplus_scale: bool
+    bias: torch.Tensor | None
+    prior: torch.Tensor | None
+    class_weight: torch.Tensor | None
+    ignore_index: int
+    allow_tf32: bool
+
+
+_COUNT = len(Head._fields)
+# The backward operators return these gradients in this order; gradient i has bit i of `wanted`.
+DIFFERENTIABLE = ("input", "weight", "kappa", "scale", "bias")
+_GRADIENTS = tuple(
+    (Head._fields.index(name), 1 << bit, bit) for bit, name in enumerate(DIFFERENTIABLE)
+)
+
+# autograd holds the tensors of a head and a context the other arguments; _in_order puts the tensors,
+# followed by the others, back into the order of Head.
+_is_tensor = [kind in (torch.Tensor, torch.Tensor | None) for kind in Head.__annotations__.values()]
+_TENSORS = [position for position in range(_COUNT) if _is_tensor[position]]
+_CONSTANTS = [position for position in range(_COUNT) if not _is_tensor[position]]
+_tensors_of = operator.itemgetter(*_TENSORS)
+_constants_of = operator.itemgetter(*_CONSTANTS)
+_in_order = operator.itemgetter(*((_TENSORS + _CONSTANTS).index(i) for i in range(_COUNT)))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,7 +93,7 @@ def _check_device(input, *others):
 
 
 def _fake_saved(input, weight, kept):
-    """The size is csrc/plan.h's SavedLayout."""
+    """Its size is that of SavedLayout (csrc/problem.h)."""
     N, C = input.shape[0], weight.shape[0]
     size = (4 * N + C + 15) // 16 * 16 + N * kept
     return input.new_empty(size, dtype=compute_dtype(input.dtype))
@@ -94,26 +124,26 @@ def _fake_gradients(head, wanted):
         torch.empty_like(head[position], memory_format=torch.contiguous_format)
         if wanted & bit
         else head[0].new_empty(0)
-        for position, bit in _DIFFERENTIABLE
+        for position, bit, _ in _GRADIENTS
     )
 
 
 @library.register_fake("tvmf_ext::row_statistics_backward")
 def _(grad_lse, grad_target, grad_sum, *args):
-    return _fake_gradients(args[:_HEAD], args[-1])
+    return _fake_gradients(args[:_COUNT], args[-1])
 
 
 @library.register_fake("tvmf_ext::cross_entropy_backward")
 def _(grad_loss, *args):
-    return _fake_gradients(args[:_HEAD], args[-1])
+    return _fake_gradients(args[:_COUNT], args[-1])
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """A backward operator under `create_graph=True`: its own gradient is an error."""
+    """A backward operator under `create_graph=True`, whose own gradient is refused."""
 
     @staticmethod
-    def forward(ctx, operator, *args):
-        return operator(*args)
+    def forward(ctx, backward_operator, *args):
+        return backward_operator(*args)
 
     @staticmethod
     def backward(ctx, *_):
@@ -123,42 +153,40 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def _call_once(operator, *args):
+def _call_once(backward_operator, *args):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _OnceDifferentiable.apply(operator, *args)
-    return operator(*args)
+        return _OnceDifferentiable.apply(backward_operator, *args)
+    return backward_operator(*args)
 
 
 class _Function(torch.autograd.Function):
-    """One operator and its gradient. Not one registered with the operator, whose way through the
-    dispatcher takes longer than the whole of a small head."""
+    """One operator and its gradient. The gradient is not registered with the operator, because its
+    way through the dispatcher takes longer than the whole of a small head."""
+
+    @staticmethod
+    def save(ctx, head, saved):
+        ctx.constants = _constants_of(head)
+        ctx.save_for_backward(*_tensors_of(head), saved)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward_arguments(ctx):
         """The head's arguments as the forward operator had them, `saved`, and `wanted`."""
-        input, weight, target, kappa, scale, bias, prior, class_weight, saved = ctx.saved_tensors
-        kappa_value, scale_value, softplus_scale, ignore_index, allow_tf32 = ctx.constants
-        needs = ctx.needs_input_grad
-        wanted = needs[0] + 2 * needs[1] + 4 * needs[3] + 8 * needs[5] + 16 * needs[8]
-        head = (input, weight, target, kappa, kappa_value, scale, scale_value, softplus_scale,
-                bias, prior, class_weight, ignore_index, allow_tf32)  # fmt: skip
-        return head, saved, wanted
-
-    @staticmethod
-    def save(ctx, head, saved):
-        (input, weight, target, kappa, kappa_value, scale, scale_value, softplus_scale,
-         bias, prior, class_weight, ignore_index, allow_tf32) = head  # fmt: skip
-        ctx.constants = (kappa_value, scale_value, softplus_scale, ignore_index, allow_tf32)
-        ctx.save_for_backward(input, weight, target, kappa, scale, bias, prior, class_weight, saved)
-        ctx.set_materialize_grads(False)
+        *tensors, saved = ctx.saved_tensors
+        needs, wanted = ctx.needs_input_grad, 0
+        for position, bit, _ in _GRADIENTS:
+            if needs[position]:
+                wanted |= bit
+        return _in_order((*tensors, *ctx.constants)), saved, wanted
 
     @staticmethod
     def input_gradients(gradients, wanted):
-        """Gradients in the order of the head's arguments."""
-        input, weight, kappa, scale, bias = (
-            gradient if wanted & 1 << bit else None for bit, gradient in enumerate(gradients)
-        )
-        return input, weight, None, kappa, None, scale, None, None, bias, *(None,) * 4
+        """The gradients in the order of the head's arguments."""
+        out = [None] * _COUNT
+        for position, bit, index in _GRADIENTS:
+            if wanted & bit:
+                out[position] = gradients[index]
+        return out
 
 
 class _RowStatistics(_Function):
@@ -166,7 +194,7 @@ class _RowStatistics(_Function):
     def forward(ctx, *args):
         output = _row_statistics(*args)
         ctx.kept = args[-1]
-        _Function.save(ctx, args[:_HEAD], output[-1])
+        _Function.save(ctx, args[:_COUNT], output[-1])
         ctx.mark_non_differentiable(output[-2])
         return output[:-1]
 
@@ -183,14 +211,14 @@ class _CrossEntropy(_Function):
     @staticmethod
     def forward(ctx, *args):
         loss, saved = _cross_entropy(*args)
-        ctx.options = args[_HEAD:]
-        _Function.save(ctx, args[:_HEAD], saved)
+        ctx.options = args[_COUNT:]
+        _Function.save(ctx, args[:_COUNT], saved)
         return (loss,)
 
     @staticmethod
     def backward(ctx, grad_loss):
         if grad_loss is None:
-            return (None,) * (_HEAD + 3)
+            return (None,) * (_COUNT + 3)
         head, saved, wanted = _Function.backward_arguments(ctx)
         args = (grad_loss, *head, *ctx.options, saved, wanted)
         gradients = _call_once(_cross_entropy_backward, *args)

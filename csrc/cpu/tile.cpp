@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/plan.h"
 #include "similarity.h"
 
 namespace tvmf::TVMF_ISA {
@@ -166,9 +167,6 @@ void score(const T* product, const T* x_rnorm, const T* w_rnorm, const T* kappa,
   }
 }
 
-// Columns that one pass keeps in L1: logits between the maximum and the exponentials.
-constexpr int64_t kStripe = 512;
-
 template <class T, bool kOmega>
 void forward_row(const ForwardTile<T>& tile, int64_t n, Range cols) {
   using S = Simd<T>;
@@ -177,7 +175,7 @@ void forward_row(const ForwardTile<T>& tile, int64_t n, Range cols) {
   const ClassTerms<T> terms = tile.terms;
   const T x_rnorm = tile.x_rnorm[n], target_score = tile.target_score[n], scale = tile.scale;
   const T count = T(tile.count);
-  alignas(64) T logits[kStripe];
+  alignas(64) T logits[kStripe];  // in L1, between the maximum and the exponentials
   Gathered<T> largest_in, sum_in, sum_exp_in;
 
   // First pass: logits, their maximum, and how many classes score at or below the target.

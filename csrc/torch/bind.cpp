@@ -74,10 +74,9 @@ void check_per_class(const char* name, const OptionalTensor& tensor, const Tenso
              shape(*tensor));
 }
 
-Head checked(Tensor input, Tensor weight, Tensor target, OptionalTensor kappa, double kappa_value,
-             OptionalTensor scale, double scale_value, bool softplus_scale, OptionalTensor bias,
-             OptionalTensor prior, OptionalTensor class_weight, int64_t ignore_index,
-             bool allow_tf32) {
+// Checks the arguments that all operators share.
+void check_head(const Head& head) {
+  const Tensor &input = head.input, &weight = head.weight, &target = head.target;
   TVMF_CHECK(input.dim() == 2, "input must have shape [N, D], got ", shape(input));
   TVMF_CHECK(weight.dim() == 2, "linear_weight must have shape [C, D], got ", shape(weight));
   TVMF_CHECK(target.dim() == 1, "target must have shape [N], got ", shape(target));
@@ -95,34 +94,20 @@ Head checked(Tensor input, Tensor weight, Tensor target, OptionalTensor kappa, d
   TVMF_CHECK(target.size(0) == input.size(0), "input [N, D] and target [N] must agree in N, got ",
              shape(input), " and ", shape(target));
   const int64_t C = weight.size(0);
-  check_per_class("kappa", kappa, input, C, true);
-  check_per_class("linear_bias", bias, input, C, false);
-  check_per_class("prior", prior, input, C, false);
-  check_per_class("weight", class_weight, input, C, false);
-  if (scale) {
+  check_per_class("kappa", head.kappa, input, C, true);
+  check_per_class("linear_bias", head.bias, input, C, false);
+  check_per_class("prior", head.prior, input, C, false);
+  check_per_class("weight", head.class_weight, input, C, false);
+  if (const OptionalTensor& scale = head.scale) {
     check_tensor("scale", *scale, input);
     TVMF_CHECK(scale->dim() == 0 || (scale->dim() == 1 && scale->size(0) == 1),
                "scale must have shape [] or [1], got ", shape(*scale));
   }
-  TVMF_CHECK(kappa || (kappa_value > -0.5 && std::isfinite(kappa_value)),
-             "kappa must be finite and > -1/2, got ", kappa_value);
-  TVMF_CHECK(scale || (scale_value > 0 && std::isfinite(scale_value)),
-             "scale must be finite and > 0, got ", scale_value);
-  return {input,          weight, target, kappa,        kappa_value,  scale,     scale_value,
-          softplus_scale, bias,   prior,  class_weight, ignore_index, allow_tf32};
+  TVMF_CHECK(head.kappa || (head.kappa_value > -0.5 && std::isfinite(head.kappa_value)),
+             "kappa must be finite and > -1/2, got ", head.kappa_value);
+  TVMF_CHECK(head.scale || (head.scale_value > 0 && std::isfinite(head.scale_value)),
+             "scale must be finite and > 0, got ", head.scale_value);
 }
-
-#define TVMF_HEAD_SCHEMA                                                                 \
-  "Tensor input, Tensor weight, Tensor target, Tensor? kappa, float kappa_value, "       \
-  "Tensor? scale, float scale_value, bool softplus_scale, Tensor? bias, Tensor? prior, " \
-  "Tensor? class_weight, int ignore_index, bool allow_tf32"
-#define TVMF_HEAD_PARAMS                                                                  \
-  Tensor input, Tensor weight, Tensor target, OptionalTensor kappa, double kappa_value,   \
-      OptionalTensor scale, double scale_value, bool softplus_scale, OptionalTensor bias, \
-      OptionalTensor prior, OptionalTensor class_weight, int64_t ignore_index, bool allow_tf32
-#define TVMF_HEAD                                                                              \
-  checked(input, weight, target, kappa, kappa_value, scale, scale_value, softplus_scale, bias, \
-          prior, class_weight, ignore_index, allow_tf32)
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -167,16 +152,19 @@ constexpr Backend kCuda{cuda_row_statistics, cuda_row_statistics_backward, cuda_
 #endif
 
 template <const Backend& kBackend>
-Five row_statistics(TVMF_HEAD_PARAMS, bool with_sum, int64_t kept) {
-  const auto out = kBackend.row_statistics(TVMF_HEAD, with_sum, kept);
+Five row_statistics(TVMF_HEAD_PARAMETERS bool with_sum, int64_t kept) {
+  const Head head{TVMF_HEAD(TVMF_AS_ARGUMENT)};
+  check_head(head);
+  const auto out = kBackend.row_statistics(head, with_sum, kept);
   return {out.lse, out.target, out.sum, out.rank, out.saved};
 }
 
 template <const Backend& kBackend>
 Five row_statistics_backward(OptionalTensor grad_lse, OptionalTensor grad_target,
-                             OptionalTensor grad_sum, TVMF_HEAD_PARAMS, int64_t kept, Tensor saved,
-                             int64_t wanted) {
-  const Head head = TVMF_HEAD;
+                             OptionalTensor grad_sum, TVMF_HEAD_PARAMETERS int64_t kept,
+                             Tensor saved, int64_t wanted) {
+  const Head head{TVMF_HEAD(TVMF_AS_ARGUMENT)};
+  check_head(head);
   check_backward(head, saved, kept,
                  {{"grad_lse", &grad_lse}, {"grad_target", &grad_target}, {"grad_sum", &grad_sum}},
                  false);
@@ -191,17 +179,19 @@ LossOptions checked_loss(double label_smoothing, int64_t reduction) {
 }
 
 template <const Backend& kBackend>
-std::tuple<Tensor, Tensor> cross_entropy(TVMF_HEAD_PARAMS, double label_smoothing,
+std::tuple<Tensor, Tensor> cross_entropy(TVMF_HEAD_PARAMETERS double label_smoothing,
                                          int64_t reduction, int64_t kept) {
-  const auto out =
-      kBackend.cross_entropy(TVMF_HEAD, checked_loss(label_smoothing, reduction), kept);
+  const Head head{TVMF_HEAD(TVMF_AS_ARGUMENT)};
+  check_head(head);
+  const auto out = kBackend.cross_entropy(head, checked_loss(label_smoothing, reduction), kept);
   return {out.loss, out.saved};
 }
 
 template <const Backend& kBackend>
-Five cross_entropy_backward(Tensor grad_loss, TVMF_HEAD_PARAMS, double label_smoothing,
+Five cross_entropy_backward(Tensor grad_loss, TVMF_HEAD_PARAMETERS double label_smoothing,
                             int64_t reduction, int64_t kept, Tensor saved, int64_t wanted) {
-  const Head head = TVMF_HEAD;
+  const Head head{TVMF_HEAD(TVMF_AS_ARGUMENT)};
+  check_head(head);
   const LossOptions options = checked_loss(label_smoothing, reduction);
   const OptionalTensor grad = grad_loss;
   check_backward(head, saved, kept, {{"grad_loss", &grad}}, options.reduction != Reduction::kNone);
@@ -229,18 +219,18 @@ std::string build_info() {
 
 STABLE_TORCH_LIBRARY(tvmf_ext, m) {
   m.def("row_statistics(" TVMF_HEAD_SCHEMA
-        ", bool with_sum, SymInt kept)"
+        "bool with_sum, SymInt kept)"
         " -> (Tensor lse, Tensor target_logit, Tensor sum, Tensor rank, Tensor saved)");
   m.def(
       "row_statistics_backward(Tensor? grad_lse, Tensor? grad_target, Tensor? "
       "grad_sum, " TVMF_HEAD_SCHEMA
-      ", SymInt kept, Tensor saved, int wanted)"
+      "SymInt kept, Tensor saved, int wanted)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cross_entropy(" TVMF_HEAD_SCHEMA
-        ", float label_smoothing, int reduction, SymInt kept)"
+        "float label_smoothing, int reduction, SymInt kept)"
         " -> (Tensor loss, Tensor saved)");
   m.def("cross_entropy_backward(Tensor grad_loss, " TVMF_HEAD_SCHEMA
-        ", float label_smoothing, int reduction, SymInt kept, Tensor saved, int wanted)"
+        "float label_smoothing, int reduction, SymInt kept, Tensor saved, int wanted)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("build_info() -> str");
   m.def(

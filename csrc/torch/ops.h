@@ -1,4 +1,4 @@
-// The operators between bind.cpp, which checks, and the kernels: one struct per call.
+// The operators as bind.cpp, which checks their arguments, calls them on the CPU and on CUDA.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,6 +10,7 @@
 
 #include "cuda/gpus.h"
 #include "problem.h"
+#include "torch/schema.h"
 
 namespace tvmf {
 
@@ -17,19 +18,7 @@ using torch::stable::Tensor;
 
 // z_nc = scale (phi(cosine(x_n, w_c); kappa_c) + bias_c) + prior_c
 struct Head {
-  Tensor input;                 // [N, D]
-  Tensor weight;                // [C, D]
-  Tensor target;                // [N] int64
-  std::optional<Tensor> kappa;  // [] or [1] or [C]; kappa_value where absent
-  double kappa_value;
-  std::optional<Tensor> scale;  // [] or [1]; scale_value where absent
-  double scale_value;
-  bool softplus_scale;                 // the scale is softplus(scale) + 1 of what is given
-  std::optional<Tensor> bias;          // [C]
-  std::optional<Tensor> prior;         // [C]
-  std::optional<Tensor> class_weight;  // [C]
-  int64_t ignore_index;
-  bool allow_tf32;  // float32 products on CUDA may be rounded to TF32
+  TVMF_HEAD(TVMF_AS_FIELD)
 };
 
 struct RowStatistics {
@@ -37,7 +26,7 @@ struct RowStatistics {
   Tensor target;  // [N]
   Tensor sum;     // [N], or [0] where not wanted
   Tensor rank;    // [N] int64
-  Tensor saved;   // what the backward pass needs, laid out by SavedLayout
+  Tensor saved;   // for the backward pass: SavedLayout
 };
 
 struct Loss {
@@ -51,27 +40,21 @@ struct Gradients {
   Tensor input, weight, kappa, scale, bias;  // [0] where not wanted
 };
 
-RowStatistics cpu_row_statistics(const Head& head, bool with_sum, int64_t kept);
-Gradients cpu_row_statistics_backward(const Head& head, const Tensor& saved, int64_t kept,
-                                      const std::optional<Tensor>& grad_lse,
-                                      const std::optional<Tensor>& grad_target,
-                                      const std::optional<Tensor>& grad_sum, int64_t wanted);
-
-Loss cpu_cross_entropy(const Head& head, const LossOptions& options, int64_t kept);
-Gradients cpu_cross_entropy_backward(const Head& head, const LossOptions& options,
-                                     const Tensor& saved, int64_t kept, const Tensor& grad_loss,
-                                     int64_t wanted);
-
-RowStatistics cuda_row_statistics(const Head& head, bool with_sum, int64_t kept);
-Gradients cuda_row_statistics_backward(const Head& head, const Tensor& saved, int64_t kept,
-                                       const std::optional<Tensor>& grad_lse,
-                                       const std::optional<Tensor>& grad_target,
-                                       const std::optional<Tensor>& grad_sum, int64_t wanted);
-
-Loss cuda_cross_entropy(const Head& head, const LossOptions& options, int64_t kept);
-Gradients cuda_cross_entropy_backward(const Head& head, const LossOptions& options,
-                                      const Tensor& saved, int64_t kept, const Tensor& grad_loss,
-                                      int64_t wanted);
+// The four operators of a device. `kept`: classes whose products the forward pass keeps; `wanted`:
+// GradBits of the gradients to be made.
+#define TVMF_OPERATORS(device)                                                                    \
+  RowStatistics device##_row_statistics(const Head& head, bool with_sum, int64_t kept);           \
+  Gradients device##_row_statistics_backward(                                                     \
+      const Head& head, const Tensor& saved, int64_t kept, const std::optional<Tensor>& grad_lse, \
+      const std::optional<Tensor>& grad_target, const std::optional<Tensor>& grad_sum,            \
+      int64_t wanted);                                                                            \
+  Loss device##_cross_entropy(const Head& head, const LossOptions& options, int64_t kept);        \
+  Gradients device##_cross_entropy_backward(const Head& head, const LossOptions& options,         \
+                                            const Tensor& saved, int64_t kept,                    \
+                                            const Tensor& grad_loss, int64_t wanted);
+TVMF_OPERATORS(cpu)
+TVMF_OPERATORS(cuda)
+#undef TVMF_OPERATORS
 
 // The description of a device. Throws for one on which the kernels do not run.
 const Gpu& cuda_gpu(int32_t device);
