@@ -393,6 +393,17 @@ def test_the_binary_uses_only_the_stable_abis_of_torch_and_python():
     assert of_python == {"PyModule_Create2"}
 
 
+@pytest.mark.skipif(
+    not build_info().cuda or torch.cuda.is_available(), reason="needs CUDA kernels and no GPU"
+)
+def test_a_driver_that_is_too_old_or_missing_is_told_with_the_toolkit(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    archs = ", ".join(build_info().cuda_archs)
+    with pytest.raises(RuntimeError, match=r"CUDA toolkit \d+\.\d .*TVMF_CUDA=0") as error:
+        tvmf_ext.plan(8, 8, 8, device="cuda:0")
+    assert f"for compute capabilities {archs};" in str(error.value)
+
+
 @pytest.mark.parametrize("damage", ["missing", "not a library"])
 def test_a_broken_binary_is_an_import_error_that_says_what_to_do(damage, tmp_path):
     copy = tmp_path / "tvmf_ext"

@@ -40,22 +40,23 @@ std::string toolkit_version(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// What a user can do about errors that come from how the library was built.
+// Says what a user can do about an error that comes from how the library was built.
 std::string advice(cudaError_t error) {
-  const std::string capabilities =
-      "this build is for compute capabilities " + compute_capabilities();
+  const std::string build = " (this build was made with CUDA toolkit " +
+                            toolkit_version(CUDART_VERSION) + " for compute capabilities " +
+                            compute_capabilities();
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
-      return " (" + capabilities + "; rebuild with TORCH_CUDA_ARCH_LIST naming this GPU's)";
+      return build + "; rebuild it with this GPU's in TORCH_CUDA_ARCH_LIST)";
     case cudaErrorInsufficientDriver:
     case cudaErrorUnsupportedPtxVersion: {
       int driver = 0;
       if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
-      return " (" + capabilities + ", made with CUDA toolkit " + toolkit_version(CUDART_VERSION) +
+      return build +
              (driver ? "; the driver serves toolkits up to " + toolkit_version(driver)
                      : std::string("; no driver was found")) +
-             ". Update the driver, or rebuild with an older toolkit, or for the CPU only with "
-             "TVMF_CUDA=0)";
+             ". Update the driver, or rebuild with an older toolkit, or with TVMF_CUDA=0 for the "
+             "CPU only)";
     }
     default: return "";
   }
