@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import warnings
 from pathlib import Path
 
 import setuptools
@@ -50,7 +51,9 @@ def find_program(*names):
 def find_torch():
     """The folder of a torch that is new enough."""
     try:
-        import torch
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+            import torch
     except ImportError as error:
         stop(
             f"torch >= {NEEDED['torch']} is needed to build, and `import torch` fails ({error})",
@@ -115,6 +118,19 @@ def check_compiler():
         stop(f"{' '.join(compiler)} does not compile C++20{last_line(result)}", remedy)
 
 
+def configure(command):
+    """Runs CMake's first step, and repeats its first error in one line, which pip prints last."""
+    sys.stdout.flush()
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    print(result.stderr, end="", file=sys.stderr, flush=True)
+    if result.returncode:
+        error = re.search(r"^CMake Error.*?:\n(.*?)\n\n\n", result.stderr, re.DOTALL | re.MULTILINE)
+        text = " ".join(error[1].split()) if error else ""
+        if not 0 < len(text) < 400:
+            text = "the reason stands above"
+        raise SystemExit(f"tvmf_ext: CMake cannot configure the build: {text}")
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         torch, cmake, ninja = find_torch(), find_cmake(), find_ninja()
@@ -134,14 +150,10 @@ class CMakeBuild(build_ext):
             "TVMF_OUTPUT_DIR": output,
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
+        configure([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines])
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        for task, command in (
-            ("configure the build", [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines]),
-            ("compile", [cmake, "--build", build, "--parallel", jobs]),
-        ):
-            sys.stdout.flush()
-            if subprocess.run(command).returncode:
-                raise SystemExit(f"tvmf_ext: CMake could not {task}; the reason stands above.")
+        if subprocess.run([cmake, "--build", build, "--parallel", jobs]).returncode:
+            raise SystemExit("tvmf_ext: the compilation failed; the compiler's errors stand above.")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,11 @@ runpy.run_path({setup!r}, run_name="__main__")
 
 @pytest.fixture
 def setup(tmp_path):
-    """Runs setup.py where only what the build needs is there, with a change made before."""
+    """Runs a copy of setup.py where nothing but the needs of the build is there."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
     folder = tmp_path / "programs"
     folder.mkdir()
     program(folder, "cmake", "echo cmake version 4.4.4")
@@ -147,9 +151,9 @@ def setup(tmp_path):
 
     def call(command="bdist_wheel", change="", CXX=None):
         code = SETUP.format(
-            folder=str(folder), command=command, change=change, setup=str(ROOT / "setup.py")
+            folder=str(folder), command=command, change=change, setup=str(checkout / "setup.py")
         )
-        return run(sys.executable, "-c", code, cwd=ROOT, PATH=str(folder), CXX=CXX)
+        return run(sys.executable, "-c", code, cwd=checkout, PATH=str(folder), CXX=CXX)
 
     call.folder = folder
     return call
@@ -208,6 +212,21 @@ def test_something_that_the_build_lacks_is_said_in_one_line(
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert problem in result.stderr
     assert remedy in result.stderr
+
+
+def test_an_error_of_cmake_is_the_last_line(setup):
+    cmake = """
+if [ "$1" = --version ]; then echo cmake version 4.4.4; exit; fi
+echo "-- The CXX compiler identification is unknown"
+printf 'CMake Error at CMakeLists.txt:1 (message):\\n  Two lines\\n  of reason\\n\\n\\n' >&2
+exit 1"""
+    program(setup.folder, "cmake", cmake)
+    result = setup("build_ext")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        "tvmf_ext: CMake cannot configure the build: Two lines of reason"
+    )
+    assert "Traceback" not in result.stderr
 
 
 def test_metadata_needs_no_compiler(setup):
