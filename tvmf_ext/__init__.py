@@ -1,6 +1,13 @@
 """Fused t-vMF similarity classification head: normalise, cosine, t-vMF, softmax cross-entropy."""
 
-from importlib.metadata import PackageNotFoundError, version
+import sys
+import warnings
+
+if "torch" not in sys.modules:
+    # Without NumPy, which nothing here needs, torch warns while it is imported.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+        import torch  # noqa: F401
 
 from .functional import (
     RowStatistics,
@@ -10,14 +17,11 @@ from .functional import (
     tvmf_cross_entropy,
     tvmf_logits,
 )
-from .info import build_info
+from .info import VERSION, build_info
 from .modules import TvMFLoss
 from .planning import CpuPlan, CudaPlan, plan
 
-try:
-    __version__ = version("tvmf_ext")
-except PackageNotFoundError:  # imported from a checkout that was built by hand
-    __version__ = "0+unknown"
+__version__ = VERSION
 
 __all__ = [
     "CpuPlan",

@@ -1,8 +1,7 @@
-"""What this build is, and one check of it against the reference; or, with `plan`, what a problem
-would run.
+"""Describes this build and checks it, or reports what a problem would run.
 
-    python -m tvmf_ext
-    python -m tvmf_ext plan 256 8142 2048 --dtype bfloat16 --weight-dtype float32 --gpu H200
+python -m tvmf_ext
+python -m tvmf_ext plan 256 8142 2048 --dtype bfloat16 --weight-dtype float32 --gpu H200
 """
 
 import argparse
@@ -10,13 +9,14 @@ import sys
 
 import torch
 
-from . import build_info, plan, reference, tvmf_cross_entropy
+from . import __version__, build_info, plan, reference, tvmf_cross_entropy
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def self_check() -> tuple[float, float]:
-    """Largest relative error of float32 loss and gradients against float64: fused, and eager."""
+def largest_errors() -> tuple[float, float]:
+    """The largest relative error of the float32 loss and its gradients against float64, of the
+    fused function and of eager PyTorch."""
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(64, 128, generator=generator)
     weight = torch.randn(1000, 128, generator=generator)
@@ -36,18 +36,21 @@ def self_check() -> tuple[float, float]:
     return error(tvmf_cross_entropy), error(reference.tvmf_cross_entropy)
 
 
-def print_plan(arguments) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tvmf_ext plan", description="What a problem would run, and what it costs."
-    )
-    for name, what in (("N", "rows"), ("C", "classes"), ("D", "features")):
-        parser.add_argument(name, type=int, help=what)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the features")
-    parser.add_argument("--weight-dtype", choices=DTYPES, help="of the class weights")
-    parser.add_argument("--gpu", help="its name, such as H200; cpu; cuda for the one that is here")
-    parser.add_argument("--tf32", action="store_true", help="float32 products may be TF32")
-    parser.add_argument("--forward-only", action="store_true")
-    args = parser.parse_args(arguments)
+def print_info(parser, args) -> int:
+    print(build_info())
+    return 0
+
+
+def self_check(parser, args) -> int:
+    print_info(parser, args)
+    fused, eager = largest_errors()
+    ok = fused <= 2 * eager + 1e-6
+    verdict = "ok" if ok else "WRONG"
+    print(f"self-check: relative error {fused:.1e}, of eager PyTorch {eager:.1e}: {verdict}")
+    return 0 if ok else 1
+
+
+def print_plan(parser, args) -> int:
     try:
         result = plan(
             args.N,
@@ -65,15 +68,44 @@ def print_plan(arguments) -> int:
     return 0
 
 
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tvmf_ext",
+        description="Without a command: describe this build, and compare a loss and its gradients "
+        "with eager PyTorch in float64.",
+    )
+    parser.add_argument("--version", action="version", version=f"tvmf_ext {__version__}")
+    parser.set_defaults(run=self_check, parser=parser)
+    commands = parser.add_subparsers(title="commands", metavar="{info,plan}")
+
+    what = "describe this build"
+    info = commands.add_parser("info", help=what, description=f"{what.capitalize()}.")
+    info.set_defaults(run=print_info, parser=info)
+
+    what = "report what a problem would run, and what it costs"
+    problem = commands.add_parser("plan", help=what, description=f"{what.capitalize()}.")
+    problem.set_defaults(run=print_plan, parser=problem)
+    for name, meaning in (("N", "rows"), ("C", "classes"), ("D", "features")):
+        problem.add_argument(name, type=int, help=f"number of {meaning}")
+    problem.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the features (float32)"
+    )
+    problem.add_argument(
+        "--weight-dtype", choices=DTYPES, help="dtype of the class weights, if it is another"
+    )
+    problem.add_argument(
+        "--gpu",
+        help="a GPU's name such as H200, cuda for the one that is here, or cpu; by default a GPU "
+        "that is here, or else the CPU",
+    )
+    problem.add_argument("--tf32", action="store_true", help="float32 products may be TF32")
+    problem.add_argument("--forward-only", action="store_true", help="no backward pass follows")
+    return parser
+
+
 def main() -> int:
-    if sys.argv[1:2] == ["plan"]:
-        return print_plan(sys.argv[2:])
-    print(build_info())
-    fused, eager = self_check()
-    ok = fused <= 2 * eager + 1e-6
-    verdict = "ok" if ok else "WRONG"
-    print(f"self-check: relative error {fused:.1e}, of eager PyTorch {eager:.1e}: {verdict}")
-    return 0 if ok else 1
+    args = make_parser().parse_args()
+    return args.run(args.parser, args)
 
 
 if __name__ == "__main__":

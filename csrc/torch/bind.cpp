@@ -214,6 +214,9 @@ std::string build_info() {
 #endif
   text << ";stable_abi=" << (TORCH_TARGET_VERSION >> 56) << "."
        << ((TORCH_TARGET_VERSION >> 48) & 0xff);
+#ifndef TVMF_WITH_CUDA
+  text << ";no_cuda=" << TVMF_NO_CUDA;
+#endif
   return text.str();
 }
 

@@ -25,12 +25,47 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+// "8.0, 9.0" of nvcc's "800,900".
+std::string compute_capabilities() {
+  std::istringstream archs(cuda_archs());
+  std::string text;
+  for (int arch; archs >> arch; archs.ignore())
+    text += (text.empty() ? "" : ", ") + std::to_string(arch / 100) + "." +
+            std::to_string(arch % 100 / 10);
+  return text;
+}
+
+// "13.0" of the runtime's 13000.
+std::string toolkit_version(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// Says what a user can do about an error that comes from how the library was built.
+std::string advice(cudaError_t error) {
+  const std::string build = " (this build was made with CUDA toolkit " +
+                            toolkit_version(CUDART_VERSION) + " for compute capabilities " +
+                            compute_capabilities();
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+      return build + "; rebuild it with this GPU's in TORCH_CUDA_ARCH_LIST)";
+    case cudaErrorInsufficientDriver:
+    case cudaErrorUnsupportedPtxVersion: {
+      int driver = 0;
+      if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+      return build +
+             (driver ? "; the driver serves toolkits up to " + toolkit_version(driver)
+                     : std::string("; no driver was found")) +
+             ". Update the driver, or rebuild with an older toolkit, or with TVMF_CUDA=0 for the "
+             "CPU only)";
+    }
+    default: return "";
+  }
+}
+
 [[noreturn]] void fail(cudaError_t error, const std::string& what) {
-  cudaGetLastError();  // or the next caller would find it again
-  std::string text = "tvmf_ext: " + what + " failed: " + cudaGetErrorString(error);
-  if (error == cudaErrorNoKernelImageForDevice)
-    text += std::string(" (this build is for compute capabilities ") + cuda_archs() + ")";
-  throw std::runtime_error(text);
+  cudaGetLastError();  // clears the error, which the next caller would otherwise find again
+  throw std::runtime_error("tvmf_ext: " + what + " failed: " + cudaGetErrorString(error) +
+                           advice(error));
 }
 
 void check(cudaError_t error, const char* what) {
