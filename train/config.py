@@ -21,14 +21,22 @@ else:
     import tomli as tomllib
 
 RECIPES = Path(__file__).with_name("recipes.toml")
-# In which a run may differ from the one that it goes on with, and runs of one group.
-NO_RESULT = ("recipe", "out", "resume", "data", "lists", "download", "device", "workers",
-             "checkpoint_minutes", "bad_images")  # fmt: skip
+# Fields that do not decide a run's result: --resume may change them, and runs that differ in them
+# alone are one group in a report.
+NO_RESULT = (
+    "recipe",
+    "out",
+    "resume",
+    "data",
+    "lists",
+    "download",
+    "device",
+    "workers",
+    "checkpoint_minutes",
+    "bad_images",
+)
 
-Dataset = Literal[
-    "digits", "mnist-lt", "fashion-mnist-lt", "cifar10-lt", "cifar100-lt",
-    "imagenet", "imagenetlt", "places-lt", "inat2018", "inat2019", "list", "folder",
-]  # fmt: skip
+Dataset = Literal[tuple(tomllib.loads(RECIPES.read_text(encoding="utf-8")))]
 Count = Annotated[int, Field(ge=1)]
 NotNegativeCount = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -36,11 +44,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class TrainError(ValueError):
-    """What the user can put right; the message says what was got and what was wanted."""
+    """An error that the user can put right; its message says what was got and what was wanted."""
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class Config:
+    """The flags of the command, with the paper's settings as defaults; train/data.py, model.py and
+    fit.py give them their meaning."""
+
     dataset: Dataset = "digits"
     """Data set, which chooses the recipe of its name. list: DATA/train.txt, test.txt and perhaps
     val.txt, lines of `relative/path label`. folder: DATA/train/CLASS/*, DATA/test, DATA/val."""
@@ -51,7 +62,7 @@ class Config:
     download: bool = False
     """Let torchvision download MNIST, Fashion-MNIST or CIFAR to DATA."""
     imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 100.0
-    """Of digits and *-lt: images of the largest class over those of the smallest."""
+    """For digits and *-lt: images of the largest class over those of the smallest."""
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each class's training images to keep, at least one: small-scale training."""
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -126,7 +137,7 @@ class Config:
     """Go on from the checkpoint in OUT; without it, an earlier run in OUT is replaced."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields in types that JSON and a checkpoint hold."""
+        """The fields in types that JSON and a checkpoint can hold."""
         fields = dataclasses.asdict(self).items()
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields}
 
@@ -136,7 +147,7 @@ class Config:
 
 
 def load_recipe(name: str) -> Config:
-    """A recipe as a configuration; TrainError names what does not fit."""
+    """A recipe as a configuration; TrainError names the key that does not fit."""
     path = Path(name) if name.endswith(".toml") else RECIPES
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -146,7 +157,7 @@ def load_recipe(name: str) -> Config:
         if name not in recipe:
             known = ", ".join(recipe)
             raise TrainError(f"--recipe: got {name!r}, wanted one of {known}, or a file *.toml")
-        recipe = recipe[name] | ({"dataset": name} if name in get_args(Dataset) else {})
+        recipe = recipe[name] | {"dataset": name}
     try:
         return Config(**recipe | {"recipe": name})
     except ValidationError as errors:
@@ -158,12 +169,12 @@ def load_recipe(name: str) -> Config:
 
 
 def parse_config(args: Sequence[str]) -> Config:
-    """The recipe that `args` names, or that of its data set, overridden by the other flags."""
+    """The recipe that `args` name, or that of their data set, overridden by the other flags."""
     first = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--dataset", default=Config.dataset)
     given, _ = first.parse_known_args(args)
-    # An unknown data set is tyro's to refuse.
+    # tyro refuses an unknown data set below.
     dataset = given.dataset if given.dataset in get_args(Dataset) else Config.dataset
     default = load_recipe(given.recipe or dataset)
     about = "Train a classifier on long-tailed data, in two stages."
