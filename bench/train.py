@@ -50,7 +50,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def made_up(size, classes):
-    """Grey images of 28 x 28 pixels, noise over a pattern of each class; the classes long-tailed."""
+    """Grey images of 28 x 28 pixels, noise over a pattern of their class; long-tailed."""
     draw = torch.Generator().manual_seed(0)
     labels = (classes * torch.rand(size, generator=draw) ** 4).long()
     patterns = torch.rand(classes, 1, 7, 7, generator=draw)[labels]
@@ -82,37 +82,37 @@ class Pictures(Dataset):
         return self.transform(Image.fromarray(self.images[i])), self.labels[i]
 
 
-def quiet_run(data, recipe, **changes):
-    run = Session(dataclasses.replace(recipe, **changes), data, device=DEVICE)
-    run.console = Console(quiet=True)
-    return run
+def quiet_session(data, recipe, **changes):
+    session = Session(dataclasses.replace(recipe, **changes), data, device=DEVICE)
+    session.console = Console(quiet=True)
+    return session
 
 
-def start(run):
+def start(session):
     """Net and head with the weights that `train` starts from."""
-    torch.manual_seed(run.config.seed)
-    net = build_net(run).train()
-    head = make_head("tvmf", net.num_features, run.data.num_classes, run.config)
-    return net, head.to(run.device)
+    torch.manual_seed(session.config.seed)
+    net = build_net(session).train()
+    head = make_head("tvmf", net.num_features, session.data.num_classes, session.config)
+    return net, head.to(session.device)
 
 
-def epoch_of_ours(run):
+def epoch_of_ours(session):
     """Seconds and mean loss of the driver's epoch."""
-    train(run)
-    record = json.loads((run.config.out / "metrics.jsonl").read_text().splitlines()[-1])
+    train(session)
+    record = json.loads((session.config.out / "metrics.jsonl").read_text().splitlines()[-1])
     return record["seconds"], record["loss"]
 
 
-def epoch_of_reference(run, batches):
+def epoch_of_reference(session, batches):
     """Seconds and mean loss of the reference's epoch, from the weights that `train` starts from."""
-    config, (net, head) = run.config, start(run)
+    config, (net, head) = session.config, start(session)
     parameters = nn.ModuleList([net, head]).parameters()
     optimizer = torch.optim.SGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay)
     batches, sums, size = iter(batches), [0.0, 0.0, 0.0], 0
     first, began = next(batches), time.perf_counter()
     for images, labels in chain([first], batches):
-        labels = labels.to(run.device, non_blocking=True)
-        features = net(images.to(run.device, non_blocking=True))  # DataParallel moves them
+        labels = labels.to(session.device, non_blocking=True)
+        features = net(images.to(session.device, non_blocking=True))  # DataParallel moves them
         similarity = reference.tvmf_logits(features, head.weight, kappa=head.kappa)
         loss = F.cross_entropy(head.scale * similarity, labels)
         right = similarity.detach().topk(5).indices == labels[:, None]
@@ -147,30 +147,30 @@ def measure(about, functions, kind, seconds, progress):
 
 def stage1(classes, images, options, out, progress):
     recipe = Config(net="convnet", flip=True, batch_size=BATCH, epochs=1, stage2_epochs=0, out=out)
-    run = quiet_run(made_up(images, classes), recipe)
-    ours = run.loaders["train"]
+    session = quiet_session(made_up(images, classes), recipe)
+    ours = session.loaders["train"]
     pictures = DataLoader(
-        Pictures(run.data.train, ours),
+        Pictures(session.data.train, ours),
         BATCH,
         shuffle=True,
         num_workers=options.workers,
         pin_memory=DEVICE == "cuda",
     )
-    batch = next(ours(*run.epoch(1, 0)))  # also warms up both ways
-    loss = Classifier(*start(run))(*batch)[0].item() / BATCH
-    first = {"ours": loss, "reference": epoch_of_reference(run, [batch])[1]}
+    batch = next(ours(*session.epoch(1, 0)))  # also warms up both ways
+    loss = Classifier(*start(session))(*batch)[0].item() / BATCH
+    first = {"ours": loss, "reference": epoch_of_reference(session, [batch])[1]}
     about = {"name": f"stage 1, {classes} classes", "images": images, "first_loss": first}
     functions = {
-        "ours": lambda: epoch_of_ours(run),
-        "reference": lambda: epoch_of_reference(run, pictures),
-        "same data": lambda: epoch_of_reference(run, ours(*run.epoch(1, 0))),
+        "ours": lambda: epoch_of_ours(session),
+        "reference": lambda: epoch_of_reference(session, pictures),
+        "same data": lambda: epoch_of_reference(session, ours(*session.epoch(1, 0))),
     }
     return measure(about, functions, "loss", options.seconds, progress)
 
 
 def stage2(recipe, options, progress):
     data = load_data(recipe)
-    train(quiet_run(data, dataclasses.replace(recipe, stage2_epochs=0)))
+    train(quiet_session(data, dataclasses.replace(recipe, stage2_epochs=0)))
 
     def way(views, every):
         out, seeds = recipe.out / f"views {views}", count()
@@ -178,9 +178,9 @@ def stage2(recipe, options, progress):
 
         def whole():
             changes = {"model": recipe.out / "stage1.pt", "views": views, "out": out}
-            run = quiet_run(data, recipe, eval_every=every, seed=next(seeds), **changes)
+            session = quiet_session(data, recipe, eval_every=every, seed=next(seeds), **changes)
             began = time.perf_counter()
-            report = train(run)["stage2"]
+            report = train(session)["stage2"]
             return time.perf_counter() - began, report["error1"]
 
         return whole

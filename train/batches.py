@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from train.images import bad_image, read_image
 from train.splits import Split
 
-GROUP = 4  # images of one class in a row, as in the paper's reference recipe
+GROUP = 4  # images of one class in a row, as in the paper's code
 NO_LABEL = -100  # label of an image that could not be read; the heads ignore it
 
 STATISTICS = {  # mean and standard deviation of the channels, as in the paper's code

@@ -144,8 +144,8 @@ def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
         raise TrainError(f"--model: got {path}, which is no file") from None
     except Exception as error:
         raise TrainError(
-            f"--model: got {path}, unreadable ({first_line(error)}); wanted a file with "
-            "feat_state_dict and fc_state_dict: stage1.pt, or the reference's model_best.pth.tar"
+            f"--model: got {path}, unreadable ({first_line(error)}); wanted a file with feat_state_dict "
+            "and fc_state_dict: stage1.pt, or a model_best.pth.tar of the paper's code"
         ) from None
     # The second stage of the paper's code saves the backbone inside DataParallel.
     return {k.removeprefix("module."): v for k, v in feat.items()}, head

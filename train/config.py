@@ -62,7 +62,7 @@ class Config:
     download: bool = False
     """Let torchvision download MNIST, Fashion-MNIST or CIFAR to DATA."""
     imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 100.0
-    """For digits and *-lt: images of the largest class over those of the smallest."""
+    """Images of the largest class over those of the smallest, in digits and *-lt."""
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each class's training images to keep, at least one: small-scale training."""
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -70,17 +70,18 @@ class Config:
     bad_images: Literal["stop", "skip"] = "stop"
     """What to do with an image that cannot be read; those skipped are counted."""
     augment: Literal["auto", "imagenet", "inat", "small"] = "auto"
-    """Transforms: ImageNet's, iNaturalist's, or a shift of small images kept in memory."""
+    """Transforms: ImageNet's, iNaturalist's, or a shift of small images, which are kept in memory;
+    auto: by image size."""
     flip: bool = False
-    """Mirror small images at random; the other transforms always do."""
+    """Mirror small images at random; the other transforms always do so."""
     image_size: NotNegativeCount = 0
-    """Side in pixels; 0: that of small images, at most 224 of others."""
+    """Side of the images in pixels. 0: small images keep their size, others get at most 224."""
     net: Annotated[str, Field(pattern="^(auto|convnet|resnet10|resnet50|timm:.+)$")] = "auto"
     """convnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image size."""
     pretrained: bool = False
     """Let timm load the pretrained weights of timm:NAME."""
     model: Path | None = None
-    """A stage1.pt of ours or model_best.pth.tar of the reference: stage 2 begins from it."""
+    """A stage1.pt of ours, or a model_best.pth.tar of the paper's code: stage 2 begins from it."""
     evaluate: bool = False
     """Only test MODEL, with the head that it holds."""
     head: Literal["softmax", "cosine", "tvmf"] = "tvmf"
@@ -88,9 +89,9 @@ class Config:
     kappa: Annotated[float, Field(gt=-0.5, allow_inf_nan=False)] = 16.0
     """Concentration of the t-vMF similarity; the other heads have none."""
     scale_start: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1 + math.log(2)
-    """Scale of the cosine and t-vMF heads at the start; the reference's is 1 + ln 2."""
+    """Scale of the cosine and t-vMF heads at the start; 1 + ln 2 in the paper's code."""
     scale_lr: NotNegative = 1.0
-    """Learning rate of the scale's parameter, as a multiple of the others'."""
+    """Learning rate of the scale's parameter, as a multiple of the other parameters' rate."""
     epochs: Count = 90
     """Epochs of stage 1: backbone and head, every image equally often."""
     stage2_epochs: NotNegativeCount = 30
@@ -102,23 +103,24 @@ class Config:
     weight_decay: NotNegative = 1e-4
     """Weight decay of all parameters."""
     bn: Literal["batch", "shift", "frozen"] = "batch"
-    """Batch norm in stage 2: normalise by the batch and update running statistics (the reference);
-    replace them once by those of class-balanced images; or leave them alone."""
+    """Batch norm in stage 2: normalise by the batch and update the running statistics, as the
+    paper's code does; replace these once by those of class-balanced images; or leave them alone."""
     views: NotNegativeCount = 2
-    """Stage 2 computes the features of this many epochs and trains from them; 0: of every epoch."""
+    """Epochs of stage 2 whose features are computed once and then used again and again. 0: the
+    backbone runs in every epoch."""
     select: Literal["auto", "val", "last", "test"] = "auto"
     """Which epoch's model is the result: the best on val, the last, or, knowingly, the best on
     test; auto is val where there is one, else last."""
     eval_every: Count = 1
     """Epochs between evaluations; the last is always evaluated."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast's dtype."""
+    """Number format of autocast."""
     channels_last: bool = False
     """Keep images and convolutions in channels-last order."""
     compile: bool = False
     """torch.compile the backbone."""
     accumulate: Count = 1
-    """Parts in which a process takes its share of a batch, one after another."""
+    """Parts into which a process divides its share of a batch, to take one after another."""
     sync_bn: bool = False
     """Batch statistics over all processes (GPUs only)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -126,7 +128,7 @@ class Config:
     workers: NotNegativeCount = 4
     """Processes that read image files, for each training process."""
     checkpoint_minutes: Positive = 15.0
-    """Save within an epoch, too, after this time."""
+    """Minutes after which a checkpoint is saved within an epoch, too."""
     recipe: str = ""
     """A table of train/recipes.toml, or a path that ends in .toml; flags override it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -86,7 +86,7 @@ def check_files(
         other = seen.setdefault(image, (name, where))
         if other[0] != name:
             raise TrainError(
-                f"{where}: got {image} for {name}, which {other[1]} has for {other[0]}; "
+                f"{where}: got {image} for {name}, which {other[1]} names for {other[0]}; "
                 "wanted no image in both"
             )
 

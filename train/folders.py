@@ -48,7 +48,8 @@ def read_evaluation(data: Path, root: Path, classes: dict[str, int]) -> tuple[Sp
     val, test = (val, test) if test else (None, val)
     if test is None:
         raise TrainError(
-            f"--data: got {data} with train alone, wanted test or val beside it, of folders as well"
+            f"--data: got {data} with train alone, wanted test or val beside it, with folders of "
+            "classes"
         )
     for folder in filter(None, (val, test)):
         if unknown := set(subfolders(folder)) - set(classes):

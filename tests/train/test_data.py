@@ -47,7 +47,7 @@ def test_class_out_of_range_is_named_with_its_line(tmp_path, monkeypatch):
 def test_image_in_two_splits_is_named_with_both_lines(tmp_path, other):
     write_lists(tmp_path, train=[0, 1, 1], test=[0], val=[1])
     append(tmp_path / f"{other}.txt", "/train/1.png 1")
-    wanted = rf"{other}\.txt:2: got .*train/1\.png for {other}, .*train\.txt:2 has for train"
+    wanted = rf"{other}\.txt:2: got .*train/1\.png for {other}, .*train\.txt:2 names for train"
     with pytest.raises(TrainError, match=wanted):
         load(tmp_path)
 
