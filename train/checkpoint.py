@@ -93,7 +93,7 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError(f"wrong checksum of {damaged}")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or set(state) != FIELDS:
-        raise ValueError("other fields than this script writes")
+        raise ValueError("its fields are not those of a checkpoint")
     return state
 
 
@@ -144,8 +144,9 @@ def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
         raise TrainError(f"--model: got {path}, which is no file") from None
     except Exception as error:
         raise TrainError(
-            f"--model: got {path}, unreadable ({first_line(error)}); wanted a file with feat_state_dict "
-            "and fc_state_dict: stage1.pt, or a model_best.pth.tar of the paper's code"
+            f"--model: got {path}, unreadable ({first_line(error)}); wanted a file with "
+            "feat_state_dict and fc_state_dict: stage1.pt, or a model_best.pth.tar of the paper's "
+            "code"
         ) from None
     # The second stage of the paper's code saves the backbone inside DataParallel.
     return {k.removeprefix("module."): v for k, v in feat.items()}, head
