@@ -1,15 +1,16 @@
-"""`python -m bench.train`: the driver's loop beside a transcription of the reference's, in turns.
+"""`python -m bench.train`: the driver's loop beside a transcription of the paper's, in turns.
 
-Stage 1, the steps of an epoch from the same weights, with the t-vMF head. The images are made up,
-of Fashion-MNIST's shape, and shifted and mirrored alike.
-    ours         train.__main__.fit as it is; it evaluates and saves after the steps
+Stage 1: the steps of an epoch from the same weights, with the t-vMF head. The images are random, of
+Fashion-MNIST's shape; all ways shift and mirror them.
+    ours         train.fit as it is; it evaluates and saves after the steps, which is not timed
     reference    a DataLoader of PIL images and torchvision's transforms; the head in eager PyTorch;
-                 SGD, not fused; loss and two accuracies read from the device in every step. Timed
-                 from its first batch on, without its progress bar
-    same data    its steps on our batches, whose losses are then ours
-Stage 2, all of it, on real digits, and with --data on long-tailed Fashion-MNIST: features cached
-for 2 epochs, which counts, against the backbone in every step as the reference has it (--views 0),
-both in our loop. Evaluated after each epoch, as the reference does, and after the last alone.
+                 SGD that is not fused; loss and two accuracies read from the device in every step.
+                 Timed from its first batch on, without a progress bar
+    same data    the reference's steps on our batches, so that its losses must equal ours
+Stage 2: the whole stage on real digits, and with --data on long-tailed Fashion-MNIST. Features of 2
+epochs are cached, and the time for that counts; the other way runs the backbone in every step as
+the paper's code does (--views 0). Both are evaluated after each epoch, as in the paper's code, and
+again after the last epoch alone.
 """
 
 import argparse
@@ -33,19 +34,23 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from bench.measure import about
-from train.__main__ import MOMENTUM, Run, build_net, train
 from train.config import Config, load_recipe
-from train.data import LongTailed, Split, load_data
+from train.data import load_data
+from train.fit import MOMENTUM
 from train.model import Classifier, make_head
+from train.session import Session
+from train.splits import LongTailed, Split
+from train.stages import build_net, train
 from tvmf_ext import reference
 
-CLASSES = (10, 8142, 100_000)  # Fashion-MNIST's, iNaturalist 2018's, and so that the head prevails
+# As many as Fashion-MNIST, as iNaturalist 2018, and so many that the head takes most of the time.
+CLASSES = (10, 8142, 100_000)
 BATCH = 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def made_up(size, classes):
-    """Grey images of 28 x 28 pixels, a pattern for each class under noise; classes long-tailed."""
+    """Grey images of 28 x 28 pixels, noise over a pattern of their class; long-tailed."""
     draw = torch.Generator().manual_seed(0)
     labels = (classes * torch.rand(size, generator=draw) ** 4).long()
     patterns = torch.rand(classes, 1, 7, 7, generator=draw)[labels]
@@ -56,16 +61,19 @@ def made_up(size, classes):
 
 
 class Pictures(Dataset):
-    """One PIL image at a time, transformed, as from torchvision's data sets."""
+    """One transformed PIL image at a time, as from torchvision's data sets."""
 
     def __init__(self, split, loader):
         self.images, self.labels = split.images[:, 0].numpy(), split.labels.tolist()
-        self.transform = transforms.Compose([
-            transforms.RandomCrop(self.images.shape[1], padding=loader.reach),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(loader.mean.flatten().tolist(), loader.std.flatten().tolist()),
-        ])  # fmt: skip
+        mean, std = (statistic.flatten().tolist() for statistic in (loader.mean, loader.std))
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(self.images.shape[1], padding=loader.reach),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(mean, std),
+            ]
+        )
 
     def __len__(self):
         return len(self.labels)
@@ -74,37 +82,37 @@ class Pictures(Dataset):
         return self.transform(Image.fromarray(self.images[i])), self.labels[i]
 
 
-def quiet_run(data, recipe, **changes):
-    run = Run(dataclasses.replace(recipe, **changes), data, device=DEVICE)
-    run.console = Console(quiet=True)
-    return run
+def quiet_session(data, recipe, **changes):
+    session = Session(dataclasses.replace(recipe, **changes), data, device=DEVICE)
+    session.console = Console(quiet=True)
+    return session
 
 
-def start(run):
-    """Net and head with the weights from which `train` starts."""
-    torch.manual_seed(run.config.seed)
-    net = build_net(run).train()
-    head = make_head("tvmf", net.num_features, run.data.num_classes, run.config)
-    return net, head.to(run.device)
+def start(session):
+    """Net and head with the weights that `train` starts from."""
+    torch.manual_seed(session.config.seed)
+    net = build_net(session).train()
+    head = make_head("tvmf", net.num_features, session.data.num_classes, session.config)
+    return net, head.to(session.device)
 
 
-def epoch_of_ours(run):
-    """Seconds and mean loss."""
-    train(run)
-    record = json.loads((run.config.out / "metrics.jsonl").read_text().splitlines()[-1])
+def epoch_of_ours(session):
+    """Seconds and mean loss of the driver's epoch."""
+    train(session)
+    record = json.loads((session.config.out / "metrics.jsonl").read_text().splitlines()[-1])
     return record["seconds"], record["loss"]
 
 
-def epoch_of_reference(run, batches):
-    """Seconds and mean loss; from `train`'s weights, which no other epoch changes."""
-    config, (net, head) = run.config, start(run)
+def epoch_of_reference(session, batches):
+    """Seconds and mean loss of the reference's epoch, from the weights that `train` starts from."""
+    config, (net, head) = session.config, start(session)
     parameters = nn.ModuleList([net, head]).parameters()
     optimizer = torch.optim.SGD(parameters, config.lr, MOMENTUM, weight_decay=config.weight_decay)
     batches, sums, size = iter(batches), [0.0, 0.0, 0.0], 0
     first, began = next(batches), time.perf_counter()
     for images, labels in chain([first], batches):
-        labels = labels.to(run.device, non_blocking=True)
-        features = net(images.to(run.device, non_blocking=True))  # DataParallel moves them
+        labels = labels.to(session.device, non_blocking=True)
+        features = net(images.to(session.device, non_blocking=True))  # DataParallel moves them
         similarity = reference.tvmf_logits(features, head.weight, kappa=head.kappa)
         loss = F.cross_entropy(head.scale * similarity, labels)
         right = similarity.detach().topk(5).indices == labels[:, None]
@@ -119,7 +127,8 @@ def epoch_of_reference(run, batches):
 
 
 def measure(about, functions, kind, seconds, progress):
-    """A case: `functions` in turns, each of which returns its seconds and a figure of that kind."""
+    """A case of the report: calls `functions` in turns for that many seconds; each returns its own
+    seconds and a figure named `kind`."""
     found, began, spent = {name: [] for name in functions}, time.perf_counter(), 0.0
     task = progress.add_task(about["name"], total=seconds)
     while len(found["ours"]) < (3 if seconds else 1) or spent < seconds:
@@ -137,36 +146,41 @@ def measure(about, functions, kind, seconds, progress):
 
 
 def stage1(classes, images, options, out, progress):
-    run = quiet_run(made_up(images, classes), Config(), net="convnet", flip=True, batch_size=BATCH,
-                    epochs=1, stage2_epochs=0, out=out)  # fmt: skip
-    ours = run.loaders["train"]
-    pictures = DataLoader(Pictures(run.data.train, ours), BATCH, shuffle=True,
-                          num_workers=options.workers, pin_memory=DEVICE == "cuda")  # fmt: skip
-    batch = next(ours(*run.epoch(1, 0)))  # both warm up on it, too
-    loss = Classifier(*start(run))(*batch)[0].item() / BATCH
-    first = {"ours": loss, "reference": epoch_of_reference(run, [batch])[1]}
+    recipe = Config(net="convnet", flip=True, batch_size=BATCH, epochs=1, stage2_epochs=0, out=out)
+    session = quiet_session(made_up(images, classes), recipe)
+    ours = session.loaders["train"]
+    pictures = DataLoader(
+        Pictures(session.data.train, ours),
+        BATCH,
+        shuffle=True,
+        num_workers=options.workers,
+        pin_memory=DEVICE == "cuda",
+    )
+    batch = next(ours(*session.epoch(1, 0)))  # also warms up both ways
+    loss = Classifier(*start(session))(*batch)[0].item() / BATCH
+    first = {"ours": loss, "reference": epoch_of_reference(session, [batch])[1]}
     about = {"name": f"stage 1, {classes} classes", "images": images, "first_loss": first}
     functions = {
-        "ours": lambda: epoch_of_ours(run),
-        "reference": lambda: epoch_of_reference(run, pictures),
-        "same data": lambda: epoch_of_reference(run, ours(*run.epoch(1, 0))),
+        "ours": lambda: epoch_of_ours(session),
+        "reference": lambda: epoch_of_reference(session, pictures),
+        "same data": lambda: epoch_of_reference(session, ours(*session.epoch(1, 0))),
     }
     return measure(about, functions, "loss", options.seconds, progress)
 
 
 def stage2(recipe, options, progress):
     data = load_data(recipe)
-    train(quiet_run(data, dataclasses.replace(recipe, stage2_epochs=0)))
+    train(quiet_session(data, dataclasses.replace(recipe, stage2_epochs=0)))
 
     def way(views, every):
         out, seeds = recipe.out / f"views {views}", count()
         out.mkdir(exist_ok=True)
 
         def whole():
-            run = quiet_run(data, recipe, model=recipe.out / "stage1.pt", views=views, out=out,
-                            eval_every=every, seed=next(seeds))  # fmt: skip
+            changes = {"model": recipe.out / "stage1.pt", "views": views, "out": out}
+            session = quiet_session(data, recipe, eval_every=every, seed=next(seeds), **changes)
             began = time.perf_counter()
-            report = train(run)["stage2"]
+            report = train(session)["stage2"]
             return time.perf_counter() - began, report["error1"]
 
         return whole
@@ -180,14 +194,17 @@ def stage2(recipe, options, progress):
 
 def main(args=None):
     parser = argparse.ArgumentParser(
-        "python -m bench.train", description=__doc__,
+        "python -m bench.train",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--seconds", type=float, default=90, help="for each line of the table")
-    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count()), help="reference's")
+    parser.add_argument(
+        "--workers", type=int, default=min(12, os.cpu_count()), help="of the reference"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="torchvision's FashionMNIST")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
-    parser.add_argument("--quick", action="store_true", help="see that it runs, measure nothing")
+    parser.add_argument("--quick", action="store_true", help="check that it runs; measures nothing")
     options = parser.parse_args(args)
     images, recipes = 50 * BATCH, [dataclasses.replace(load_recipe("digits"), epochs=15)]
     if options.data:
@@ -206,17 +223,16 @@ def main(args=None):
     table = Table("", "ours", "the reference's", "ratio", "same data", title="device: " + DEVICE)
     for case in cases:
         cells = [
-            f"{case['images'] / r['median_s']:,.0f} images/s" if "loss" in r
+            f"{case['images'] / r['median_s']:,.0f} images/s"
+            if "loss" in r
             else f"{r['median_s']:.1f} s, error {statistics.mean(r['error1']):.1f} %"
             for r in case["results"].values()
-        ]  # fmt: skip
+        ]
         ratios = [f"{ratio:.2f}x" for ratio in case["ratios"].values()]
         table.add_row(case["name"], *cells[:2], *ratios[1:])
     Console().print(table)
-    report = {
-        **about(DEVICE), "workers": options.workers, "quick": options.quick, "batch_size": BATCH,
-        "cases": cases,
-    }  # fmt: skip
+    report = about(DEVICE) | {"workers": options.workers, "quick": options.quick}
+    report |= {"batch_size": BATCH, "cases": cases}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Which images a step sees, in which process, and how they are augmented and loaded.
 
-Every random draw is a function of (seed, stage, epoch, position in the epoch): of no state that a
-checkpoint would have to keep, of no number of workers or processes.
+Every random draw is a function of (seed, stage, epoch, position in the epoch). So a checkpoint
+keeps no generator's state, and the number of workers or processes changes no image.
 """
 
 import os
@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
-from train.data import Split, bad_image, read_image
+from train.images import bad_image, read_image
+from train.splits import Split
 
-GROUP = 4  # images of one class in a row, as in the paper's reference recipe
-NO_LABEL = -100  # of an image that could not be read; the heads ignore it
+GROUP = 4  # images of one class in a row, as in the paper's code
+NO_LABEL = -100  # label of an image that could not be read; the heads ignore it
 
-STATISTICS = {  # mean and standard deviation of the channels, as the reference has them
+STATISTICS = {  # mean and standard deviation of the channels, as in the paper's code
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
 }
@@ -41,15 +42,16 @@ def seed_of(*position: int) -> int:
 
 
 def balanced_over_images(labels: Tensor, batch_size: int, seed: int) -> Tensor:
-    """Order of an epoch of stage 1, [N]: a random permutation."""
+    """The order of an epoch of stage 1, [N]: a random permutation of all images."""
     return torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
 
 
 def balanced_over_classes(labels: Tensor, batch_size: int, seed: int) -> Tensor:
-    """Order of an epoch of stage 2, [N // batch_size * batch_size]: class-aware sampling.
+    """The order of an epoch of stage 2, [N // batch_size * batch_size]: class-aware sampling.
 
-    Classes are taken from a shuffled list, over and over; each turn of a class takes GROUP images
-    from a shuffled list of its own, likewise. At least one batch.
+    A shuffled list of the classes is gone through again and again, shuffled anew each time. Each
+    turn of a class takes GROUP images from a shuffled list of its images, in the same way. The
+    order has at least one batch.
     """
     draw = np.random.default_rng(seed)
 
@@ -69,19 +71,19 @@ def balanced_over_classes(labels: Tensor, batch_size: int, seed: int) -> Tensor:
 
 
 def steps_of(size: int, batch_size: int, parts: int) -> int:
-    """Steps of an epoch: a last batch that leaves a part fewer than two images is dropped."""
+    """Steps of an epoch. A last batch is dropped if it gives a part fewer than two images."""
     steps, rest = divmod(size, batch_size)
     return steps + (rest >= 2 * parts) or 1
 
 
 def share(step: int, size: int, batch_size: int, part: int, parts: int) -> Tensor:
-    """The positions in an epoch of `size` images that one of `parts` parts of a step takes."""
+    """The positions, in an epoch of `size` images, of one of the `parts` parts of a step."""
     batch = torch.arange(step * batch_size, min(size, (step + 1) * batch_size))
     return batch.tensor_split(parts)[part]
 
 
 class Lighting(v2.Transform):
-    """Adds to an image's channels a random mixture of the principal colours (AlexNet)."""
+    """Adds a random mixture of the principal colours to an image, as AlexNet does."""
 
     def __init__(self, std: float):
         super().__init__()
@@ -93,7 +95,7 @@ class Lighting(v2.Transform):
 
 
 def file_transforms(augment: str, size: int, train: bool) -> v2.Transform:
-    """The reference's transforms, PIL image to float32 [3, size, size]."""
+    """The transforms of the paper's code, from a PIL image to float32 [3, size, size]."""
     tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     normalise = [v2.Normalize(*STATISTICS[augment])]
     if not train:
@@ -116,14 +118,14 @@ def shift(images: Tensor, offsets: Tensor, reach: int) -> Tensor:
     rows = torch.arange(height, device=images.device) + reach - offsets[0, :, None]
     columns = torch.arange(width, device=images.device) + reach - offsets[1, :, None]
     item = torch.arange(len(images), device=images.device)
-    # Indexing around the channels puts them last.
+    # Indices on both sides of the channels move these to the end.
     moved = padded[item[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2)
 
 
 class FileImages(TorchDataset):
-    """Items (index, epoch's seed, position) -> (image [3, size, size], label, None); of a file that
-    cannot be read (zeros, NO_LABEL, message)."""
+    """Maps (index, epoch's seed, position) to (image [3, size, size], label, None), or to (zeros,
+    NO_LABEL, message) where the file cannot be read."""
 
     def __init__(self, split: Split, augment: str, size: int, train: bool):
         self.split, self.size, self.train = split, size, train
@@ -134,15 +136,15 @@ class FileImages(TorchDataset):
         image = read_image(self.split.images[index])
         if isinstance(image, str):
             return torch.zeros(3, self.size, self.size), NO_LABEL, image
-        state = torch.get_rng_state()  # without workers it is the training's own
+        state = torch.get_rng_state()  # without workers the training draws from this generator
         torch.default_generator.manual_seed(seed_of(*position))
         image = self.transforms(image)
         torch.set_rng_state(state)
         return image, int(self.split.labels[index]), None
 
     def collate(self, items: list) -> tuple[Tensor, Tensor, list[str]]:
-        """Images, labels, messages. In training bad images are left out, as far as that leaves
-        two: batch norm should not see them, but needs two."""
+        """Stacks images and labels, and collects the messages. Training leaves bad images out,
+        which batch norm should not see, unless fewer than the two that it needs were left."""
         messages = [message for _, _, message in items if message]
         if self.train:
             items = sorted(items, key=lambda item: item[2] is not None)  # stable: bad ones last
@@ -152,7 +154,8 @@ class FileImages(TorchDataset):
 
 
 def heed_only_the_parent(worker: int) -> None:
-    """torchrun and SLURM send SIGTERM to workers, too; these go when their parent ends them."""
+    """Lets a worker ignore any SIGTERM but its parent's. torchrun and SLURM send it to workers,
+    too, while the training process still needs them to finish and save."""
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -166,16 +169,27 @@ def heed_only_the_parent(worker: int) -> None:
 
 
 class Loader:
-    """Batches of a split's images on a device, augmented for training or not.
+    """Batches of a split's images on a device, augmented where they are for training.
 
     Args:
         split: the images; those in memory are moved to the device once.
-        statistics: mean and standard deviation, each [channels], of images in memory.
-        skip_bad: go on where a file cannot be read. Its message is in `bad`.
+        statistics: mean and standard deviation, each [channels], to normalise images in memory.
+        skip_bad: leave out a file that cannot be read, and put its message into `bad`.
     """
 
-    def __init__(self, split, augment, image_size, device, *, train, flip=False, statistics=None,
-                 skip_bad=False, workers=0):  # fmt: skip
+    def __init__(
+        self,
+        split: Split,
+        augment: str,
+        image_size: int,
+        device: torch.device,
+        *,
+        train: bool,
+        flip: bool = False,
+        statistics: tuple[Tensor, Tensor] | None = None,
+        skip_bad: bool = False,
+        workers: int = 0,
+    ):
         self.device, self.train, self.flip, self.skip_bad = device, train, flip, skip_bad
         self.bad: set[str] = set()
         self.in_memory = isinstance(split.images, Tensor)
@@ -186,17 +200,21 @@ class Loader:
         else:
             files, self.sampler = FileImages(split, augment, image_size, train), []
             self.files = DataLoader(
-                files, batch_sampler=self.sampler, num_workers=workers, collate_fn=files.collate,
-                persistent_workers=workers > 0, pin_memory=self.device.type == "cuda",
+                files,
+                batch_sampler=self.sampler,
+                num_workers=workers,
+                collate_fn=files.collate,
+                persistent_workers=workers > 0,
+                pin_memory=self.device.type == "cuda",
                 worker_init_fn=heed_only_the_parent,
-                generator=torch.Generator(),  # the draw of its base seed is not the training's
-            )  # fmt: skip
+                generator=torch.Generator(),  # else it would draw a seed from the training's
+            )
 
     def __call__(
         self, order: Tensor, batches: list[Tensor], epoch_seed: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields images [B, channels, height, width] and labels [B] for each batch of positions in
-        `order`, the images of an epoch; a position decides the augmentation."""
+        `order`, the images of an epoch. The position of an image decides its augmentation."""
         if self.in_memory:
             return self._from_memory(order, batches, epoch_seed)
         return self._from_files(order, batches, epoch_seed)
@@ -217,7 +235,7 @@ class Loader:
             yield (images - self.mean) / self.std, self.labels[index]
 
     def _from_files(self, order, batches, epoch_seed):
-        # Workers stay from epoch to epoch, so the sampler is one object, a list, filled anew.
+        # Workers stay from epoch to epoch and hold this one list, which is therefore filled anew.
         self.sampler[:] = [
             [(i, epoch_seed, p) for i, p in zip(order[b].tolist(), b.tolist(), strict=True)]
             for b in batches
@@ -230,9 +248,9 @@ class Loader:
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of uint8 images in memory, as of [0, 1]."""
+    """Mean and standard deviation of each channel of uint8 images, as fractions of 255."""
     parts = images.split(1000)
     mean = sum(p.double().sum((0, 2, 3)) for p in parts) / images[:, 0].numel()
     square = sum(p.double().square().sum((0, 2, 3)) for p in parts) / images[:, 0].numel()
-    std = (square - mean**2).clamp(min=1).sqrt()  # one grey level, of constant images
+    std = (square - mean**2).clamp(min=1).sqrt()  # at least one grey level: constant images have 0
     return (mean / 255).float(), (std / 255).float()

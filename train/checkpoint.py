@@ -1,13 +1,15 @@
-"""Checkpoints that a kill at any moment leaves whole: the old file or the new one, never half.
+"""The files in OUT. A kill at any moment leaves the old file or the new one, never half of it.
 
-A model file holds what the paper's code saves: feat_state_dict and fc_state_dict.
+A model file has the keys of the paper's code: feat_state_dict and fc_state_dict.
 """
 
+import fcntl
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from torch import nn
@@ -15,10 +17,36 @@ from torch import nn
 from train.config import Config, TrainError
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-FIELDS = {
-    "config", "stage", "epoch", "step", "net", "head", "optimizer", "scaler", "totals", "history",
-    "best", "results", "bad_images",
-}  # fmt: skip
+FIELDS = {"config", "stage", "epoch", "step", "net", "head", "optimizer", "scaler"}
+FIELDS |= {"totals", "history", "best", "results", "bad_images"}
+
+
+def lock(config: Config, rank: int) -> TextIO:
+    """Makes OUT; as long as the returned file is open, another run in OUT is refused."""
+    out = config.out.resolve()
+    if config.model and not config.evaluate and config.model.parent.resolve() == out:
+        raise TrainError(f"--out: got that of {config.model}, wanted another than --model's")
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        file = open(config.out / "lock", "w")  # noqa: SIM115
+        if rank == 0:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its workers do not inherit it
+        return file
+    except BlockingIOError:
+        raise TrainError(f"--out: got {config.out}, where a run goes on, wanted another") from None
+    except OSError as error:
+        raise TrainError(
+            f"--out: got {config.out} ({error.strerror}), wanted a directory to write to"
+        ) from error
+
+
+def clear(out: Path) -> None:
+    """Removes the files of an older run, which must not pass for those of the next one."""
+    out.mkdir(parents=True, exist_ok=True)
+    models = ("stage1.pt", "stage2.pt")
+    for name in (NAME, PREVIOUS, *models, "result.json", "metrics.jsonl"):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "logs", ignore_errors=True)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -37,6 +65,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def no_room(path: Path, error: Exception) -> TrainError:
+    """The error for a file that could not be written."""
     return TrainError(
         f"--out: got {first_line(error)} on writing {path}, wanted room for it; "
         "what was saved before is whole: --resume goes on from there"
@@ -51,24 +80,25 @@ def save(out: Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-        if (out / NAME).exists():  # now that the new one is whole, though not in its place
+        if (out / NAME).exists():  # only now, when the new one is whole in its temporary file
             os.replace(out / NAME, out / PREVIOUS)
 
     write_atomically(out / NAME, write)
 
 
 def read(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint; raises an exception of any kind where the file is damaged."""
     with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
         if damaged := archive.testzip():
             raise ValueError(f"wrong checksum of {damaged}")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or set(state) != FIELDS:
-        raise ValueError("other fields than this script writes")
+        raise ValueError("its fields are not those of a checkpoint")
     return state
 
 
 def load(out: Path, config: Config, warn: Callable[[str], None]) -> dict[str, Any]:
-    """Reads what `save` wrote for the same configuration: the newest that is whole."""
+    """Reads the newest whole checkpoint in OUT; refuses one of another configuration."""
     reasons, state = [], None
     for path in (out / NAME, out / PREVIOUS):
         try:
@@ -95,6 +125,7 @@ def load(out: Path, config: Config, warn: Callable[[str], None]) -> dict[str, An
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -114,9 +145,10 @@ def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
     except Exception as error:
         raise TrainError(
             f"--model: got {path}, unreadable ({first_line(error)}); wanted a file with "
-            "feat_state_dict and fc_state_dict: stage1.pt, or the reference's model_best.pth.tar"
+            "feat_state_dict and fc_state_dict: stage1.pt, or a model_best.pth.tar of the paper's "
+            "code"
         ) from None
-    # Its second stage saves the backbone inside DataParallel.
+    # The second stage of the paper's code saves the backbone inside DataParallel.
     return {k.removeprefix("module."): v for k, v in feat.items()}, head
 
 

@@ -1,9 +1,9 @@
-"""Trains several heads with several seeds and reports them side by side; --help lists its flags.
+"""Trains several heads with several seeds and reports them side by side.
 
     python -m train.compare --out runs --dataset fashion-mnist-lt --data DIR --epochs 20
 
-All flags but --heads, --seeds, --jobs and --out go to `python -m train`, one run after another (or
---jobs at once). Called again it skips finished runs and goes on with one that was interrupted.
+All flags but --heads, --seeds, --jobs and --out go to `python -m train`. --jobs runs are trained at
+once. Called again, it skips finished runs and resumes those that were interrupted.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from train import report
 from train.checkpoint import NAME, PREVIOUS
 from train.config import TrainError, parse_config
 
@@ -24,6 +23,7 @@ HEADS = "softmax,cosine,tvmf:4,tvmf:16,tvmf:64"
 
 
 def train_one(out: Path, head: str, seed: str, flags: list[str], threads: int) -> None:
+    """Trains a head with a seed in OUT, unless a run of the same flags has finished there."""
     name, _, kappa = head.partition(":")
     flags = [*flags, "--head", name, "--seed", seed, *(["--kappa", kappa] if kappa else [])]
     if (out / "result.json").exists():
@@ -43,15 +43,20 @@ def train_one(out: Path, head: str, seed: str, flags: list[str], threads: int) -
 
 
 def main(args: list[str]) -> None:
+    """Trains the runs that the flags name, and writes the report on them."""
     parser = argparse.ArgumentParser(
-        "python -m train.compare", description=__doc__, allow_abbrev=False,
+        "python -m train.compare",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--heads", default=HEADS, help=f"head or tvmf:KAPPA (default {HEADS})")
     parser.add_argument("--seeds", default="0,1,2", help="(default 0,1,2)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="(default runs)")
     options, flags = parser.parse_known_args(args)
+    from train import report  # and the libraries that draw: --help need not wait for them
+
     runs = {
         options.out / f"{head.replace(':', '')}-seed{seed}": (head, seed)
         for head in options.heads.split(",")

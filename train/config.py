@@ -21,14 +21,22 @@ else:
     import tomli as tomllib
 
 RECIPES = Path(__file__).with_name("recipes.toml")
-# In which a run may differ from the one that it goes on with, and runs of one group.
-NO_RESULT = ("recipe", "out", "resume", "data", "lists", "download", "device", "workers",
-             "checkpoint_minutes", "bad_images")  # fmt: skip
+# Fields that do not decide a run's result: --resume may change them, and runs that differ in them
+# alone are one group in a report.
+NO_RESULT = (
+    "recipe",
+    "out",
+    "resume",
+    "data",
+    "lists",
+    "download",
+    "device",
+    "workers",
+    "checkpoint_minutes",
+    "bad_images",
+)
 
-Dataset = Literal[
-    "digits", "mnist-lt", "fashion-mnist-lt", "cifar10-lt", "cifar100-lt",
-    "imagenet", "imagenetlt", "places-lt", "inat2018", "inat2019", "list", "folder",
-]  # fmt: skip
+Dataset = Literal[tuple(tomllib.loads(RECIPES.read_text(encoding="utf-8")))]
 Count = Annotated[int, Field(ge=1)]
 NotNegativeCount = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -36,11 +44,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class TrainError(ValueError):
-    """What the user can put right; the message says what was got and what was wanted."""
+    """An error that the user can put right; its message says what was got and what was wanted."""
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class Config:
+    """The flags of the command, with the paper's settings as defaults; train/data.py, model.py and
+    fit.py give them their meaning."""
+
     dataset: Dataset = "digits"
     """Data set, which chooses the recipe of its name. list: DATA/train.txt, test.txt and perhaps
     val.txt, lines of `relative/path label`. folder: DATA/train/CLASS/*, DATA/test, DATA/val."""
@@ -51,7 +62,7 @@ class Config:
     download: bool = False
     """Let torchvision download MNIST, Fashion-MNIST or CIFAR to DATA."""
     imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 100.0
-    """Of digits and *-lt: images of the largest class over those of the smallest."""
+    """Images of the largest class over those of the smallest, in digits and *-lt."""
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each class's training images to keep, at least one: small-scale training."""
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -59,17 +70,18 @@ class Config:
     bad_images: Literal["stop", "skip"] = "stop"
     """What to do with an image that cannot be read; those skipped are counted."""
     augment: Literal["auto", "imagenet", "inat", "small"] = "auto"
-    """Transforms: ImageNet's, iNaturalist's, or a shift of small images kept in memory."""
+    """Transforms: ImageNet's, iNaturalist's, or a shift of small images, which are kept in memory;
+    auto: by image size."""
     flip: bool = False
-    """Mirror small images at random; the other transforms always do."""
+    """Mirror small images at random; the other transforms always do so."""
     image_size: NotNegativeCount = 0
-    """Side in pixels; 0: that of small images, at most 224 of others."""
+    """Side of the images in pixels. 0: small images keep their size, others get at most 224."""
     net: Annotated[str, Field(pattern="^(auto|convnet|resnet10|resnet50|timm:.+)$")] = "auto"
     """convnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image size."""
     pretrained: bool = False
     """Let timm load the pretrained weights of timm:NAME."""
     model: Path | None = None
-    """A stage1.pt of ours or model_best.pth.tar of the reference: stage 2 begins from it."""
+    """A stage1.pt of ours, or a model_best.pth.tar of the paper's code: stage 2 begins from it."""
     evaluate: bool = False
     """Only test MODEL, with the head that it holds."""
     head: Literal["softmax", "cosine", "tvmf"] = "tvmf"
@@ -77,9 +89,9 @@ class Config:
     kappa: Annotated[float, Field(gt=-0.5, allow_inf_nan=False)] = 16.0
     """Concentration of the t-vMF similarity; the other heads have none."""
     scale_start: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1 + math.log(2)
-    """Scale of the cosine and t-vMF heads at the start; the reference's is 1 + ln 2."""
+    """Scale of the cosine and t-vMF heads at the start; 1 + ln 2 in the paper's code."""
     scale_lr: NotNegative = 1.0
-    """Learning rate of the scale's parameter, as a multiple of the others'."""
+    """Learning rate of the scale's parameter, as a multiple of the other parameters' rate."""
     epochs: Count = 90
     """Epochs of stage 1: backbone and head, every image equally often."""
     stage2_epochs: NotNegativeCount = 30
@@ -91,23 +103,24 @@ class Config:
     weight_decay: NotNegative = 1e-4
     """Weight decay of all parameters."""
     bn: Literal["batch", "shift", "frozen"] = "batch"
-    """Batch norm in stage 2: normalise by the batch and update running statistics (the reference);
-    replace them once by those of class-balanced images; or leave them alone."""
+    """Batch norm in stage 2: normalise by the batch and update the running statistics, as the
+    paper's code does; replace these once by those of class-balanced images; or leave them alone."""
     views: NotNegativeCount = 2
-    """Stage 2 computes the features of this many epochs and trains from them; 0: of every epoch."""
+    """Epochs of stage 2 whose features are computed once and then used again and again. 0: the
+    backbone runs in every epoch."""
     select: Literal["auto", "val", "last", "test"] = "auto"
     """Which epoch's model is the result: the best on val, the last, or, knowingly, the best on
     test; auto is val where there is one, else last."""
     eval_every: Count = 1
     """Epochs between evaluations; the last is always evaluated."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast's dtype."""
+    """Number format of autocast."""
     channels_last: bool = False
     """Keep images and convolutions in channels-last order."""
     compile: bool = False
     """torch.compile the backbone."""
     accumulate: Count = 1
-    """Parts in which a process takes its share of a batch, one after another."""
+    """Parts into which a process divides its share of a batch, to take one after another."""
     sync_bn: bool = False
     """Batch statistics over all processes (GPUs only)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -115,7 +128,7 @@ class Config:
     workers: NotNegativeCount = 4
     """Processes that read image files, for each training process."""
     checkpoint_minutes: Positive = 15.0
-    """Save within an epoch, too, after this time."""
+    """Minutes after which a checkpoint is saved within an epoch, too."""
     recipe: str = ""
     """A table of train/recipes.toml, or a path that ends in .toml; flags override it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -126,7 +139,7 @@ class Config:
     """Go on from the checkpoint in OUT; without it, an earlier run in OUT is replaced."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields in types that JSON and a checkpoint hold."""
+        """The fields in types that JSON and a checkpoint can hold."""
         fields = dataclasses.asdict(self).items()
         return {k: str(v) if isinstance(v, Path) else v for k, v in fields}
 
@@ -136,7 +149,7 @@ class Config:
 
 
 def load_recipe(name: str) -> Config:
-    """A recipe as a configuration; TrainError names what does not fit."""
+    """A recipe as a configuration; TrainError names the key that does not fit."""
     path = Path(name) if name.endswith(".toml") else RECIPES
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -146,7 +159,7 @@ def load_recipe(name: str) -> Config:
         if name not in recipe:
             known = ", ".join(recipe)
             raise TrainError(f"--recipe: got {name!r}, wanted one of {known}, or a file *.toml")
-        recipe = recipe[name] | ({"dataset": name} if name in get_args(Dataset) else {})
+        recipe = recipe[name] | {"dataset": name}
     try:
         return Config(**recipe | {"recipe": name})
     except ValidationError as errors:
@@ -158,12 +171,12 @@ def load_recipe(name: str) -> Config:
 
 
 def parse_config(args: Sequence[str]) -> Config:
-    """The recipe that `args` names, or that of its data set, overridden by the other flags."""
+    """The recipe that `args` name, or that of their data set, overridden by the other flags."""
     first = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--dataset", default=Config.dataset)
     given, _ = first.parse_known_args(args)
-    # An unknown data set is tyro's to refuse.
+    # tyro refuses an unknown data set below.
     dataset = given.dataset if given.dataset in get_args(Dataset) else Config.dataset
     default = load_recipe(given.recipe or dataset)
     about = "Train a classifier on long-tailed data, in two stages."

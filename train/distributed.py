@@ -1,6 +1,6 @@
-"""One process or many: started by torchrun, the processes share a batch and agree on when to stop.
+"""Several processes, started by torchrun, share each batch and agree on when to stop.
 
-Without torchrun every function here works on the single process there is.
+Without torchrun there is one process, and each function here returns what that process has.
 """
 
 import os
@@ -13,7 +13,7 @@ from train.config import TrainError
 
 
 def start(device: str) -> tuple[int, int, torch.device]:
-    """Joins the processes of torchrun; returns rank, their number and this one's device."""
+    """Joins the processes of torchrun; returns this process's rank, their number, its device."""
     if device == "cuda" and not torch.cuda.is_available():
         raise TrainError("--device: got cuda, wanted cpu: PyTorch finds no GPU")
     gpu = torch.cuda.is_available() and device != "cpu"
@@ -28,12 +28,13 @@ def start(device: str) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(where)
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, where
-    # gloo carries what lies on the CPU: whether to stop is agreed on without waiting for a GPU.
+    # gloo serves tensors on the CPU: processes agree on whether to stop without waiting for GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     return dist.get_rank(), dist.get_world_size(), where
 
 
 def finish() -> None:
+    """Leaves the group of processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -56,6 +57,7 @@ def any_of(*flags: bool) -> list[bool]:
 
 
 def union(items: set[str]) -> set[str]:
+    """The union of the sets of all processes."""
     if not dist.is_initialized():
         return items
     gathered = [None] * dist.get_world_size()
@@ -64,12 +66,14 @@ def union(items: set[str]) -> set[str]:
 
 
 def barrier() -> None:
+    """Waits until all processes have come here."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def average_buffers(net: nn.Module) -> None:
-    """Replaces running statistics, which each process took of its own images, by their mean."""
+    """Replaces batch norm's running statistics by their mean over the processes, each of which
+    took them from its own images."""
     if dist.is_initialized():
         for buffer in net.buffers():
             if buffer.is_floating_point():

@@ -16,7 +16,7 @@ class Cached:
     def __init__(self, path: Path, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device):
         labels, sizes, self.device = [], [], device
         try:
-            # Written, not mapped, while it grows: a full disk is then an error, not a bus error.
+            # Written, not yet mapped: a full disk then raises OSError instead of a bus error.
             with open(path, "wb") as file:
                 for features, label in batches:
                     file.write(features.contiguous().cpu().view(torch.uint8).numpy().data)
@@ -28,7 +28,7 @@ class Cached:
                 f"--views: got {error.strerror} on writing features to {path}, wanted room for "
                 "them; --views 0 needs none"
             ) from None
-        if not sizes:  # more processes than images
+        if not sizes:  # there are more processes than images
             return
         shape = (sum(sizes), features.shape[1])
         size = shape[0] * shape[1]
@@ -36,5 +36,6 @@ class Cached:
         self.labels, self.ends = torch.cat(labels), [0, *accumulate(sizes)]
 
     def batch(self, i: int) -> list[Tensor]:
+        """Features and labels of the i-th batch, on the device."""
         rows = slice(self.ends[i], self.ends[i + 1])
         return [t[rows].to(self.device, non_blocking=True) for t in (self.features, self.labels)]

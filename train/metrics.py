@@ -1,4 +1,4 @@
-"""What is told of a model, from one row a test image: errors, calibration, cosines."""
+"""The figures of result.json: errors, calibration and cosines, from a row for each test image."""
 
 from typing import Any
 
@@ -9,20 +9,32 @@ from torch import Tensor, nn
 from train.config import TrainError
 from tvmf_ext import tvmf_logits
 
-# Training images of a class, as in Liu et al. (OLTR, 2019) and Kang et al. (2020).
+# Training images of a class in each group, as in Liu et al. (OLTR, 2019) and Kang et al. (2020).
 GROUPS = {"many": (101, float("inf")), "medium": (20, 100), "few": (0, 19)}
+SIZES = {"many": "> 100", "medium": "20..100", "few": "< 20"}
+# The figures in percent, each with its heading in tables; train.report shows all of them.
+FIGURES = {
+    "error1": "error@1",
+    "error5": "error@5",
+    "many": "many",
+    "medium": "medium",
+    "few": "few",
+    "macro_f1": "macro-F1",
+    "ece": "ECE",
+}
 COLUMNS = ("known", "loss", "rank", "predicted", "confidence", "target_cosine", "other_cosine")
 BINS, EDGES = 15, torch.linspace(-1, 1, 51)
 
 
 @torch.no_grad()
 def image_rows(head: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
-    """[B, COLUMNS] float64 for features [B, D] and labels [B]; zeros where the label is < 0."""
+    """[B, COLUMNS] float64 for features [B, D] and labels [B]; zeros where the label is negative,
+    that is, unknown."""
     logits = head.logits(features).float()
     cosine = tvmf_logits(features, head.weight, kappa=0.0)
     at = labels.clamp(min=0)[:, None]
     loss = F.cross_entropy(logits, at[:, 0], reduction="none")
-    # As the heads count: a class that ties with the target is no error, NaN is one.
+    # The heads count alike: a class that ties with the target is no error, a NaN is one.
     rank = (~(logits <= logits.gather(1, at))).sum(1)
     confidence, predicted = logits.softmax(1).nan_to_num(0).max(1)
     own = cosine.gather(1, at)[:, 0]
@@ -33,11 +45,12 @@ def image_rows(head: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
 
 
 def percent(wrong: Tensor) -> float | None:
+    """The share of wrong images in percent; None where there is no image."""
     return 100 * wrong.double().mean().item() if wrong.numel() else None
 
 
 def error_report(rows: Tensor) -> dict[str, float]:
-    """Loss and error@1, error@5 in percent, of rows that are known."""
+    """Mean loss, and error@1 and error@5 in percent, of the images whose label is known."""
     known = rows[:, 0] > 0
     if not known.any():
         raise TrainError("--data: got no image for evaluation that can be read, wanted one or more")
@@ -55,8 +68,8 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 
 
 def cosine_report(own: Tensor, other: Tensor, labels: Tensor) -> dict[str, float] | None:
-    """Mean cosine to the own class's weight, its spread about each class's mean, and the mean
-    cosine to the nearest other class."""
+    """The mean cosine of a feature with its own class's weight, the spread of that cosine about
+    each class's mean, and the mean cosine with the nearest other class's weight."""
     if not len(own):
         return None
     size = torch.bincount(labels).clamp(min=1)
@@ -69,8 +82,26 @@ def cosine_report(own: Tensor, other: Tensor, labels: Tensor) -> dict[str, float
     }
 
 
+def class_report(
+    predicted: Tensor, right: Tensor, labels: Tensor, num_classes: int
+) -> tuple[float, list[float | None]]:
+    """Macro-F1 over the classes that have test images, and each class's accuracy, in percent."""
+    tested = torch.bincount(labels, minlength=num_classes)
+    hits = torch.bincount(labels[right], minlength=num_classes)
+    chosen = torch.bincount(predicted, minlength=num_classes)
+    f1 = 200 * hits / (tested + chosen).clamp(min=1)
+    accuracy = (100 * hits / tested).tolist()
+    return f1[tested > 0].mean().item(), [
+        figure if images else None for figure, images in zip(accuracy, tested.tolist(), strict=True)
+    ]
+
+
+def histogram(cosine: Tensor) -> list[int]:
+    return torch.histogram(cosine.float().clamp(-1, 1), EDGES).hist.int().tolist()
+
+
 def full_report(rows: Tensor, labels: Tensor, counts: Tensor) -> dict[str, Any]:
-    """All of result.json's figures; rates and errors in percent, None where there is no image.
+    """All of result.json's figures for a model; None where there is no image.
 
     rows [M, COLUMNS], labels [M] the true classes, counts [C] training images of each class.
     """
@@ -78,30 +109,21 @@ def full_report(rows: Tensor, labels: Tensor, counts: Tensor) -> dict[str, Any]:
     report = error_report(rows)
     rows, labels = rows[known], labels[known]
     _, _, rank, predicted, confidence, own, other = rows.t()
-    predicted, right, size = predicted.long(), rank < 1, counts[labels]
+    right, size = rank < 1, counts[labels]
     member = {g: (size >= low) & (size <= high) for g, (low, high) in GROUPS.items()}
     report |= {name: percent(~right[m]) for name, m in member.items()}
-
-    classes = len(counts)
-    tested = torch.bincount(labels, minlength=classes)
-    hits = torch.bincount(labels[right], minlength=classes)
-    chosen = torch.bincount(predicted, minlength=classes)
-    f1 = 200 * hits / (tested + chosen).clamp(min=1)
-    accuracy = (100 * hits / tested).tolist()
-    histogram = {
-        kind: {g: torch.histogram(cosine[m].float().clamp(-1, 1), EDGES).hist.int().tolist()
-               for g, m in member.items()}
-        for kind, cosine in (("target", own), ("other", other))
-    }  # fmt: skip
+    macro_f1, accuracy = class_report(predicted.long(), right, labels, len(counts))
+    overall = {"overall": torch.ones_like(right)}
     return report | {
-        "macro_f1": f1[tested > 0].mean().item(),
+        "macro_f1": macro_f1,
         "ece": calibration_error(confidence, right),
         "cosine": {
-            g: cosine_report(own[m], other[m], labels[m])
-            for g, m in ({"overall": torch.ones_like(right)} | member).items()
+            g: cosine_report(own[m], other[m], labels[m]) for g, m in (overall | member).items()
         },
-        "cosine_histogram": {"edges": EDGES.tolist()} | histogram,
-        "class_accuracy": [
-            a if n else None for a, n in zip(accuracy, tested.tolist(), strict=True)
-        ],
+        "cosine_histogram": {
+            "edges": EDGES.tolist(),
+            "target": {g: histogram(own[m]) for g, m in member.items()},
+            "other": {g: histogram(other[m]) for g, m in member.items()},
+        },
+        "class_accuracy": accuracy,
     }

@@ -1,4 +1,4 @@
-"""Backbones, which map images to features [B, num_features], and heads, which classify those."""
+"""Backbones, which map images to features [B, num_features], and heads, which classify these."""
 
 import math
 from itertools import pairwise
@@ -70,7 +70,7 @@ class SoftmaxStatistics(NamedTuple):
 
 
 class SoftmaxHead(nn.Linear):
-    """nn.Linear and F.cross_entropy, with the methods of TvMFLoss that the script calls."""
+    """nn.Linear and F.cross_entropy, with the methods of TvMFLoss that the driver calls."""
 
     logits = nn.Linear.forward
     scale = None
@@ -78,7 +78,7 @@ class SoftmaxHead(nn.Linear):
     def row_statistics(self, features: Tensor, labels: Tensor) -> SoftmaxStatistics:
         logits = self(features).float()
         target = logits.gather(1, labels.clamp(min=0)[:, None])
-        rank = torch.where(labels < 0, -1, (~(logits <= target)).sum(1))  # NaN is an error
+        rank = torch.where(labels < 0, -1, (~(logits <= target)).sum(1))  # a NaN is an error
         return SoftmaxStatistics(F.cross_entropy(logits, labels, reduction="none"), rank)
 
     def loss(self, stats: SoftmaxStatistics, labels: Tensor) -> Tensor:
@@ -86,6 +86,7 @@ class SoftmaxHead(nn.Linear):
 
 
 def make_head(name: str, num_features: int, num_classes: int, config: Config) -> nn.Module:
+    """The head of that name, whose loss is a sum over images."""
     if name == "softmax":
         return SoftmaxHead(num_features, num_classes)
     kappa = config.kappa if name == "tvmf" else 0.0
@@ -107,8 +108,9 @@ def head_of_state(state: dict[str, Tensor]) -> nn.Module:
 
 
 class Classifier(nn.Module):
-    """Backbone and head. forward(images, labels) -> the sum of losses and the number of errors at
-    1 and at 5, from the head's row statistics: no logits, nothing that waits for the device."""
+    """Backbone and head. forward(images, labels) returns the sum of the losses, and the numbers of
+    known labels, of errors at 1 and of errors at 5. They come from the head's row statistics, which
+    need no logits and do not wait for the device."""
 
     def __init__(self, net: nn.Module, head: nn.Module):
         super().__init__()

@@ -12,7 +12,9 @@ def test_quick_benchmark(tmp_path, monkeypatch, threads):
     monkeypatch.setattr(bench.train, "DEVICE", "cpu")
     monkeypatch.setattr(bench.train, "CLASSES", (10, 300))
     made_up = bench.train.made_up
-    monkeypatch.setattr(bench.train, "load_data", lambda recipe: made_up(200, 10))  # in no time
+    monkeypatch.setattr(
+        bench.train, "load_data", lambda recipe: made_up(200, 10)
+    )  # small, so that it takes little time
     path = tmp_path / "figures.json"
     bench.train.main(["--quick", "--workers", "0", "--json", str(path)])
     report = json.loads(path.read_text())

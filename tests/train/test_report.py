@@ -73,7 +73,7 @@ def test_groups_and_labels(tmp_path):
     assert seeds(paths) == order
     paths = [paths[1], write_run(tmp_path / "g", lr=0.2), write_run(tmp_path / "h", select="test")]
     assert seeds(paths[:2]) == [("t-vMF κ=16, lr=0.1", 1), ("t-vMF κ=16, lr=0.2", 1)]
-    assert seeds(paths[2:]) == [("t-vMF κ=16, select=test", 1)]  # that is always told
+    assert seeds(paths[2:]) == [("t-vMF κ=16, select=test", 1)]  # a label always says so
 
 
 def test_table(paths):
@@ -91,7 +91,7 @@ def test_what_the_figures_show(paths):
 
     epochs, results = frames(paths)
     panels = report.curves(epochs).axes_dict
-    # Softmax, the mean over three seeds, the unfinished run, which has no scale.
+    # Lines: softmax; the mean over three seeds; the unfinished run, which has no scale.
     assert heights(panels["loss", 1]) == [[1.0, 1.0], [2.0, 2.0], [1.0]]
     assert heights(panels["scale", 1]) == [[2.0, 2.0], [2.0, 2.0]]
     assert heights(panels["error@1", 2]) == 2 * [[50.0, 25.0], [60.0, 60.0], [70.0, 70.0]]

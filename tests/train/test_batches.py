@@ -1,0 +1,174 @@
+"""The order of an epoch's images, their division into parts, and their augmentation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from train.batches import (
+    Lighting,
+    balanced_over_classes,
+    balanced_over_images,
+    file_transforms,
+    seed_of,
+    share,
+    shift,
+    steps_of,
+)
+
+
+@pytest.mark.parametrize("batch_size", [8, 10])
+def test_class_aware_order(batch_size):
+    # Class 3 has no image.
+    labels = torch.tensor([0] * 60 + [1] * 22 + [2] * 9 + [4] * 2)[torch.randperm(93)]
+    order = balanced_over_classes(labels, batch_size, 5)
+    assert order.shape == (93 // batch_size * batch_size,)
+
+    groups = labels[order][: len(order) // 4 * 4].view(-1, 4)
+    assert (groups == groups[:, :1]).all()
+    turns = groups[:, 0]
+    passes = turns[: len(turns) // 4 * 4].view(-1, 4)
+    assert (
+        passes.sort(1).values == torch.tensor([0, 1, 2, 4])
+    ).all()  # every pass has each class once
+    assert len(passes.unique(dim=0)) > 1  # and passes differ in their order
+    for c, size in ((0, 60), (1, 22), (2, 9), (4, 2)):
+        visits = order[labels[order] == c]
+        for cycle in visits.split(
+            size
+        ):  # no image is repeated before all of its class had their turn
+            assert len(cycle.unique()) == len(cycle)
+
+
+def test_class_aware_order_shuffles_a_class_anew():
+    order = balanced_over_classes(torch.tensor([0] * 3 + [1] * 93), 96, 1)
+    assert len(order[order < 3].view(-1, 3).unique(dim=0)) > 1
+
+
+def test_class_aware_epoch_is_at_least_one_batch():
+    order = balanced_over_classes(torch.tensor([0, 0, 1]), 8, 0)
+    assert len(order) == 8 and set(order.tolist()) == {0, 1, 2}
+
+
+def test_order_over_images_is_a_permutation():
+    order = balanced_over_images(torch.zeros(47), 5, 0)
+    assert sorted(order.tolist()) == list(range(47)) != order.tolist()
+
+
+@pytest.mark.parametrize("draw", [balanced_over_images, balanced_over_classes])
+def test_order_is_decided_by_the_seed_alone(draw):
+    labels = torch.arange(3).repeat(30)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    order = draw(labels, 9, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert torch.equal(draw(labels, 9, 1), order)
+    assert not torch.equal(draw(labels, 9, 2), order)
+
+
+def test_seeds_of_positions_differ():
+    seeds = {seed_of(*p) for p in np.ndindex(4, 3, 40)}
+    assert len(seeds) == 4 * 3 * 40
+    assert all(0 <= s < 2**63 for s in seeds)
+    assert seed_of(1, 2) == seed_of(1, 2)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [64, 65, 79, 83, 16, 5])
+def test_shares_are_disjoint_and_complete(parts, size):
+    seen = []
+    for step in range(math.ceil(size / 32)):
+        shares = [share(step, size, 32, part, parts) for part in range(parts)]
+        wanted = range(32 * step, min(size, 32 * (step + 1)))
+        assert torch.cat(shares).tolist() == list(wanted)
+        lengths = [len(s) for s in shares]
+        assert max(lengths) - min(lengths) <= 1
+        seen += torch.cat(shares).tolist()
+    assert seen == list(range(size))
+
+
+@pytest.mark.parametrize(
+    "size, parts, steps",
+    [
+        *[(100, 1, 10), (101, 1, 10), (102, 1, 11), (109, 1, 11)],
+        *[(103, 2, 10), (104, 2, 11), (105, 3, 10), (106, 3, 11)],
+        *[(10, 2, 1), (5, 1, 1), (1, 1, 1), (3, 2, 1)],
+    ],
+)
+def test_a_last_batch_of_less_than_two_images_a_part_is_dropped(size, parts, steps):
+    assert steps_of(size, 10, parts) == steps
+    if size >= 2 * parts:
+        for step in range(steps):
+            assert min(len(share(step, size, 10, part, parts)) for part in range(parts)) >= 2
+
+
+def test_shift_moves_each_image_by_its_own_offset():
+    images = torch.rand(3, 2, 5, 6)
+    offsets = torch.tensor([[1, 0, -2], [-1, 2, 0]])
+    moved = shift(images, offsets, 2)
+    wanted = torch.zeros_like(images)
+    wanted[0, :, 1:, :-1] = images[0, :, :-1, 1:]
+    wanted[1, :, :, 2:] = images[1, :, :, :-2]
+    wanted[2, :, :-2] = images[2, :, 2:]
+    assert torch.equal(moved, wanted)
+
+
+def test_lighting():
+    torch.manual_seed(7)
+    a, b, c = (0.1 * torch.randn(3)).tolist()
+    red = -0.5675 * 0.2175 * a + 0.7192 * 0.0188 * b + 0.4009 * 0.0045 * c
+    green = -0.5808 * 0.2175 * a - 0.0045 * 0.0188 * b - 0.8140 * 0.0045 * c
+    blue = -0.5836 * 0.2175 * a - 0.6948 * 0.0188 * b + 0.4203 * 0.0045 * c
+    image = torch.rand(3, 4, 5)
+    torch.manual_seed(7)
+    added = Lighting(0.1)(image) - image
+    wanted = torch.tensor([red, green, blue]).view(3, 1, 1).expand(3, 4, 5)
+    torch.testing.assert_close(added, wanted, rtol=0, atol=1e-6)
+    assert torch.equal(Lighting(0.0)(image), image)
+
+
+def reference_transforms(augment, train):
+    """The transforms in config/model_config.py of the paper's code."""
+    statistics = {
+        "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        "inat": ([0.466, 0.471, 0.380], [0.195, 0.194, 0.192]),
+    }[augment]
+    end = [transforms.ToTensor(), transforms.Normalize(*statistics)]
+    if not train:
+        return transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), *end])
+    begin = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+    if augment == "imagenet":
+        begin.append(transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4))
+        end.insert(1, Lighting(0.1))  # test_lighting tests it
+    return transforms.Compose([*begin, *end])
+
+
+@pytest.mark.parametrize("augment", ["imagenet", "inat"])
+@pytest.mark.parametrize("train", [True, False])
+def test_transforms_are_the_references(augment, train):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((300, 270))
+    ours, theirs = file_transforms(augment, 224, train), reference_transforms(augment, train)
+    results = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        wanted = theirs(image)
+        torch.manual_seed(seed)  # both must draw the same, in the same order
+        results.append(ours(image))
+        assert results[-1].dtype == torch.float32 and results[-1].shape == (3, 224, 224)
+        torch.testing.assert_close(results[-1], wanted, rtol=0, atol=1e-5)
+    assert torch.equal(results[0], results[1]) is not train
+
+
+@pytest.mark.parametrize("augment, jitter", [("imagenet", True), ("inat", False)])
+def test_names_of_the_transforms(augment, jitter):
+    steps = [type(t).__name__ for t in file_transforms(augment, 224, True).transforms]
+    wanted = ["RandomResizedCrop", "RandomHorizontalFlip"] + ["ColorJitter"] * jitter
+    wanted += ["ToImage", "ToDtype"] + ["Lighting"] * jitter + ["Normalize"]
+    assert steps == wanted
+    tested = file_transforms(augment, 112, False)
+    assert tested.transforms[0].size == [128] and tested.transforms[1].size == (112, 112)

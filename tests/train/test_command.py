@@ -1,0 +1,254 @@
+"""The command as a user gives it, what it leaves in OUT, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.train.image_files import write_lists
+from tests.train.runs import (
+    FLAGS,
+    FOLDER,
+    ROOT,
+    equal,
+    finish,
+    images_in,
+    launch,
+    left,
+    lines,
+    load_state,
+    main,
+    records,
+    wait_for,
+    write_folder,
+)
+from train import checkpoint, command
+from train.config import TrainError
+
+
+@pytest.fixture(scope="module")
+def command_run(folder, tmp_path_factory):
+    """The command as a user gives it: OUT, what it prints, and the modules that it imports."""
+    out = tmp_path_factory.mktemp("command") / "out"
+    flags = [*FLAGS, "--data", folder, "--out", out, "--epochs", 10, "--stage2-epochs", 5]
+    settings = {"COLUMNS": "120", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "train", *map(str, flags)],
+        cwd=ROOT,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout, done.stderr
+
+
+def test_command_trains_a_folder_with_lists(command_run):
+    out, printed, _ = command_run
+    result = json.loads((out / "result.json").read_text())
+    assert result["dataset"]["counts"] == list(FOLDER)
+    assert (result["dataset"]["train"], result["dataset"]["test"]) == (286, 60)
+    table = [line.replace("│", " ").split() for line in printed.splitlines()]
+    for stage in ("stage1", "stage2"):
+        report = result[stage]
+        names = ("error1", "error5", "many", "medium", "few")
+        figures = [report[name] for name in names]
+        assert all(0 <= figure <= 100 for figure in figures)
+        assert report["selected_on"] == "last epoch"
+        row = [stage[-1], *(f"{figure:.1f}" for figure in figures), "last", "epoch"]
+        assert row in table
+        # Each class has 5 test images; 1 class has more than 100 images, 3 have 20 to 100.
+        groups = report["many"] * 5 + report["medium"] * 15 + report["few"] * 40
+        assert groups / 60 == pytest.approx(report["error1"])
+        assert report["error1"] * 60 / 100 == pytest.approx(round(report["error1"] * 60 / 100))
+        assert report["error1"] < 70  # chance is 92
+    assert lines(out) == 10 and lines(out, 2) == 5
+    assert not (out / "features").exists()
+
+
+def test_records_and_tensorboard_agree(command_run):
+    out, *_ = command_run
+    result, logged = json.loads((out / "result.json").read_text()), records(out)
+    for stage in (1, 2):
+        mine = [record for (number, _), record in logged.items() if number == stage]
+        assert mine[-1]["test"]["error1"] == result[f"stage{stage}"]["error1"]
+        assert mine[-1]["test"]["loss"] == pytest.approx(result[f"stage{stage}"]["loss"])
+        events = EventAccumulator(str(out / f"logs/stage{stage}"))
+        events.Reload()
+        wanted = {"LearningRate": [record["lr"] for record in mine]}
+        wanted["Scale"] = [record["scale"] for record in mine]
+        for tag, key in (("Loss", "loss"), ("Error_1", "error1"), ("Error_5", "error5")):
+            wanted[f"{tag}/train"] = [record[key] for record in mine]
+            wanted[f"{tag}/test"] = [record["test"][key] for record in mine]
+        assert set(events.Tags()["scalars"]) == set(wanted)
+        for tag, values in wanted.items():
+            scalars = events.Scalars(tag)
+            assert [scalar.step for scalar in scalars] == list(range(len(mine)))
+            assert [scalar.value for scalar in scalars] == pytest.approx(values, rel=1e-6)
+        (hparams,) = [path for path in (out / f"logs/stage{stage}").iterdir() if path.is_dir()]
+        events = EventAccumulator(str(hparams))
+        events.Reload()
+        assert events.Scalars("best/err_1")[0].value == pytest.approx(mine[-1]["test"]["error1"])
+        assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_saved_models_are_those_of_the_result(command_run, folder):
+    out, *_ = command_run
+    result = json.loads((out / "result.json").read_text())
+    for stage in ("stage1", "stage2"):
+        folders = ["--data", str(folder), "--out", str(out), "--model", str(out / f"{stage}.pt")]
+        main([*FLAGS, *folders, "--evaluate"])
+        report = json.loads((out / "evaluation.json").read_text())["model"]
+        assert report["selected_on"] == "as given"
+        assert {k: report[k] for k in ("error1", "error5", "many", "medium", "few")} == {
+            k: result[stage][k] for k in ("error1", "error5", "many", "medium", "few")
+        }
+    assert (out / "checkpoint.pt").exists() and (out / "result.json").exists()
+
+
+def test_resuming_a_finished_run_changes_nothing(command_run, folder):
+    out, *_ = command_run
+    before, log = left(out), (out / "metrics.jsonl").read_bytes()
+    result = json.loads((out / "result.json").read_text())
+    flags = [*FLAGS, "--data", folder, "--out", out, "--epochs", 10, "--stage2-epochs", 5]
+    main([*flags, "--resume"])
+    assert equal(left(out), before)
+    assert (out / "metrics.jsonl").read_bytes() == log
+    again = json.loads((out / "result.json").read_text())
+    assert again.pop("config") | {"resume": False} == result.pop("config")
+    assert again == result
+
+
+def test_new_run_removes_what_an_older_one_left(folder, tmp_path):
+    made = ["checkpoint.pt", "stage1.pt", "result.json", "metrics.jsonl"]
+    old = [*made, "checkpoint.previous.pt", "stage2.pt", "logs/stage1/events.old"]
+    (tmp_path / "logs/stage1").mkdir(parents=True)
+    for name in old:
+        (tmp_path / name).write_text("old")
+    flags = [*FLAGS, "--data", folder, "--out", tmp_path, "--epochs", 1, "--stage2-epochs", 0]
+    main(flags)
+    assert [name for name in old if (tmp_path / name).exists()] == made
+    assert "old" not in (tmp_path / "metrics.jsonl").read_text()
+    assert "stage2" not in json.loads((tmp_path / "result.json").read_text())
+
+
+def test_refused_run_leaves_an_older_one_alone(folder, tmp_path):
+    flags = [*FLAGS, "--data", folder, "--out", tmp_path, "--epochs", 1, "--stage2-epochs", 0]
+    flags = [*map(str, flags)]
+    main(flags)
+
+    def kept():
+        return [(tmp_path / n).read_bytes() for n in (checkpoint.NAME, "stage1.pt", "result.json")]
+
+    before = kept()
+    for more, wanted in (
+        (["--select", "val"], "there are no images of val"),
+        (["--net", "timm:nix"], "wanted a name of timm"),
+        (["--batch-size", "1"], "wanted 2 for each"),
+        (
+            ["--model", str(tmp_path / "stage1.pt"), "--stage2-epochs", "1"],
+            "another than --model's",
+        ),
+    ):
+        with pytest.raises(TrainError, match=wanted):
+            main([*flags, *more])
+        assert kept() == before
+
+
+def test_two_runs_in_one_directory_are_refused(folder, tmp_path):
+    flags = [*FLAGS, "--data", folder, "--out", tmp_path, "--epochs", 50, "--stage2-epochs", 0]
+    first = launch(tmp_path / "log.txt", *flags)
+    wait_for(first, lambda: lines(tmp_path) >= 1)
+    with pytest.raises(TrainError, match="where a run goes on"):
+        main([*flags, "--epochs", "1"])
+    first.kill()
+    finish(first, -signal.SIGKILL)
+    main([*flags, "--epochs", "1"])
+    assert lines(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    "size, flags, net",
+    [(64, [], "convnet"), (65, [], "resnet10"), (8, ["--net", "resnet50"], "resnet50")],
+)
+def test_image_size_decides_on_the_net(tmp_path, monkeypatch, size, flags, net):
+    class Chosen(Exception):
+        pass
+
+    def session(config, *others):
+        raise Chosen(config.net)
+
+    monkeypatch.setattr(command, "Session", session)
+    write_lists(tmp_path, (size, size), train=[0, 1], test=[0])
+    args = ["--dataset", "list", "--data", str(tmp_path), "--device", "cpu", *flags]
+    with pytest.raises(Chosen, match=f"^{net}$"):
+        main(args)
+
+
+def test_bad_images(tmp_path):
+    data = write_folder(tmp_path / "data", train=(12, 6, 3), test=(3, 3, 3))
+    bad = [data / "train/1/14.png", data / "test/2/7.png"]
+    bad[0].write_bytes(bad[0].read_bytes()[:60])
+    bad[1].write_text("no image")
+    flags = [*FLAGS, "--data", data, "--epochs", 2, "--stage2-epochs", 1, "--batch-size", 8]
+    flags += ["--views", 0]  # else a finished run that is resumed would read training images again
+    pipelines = {"memory": [], "files": ["--augment", "inat", "--image-size", 16]}
+    pipelines["files"] += ["--net", "convnet", "--workers", 0]
+    for name, pipeline in pipelines.items():
+        now = [*map(str, [*flags, *pipeline, "--out", tmp_path / name])]
+        with pytest.raises(TrainError, match=rf"{bad[0]}: got an image that cannot be read") as e:
+            main(now)
+        assert "--bad-images skip" in str(e.value)
+        main([*now, "--bad-images", "skip"])
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert result["dataset"]["bad_images"] == 2
+        for stage in ("stage1", "stage2"):
+            assert images_in(result[stage]) == 8  # of 9, as one cannot be read
+        main([*now, "--bad-images", "skip", "--resume"])
+        again = json.loads((tmp_path / name / "result.json").read_text())
+        assert again["dataset"] == result["dataset"]
+
+
+def test_full_disk_is_told_by_the_command(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "clear", lambda out: None)
+    (tmp_path / "result.json.tmp").symlink_to("/dev/full")
+    flags = [*FLAGS, "--data", folder, "--out", tmp_path, "--epochs", 1, "--stage2-epochs", 0]
+    with pytest.raises(TrainError, match=r"No space left on device.*result\.json"):
+        main(flags)
+    assert load_state(tmp_path / "checkpoint.pt")["epoch"] == 1
+    assert not (tmp_path / "result.json").exists()
+
+
+def imported(importtime):
+    """Which heavy libraries are in the output of `python -X importtime`."""
+    heavy = {"torch", "torchvision", "matplotlib", "pandas", "seaborn", "scipy", "sklearn"}
+    heavy |= {"tensorboard", "timm"}
+    return heavy & {line.rpartition("|")[2].strip() for line in importtime.splitlines()}
+
+
+def test_imports_of_a_run(command_run):
+    """Nothing that draws or serves other tasks; TensorBoard only because it is installed here."""
+    assert imported(command_run[2]) == {"torch", "torchvision", "tensorboard"}
+
+
+def test_help_imports_nothing_heavy():
+    command = [sys.executable, "-X", "importtime", "-m", "train", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not imported(done.stderr) and "tyro" in done.stderr
+
+
+def test_run_without_tensorboard(monkeypatch, folder, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    flags = [*FLAGS, "--data", folder, "--out", tmp_path, "--epochs", 1, "--stage2-epochs", 1]
+    main(flags)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("pip install -e '.[tensorboard]'") == 1
+    assert not (tmp_path / "logs").exists()
+    assert lines(tmp_path) == lines(tmp_path, 2) == 1
+    assert (tmp_path / "result.json").exists()

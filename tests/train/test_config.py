@@ -1,0 +1,160 @@
+"""The configuration: recipes, flags, and which of them decide a run's result."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from train.config import RECIPES, Config, Dataset, TrainError, load_recipe, parse_config, tomllib
+from train.data import LOADERS
+from train.lists import PUBLISHED
+
+IMAGE_FILES = {  # net and transforms in the paper
+    "imagenet": ("resnet50", "imagenet"),
+    "imagenetlt": ("resnet10", "imagenet"),
+    "places-lt": ("resnet10", "imagenet"),
+    "inat2018": ("resnet50", "inat"),
+    "inat2019": ("resnet50", "inat"),
+}
+IN_MEMORY = {"cifar10-lt": True, "cifar100-lt": True, "fashion-mnist-lt": True, "mnist-lt": False}
+
+
+def test_every_data_set_has_a_recipe_that_loads():
+    recipes = tomllib.loads(RECIPES.read_text())
+    assert {*LOADERS, *PUBLISHED} < {*get_args(Dataset)} == {*recipes}
+    for name in recipes:
+        assert load_recipe(name).recipe == name
+    for name in get_args(Dataset):
+        assert parse_config(["--dataset", name]) == load_recipe(name)
+
+
+@pytest.mark.parametrize("name", [*IMAGE_FILES, *IN_MEMORY, "list", "folder"])
+def test_recipes_have_the_numbers_of_the_paper(name):
+    config = load_recipe(name)
+    assert config.dataset == name
+    assert (config.batch_size, config.lr, config.weight_decay) == (256, 0.2, 1e-4)
+    assert (config.epochs, config.stage2_epochs) == (90, 30)
+    assert (config.head, config.kappa, config.bn, config.select) == ("tvmf", 16, "batch", "auto")
+    assert config.scale_start == pytest.approx(1 + math.log(2)) and config.scale_lr == 1
+    net, augment = IMAGE_FILES.get(name, ("convnet", "small"))
+    if name in ("list", "folder"):
+        net, augment = "auto", "auto"
+    assert (config.net, config.augment) == (net, augment)
+    assert config.flip == IN_MEMORY.get(name, False)
+    assert (config.subset, config.label_noise, config.imbalance) == (1, 0, 100)
+
+
+def test_flags_override_the_recipe_which_overrides_the_defaults(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('dataset = "list"\nepochs = 7\nkappa = 4\nflip = true\ndata = "here"\n')
+    config = parse_config(["--recipe", str(path), "--epochs", "9", "--lr=0.5", "--no-flip"])
+    mine = {"kappa": 4.0, "epochs": 9, "lr": 0.5, "data": Path("here"), "recipe": str(path)}
+    assert config == Config(dataset="list", **mine)
+    assert parse_config(["--recipe", str(path)]).epochs == 7
+    assert parse_config([]) == load_recipe("digits")
+    assert parse_config(["--lr", "0.5"]) == dataclasses.replace(load_recipe("digits"), lr=0.5)
+
+
+def test_data_set_chooses_the_recipe_unless_one_is_named():
+    assert parse_config(["--dataset=inat2018"]).augment == "inat"
+    assert parse_config(["--seed", "1", "--dataset", "cifar10-lt", "--no-flip"]).flip is False
+    config = parse_config(["--dataset", "imagenetlt", "--recipe", "inat2019"])
+    assert (config.dataset, config.net, config.augment) == ("imagenetlt", "resnet50", "inat")
+
+
+def test_the_papers_heads():
+    for kappa in ("-0.3", "4", "16", "64"):
+        assert parse_config(["--head", "tvmf", "--kappa", kappa]).kappa == float(kappa)
+    for head in ("softmax", "cosine"):
+        assert parse_config(["--head", head]).head == head
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("kapa = 4", r"bad\.toml: kapa: got 4, .*wanted keys of .*kappa"),
+        ("lr = 'fast'", r"bad\.toml: lr: got 'fast', .*valid number"),
+        ("lr = 0", r"lr: got 0, .*greater than 0"),
+        ("lr = nan", r"lr: got nan, .*finite"),
+        ("epochs = 5.5", r"epochs: got 5\.5, .*valid integer"),
+        ("net = 'resnet'", r"net: got 'resnet', .*convnet\|resnet10\|resnet50\|timm"),
+        ("head = 'arcface'", r"head: got 'arcface', .*'softmax', 'cosine' or 'tvmf'"),
+        ("dataset = 'mnist'", r"dataset: got 'mnist', .*'mnist-lt'"),
+        ("label_noise = 1.5", r"label_noise: got 1\.5, .*less than or equal to 1"),
+        ("subset = 0", r"subset: got 0, .*greater than 0"),
+        ("kappa", r"--recipe: got .*bad\.toml \(.*key.*\), wanted a TOML file"),
+    ],
+)
+def test_bad_recipes_are_refused(tmp_path, text, wanted):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(TrainError, match=wanted):
+        parse_config(["--recipe", str(path)])
+
+
+def test_missing_and_unknown_recipes_are_refused(tmp_path):
+    with pytest.raises(TrainError, match=r"--recipe: got 'digit', wanted one of .*digits"):
+        parse_config(["--recipe", "digit"])
+    with pytest.raises(TrainError, match=r"--recipe: got .*none\.toml .*wanted a TOML file"):
+        parse_config(["--recipe", str(tmp_path / "none.toml")])
+
+
+@pytest.mark.parametrize(
+    "flag, value, wanted",
+    [
+        ("kappa", "-0.5", "greater than -0.5"),
+        ("kappa", "nan", "finite"),
+        ("batch_size", "0", "greater than or equal to 1"),
+        ("epochs", "0", "greater than or equal to 1"),
+        ("stage2_epochs", "-1", "greater than or equal to 0"),
+        ("lr", "0.0", "greater than 0"),
+        ("lr", "inf", "finite"),
+        ("weight_decay", "-0.1", "greater than or equal to 0"),
+        ("imbalance", "0.5", "greater than or equal to 1"),
+        ("scale_start", "1.0", "greater than 1"),
+        ("seed", "-1", "greater than or equal to 0"),
+        ("seed", str(2**32), "less than 4294967296"),
+        ("net", "resnet", "convnet"),
+        ("head", "arcface", "tvmf"),
+        ("dataset", "mnist", "digits"),
+        ("epochs", "5.5", "int"),
+        ("epoch", "1", "--epochs"),
+    ],
+)
+def test_bad_flags_are_refused(capsys, flag, value, wanted):
+    with pytest.raises(SystemExit) as exit:
+        parse_config([f"--{flag.replace('_', '-')}", value])
+    assert exit.value.code == 2
+    # tyro prints a box, whose lines break between words.
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert flag in message.replace("-", "_") and value in message and wanted in message
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--pretrained"], "--pretrained: got --net convnet, wanted timm:NAME"),
+        (["--evaluate"], "--evaluate: got no --model, wanted"),
+    ],
+)
+def test_flags_that_need_another(args, message):
+    with pytest.raises(TrainError, match=message):
+        parse_config(args)
+
+
+def test_identity_is_what_decides_the_result():
+    config = Config()
+    free = {"out": Path("b"), "resume": True, "workers": 0, "data": Path("d"), "device": "cpu"}
+    assert dataclasses.replace(config, **free).identity() == config.identity()
+    for change in (
+        {"seed": 1},
+        {"kappa": 4.0},
+        {"subset": 0.5},
+        {"views": 0},
+        {"model": Path("m")},
+    ):
+        assert dataclasses.replace(config, **change).identity() != config.identity()
+    assert json.loads(json.dumps(config.as_dict())) == config.as_dict()

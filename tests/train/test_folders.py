@@ -1,0 +1,89 @@
+"""Data sets of folders, one for each class."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train.image_files import load, numbers, png
+from train.config import TrainError, parse_config
+from train.data import load_data
+from train.lists import PUBLISHED
+
+
+def write_tree(root, **splits):
+    """Writes ROOT/SPLIT/CLASS/N.png for splits of {class: how many}; the images are numbered."""
+    number = 0
+    for split, classes in splits.items():
+        for name, size in classes.items():
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for i in range(size):
+                png(root / split / name / f"{i:03}.png", number)
+                number += 1
+    return root
+
+
+@pytest.mark.parametrize(
+    "test, val",
+    [("test", None), ("val", None), ("val_dir", None), ("test", "val"), ("test", "val_dir")],
+)
+def test_folders_of_splits(tmp_path, test, val):
+    splits = {"train": {"bee": 2, "ant": 3}, test: {"bee": 1}} | ({val: {"ant": 2}} if val else {})
+    write_tree(tmp_path, **splits)
+    (tmp_path / "train/ant/notes.txt").write_text("no image")
+    png(tmp_path / "train/ant/more/x.png", 99)
+    (tmp_path / "train/ant/more/x.png").rename(tmp_path / "train/ant/more/X.PNG")
+    (tmp_path / "train/.cache").mkdir()
+    data = load(tmp_path, "folder")
+    # ant is class 0, although it was written last.
+    labels = dict(zip(numbers(data.train), data.train.labels.tolist(), strict=True))
+    assert labels == {0: 1, 1: 1, 2: 0, 3: 0, 4: 0, 99: 0} and len(data.train) == 6
+    assert (data.num_classes, data.counts.tolist()) == (2, [4, 2])
+    assert (numbers(data.test), data.test.labels.tolist()) == ([5], [1])
+    assert (data.val is None) if val is None else (numbers(data.val) == [6, 7])
+
+
+def test_imagenet_is_folders_of_the_published_size(tmp_path, monkeypatch):
+    write_tree(tmp_path, train={"n01": 2, "n02": 1}, val_dir={"n01": 1, "n02": 1})
+    png(tmp_path / "test/flat.png", 0)  # ImageNet's own test images have no classes
+    recipe = parse_config(["--dataset", "imagenet", "--data", str(tmp_path)])
+    with pytest.raises(TrainError, match=r"got 3 .*1,281,167"):
+        load_data(recipe)
+    monkeypatch.setitem(PUBLISHED, "imagenet", (2, 3))
+    data = load_data(recipe)
+    assert (len(data.train), len(data.test), data.val) == (3, 2, None)
+    assert (data.augment, data.image_size) == ("imagenet", 224)
+
+
+def test_a_fifth_of_plain_folders_is_held_out(tmp_path):
+    sizes = {"a": 20, "b": 10, "c": 3, "d": 2, "e": 1}
+    write_tree(tmp_path, **{".": sizes})
+    data, other = load(tmp_path, "folder"), load(tmp_path, "folder", seed=1)
+    assert torch.bincount(data.test.labels, minlength=5).tolist() == [4, 2, 1, 1, 0]
+    assert data.counts.tolist() == [16, 8, 2, 1, 1] and data.val is None
+    assert sorted(numbers(data.train) + numbers(data.test)) == list(range(36))
+    assert numbers(other.test) == numbers(data.test)  # every seed has the same test images
+    assert numbers(data.test)[:4] != [0, 1, 2, 3]  # they are drawn, not the first ones
+    ends = np.cumsum([0, *sizes.values()])
+    for split in (data.train, data.test):
+        wanted = np.searchsorted(ends, numbers(split), "right") - 1
+        assert split.labels.tolist() == wanted.tolist()
+
+
+def test_bad_folders_are_refused(tmp_path):
+    with pytest.raises(TrainError, match=r"--data: got .*none, wanted a directory of folders"):
+        load(tmp_path / "none", "folder")
+    with pytest.raises(TrainError, match="wanted folders with images"):
+        load(tmp_path, "folder")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/notes.txt").write_text("no image")
+    with pytest.raises(TrainError, match="wanted folders with images"):
+        load(tmp_path, "folder")
+    write_tree(tmp_path, train={"a": 2, "b": 1})
+    with pytest.raises(TrainError, match="train alone, wanted test or val"):
+        load(tmp_path, "folder")
+    write_tree(tmp_path, test={"a": 1, "c": 1})
+    with pytest.raises(TrainError, match=r"test: got the class c, which is not in .*train; wanted"):
+        load(tmp_path, "folder")
+    write_tree(tmp_path / "new", train={"a": 2}, test={"a": 0})
+    with pytest.raises(TrainError, match="got no image in test"):
+        load(tmp_path / "new", "folder")

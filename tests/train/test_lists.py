@@ -1,0 +1,151 @@
+"""Data sets of list files, and iNaturalist's JSON."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+
+from tests.train.image_files import append, load, names, numbers, png, write_lists
+from train.config import TrainError, parse_config
+from train.data import load_data
+from train.lists import PUBLISHED, read_inat_json, read_list
+
+
+def test_list_lines(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("/a/x.png 10\nb b/y 1.png 0\n\n \t\n  a/z.png  2 \n//c.png 3", encoding="utf-8")
+    split = read_list(path, tmp_path / "images")
+    root = tmp_path / "images"
+    assert names(split, root) == ["a/x.png", "b b/y 1.png", "a/z.png", "c.png"]
+    assert split.labels.tolist() == [10, 0, 2, 3] and split.labels.dtype == torch.int64
+    assert split.where == [f"{path}:{n}" for n in (1, 2, 5, 6)]
+
+
+def test_list_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "list.txt").write_text("a.png 0\n", encoding="utf-8-sig")
+    assert names(read_list(tmp_path / "list.txt", tmp_path), tmp_path) == ["a.png"]
+
+
+def test_list_of_a_name_that_is_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        png(tmp_path / name, 5)
+    except OSError:
+        pytest.skip("this file system allows no such name")
+    write_lists(tmp_path, train=[], test=[0])
+    (tmp_path / "train.txt").write_bytes(b"caf\xe9.png 0\n")
+    assert numbers(load(tmp_path).train) == [5]
+
+
+@pytest.mark.parametrize(
+    "line", ["a.png", "a.png x", "a.png -1", " 3", "/ 3", "a.png 1.5", "a\t0", "a " + "9" * 20]
+)
+def test_bad_list_line_is_named(tmp_path, line):
+    path = tmp_path / "list.txt"
+    path.write_text(f"good.png 0\n\n{line}\n")
+    wanted = f"{re.escape(str(path))}:3: got {re.escape(repr(line))}, wanted"
+    with pytest.raises(TrainError, match=wanted):
+        read_list(path, tmp_path)
+
+
+def test_lists_may_lie_elsewhere_and_val_may_be_the_test(tmp_path):
+    write_lists(tmp_path, train=[0, 1], val=[1])
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for name in ("train.txt", "val.txt"):
+        (tmp_path / name).rename(lists / name)
+    data = load(tmp_path, lists=lists)
+    assert data.val is None and numbers(data.test) == [2] and numbers(data.train) == [0, 1]
+
+
+@pytest.mark.parametrize("prefix, dataset", [("ImageNet_LT_", "list"), ("Places_LT_", "places-lt")])
+def test_official_names_of_lists(tmp_path, monkeypatch, prefix, dataset):
+    monkeypatch.setitem(PUBLISHED, "places-lt", (2, 2))
+    write_lists(tmp_path, train=[0, 1], val=[1], test=[0])
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.txt").rename(tmp_path / f"{prefix}{split}.txt")
+    data = load(tmp_path, dataset)
+    assert [numbers(split) for _, split in data.splits()] == [[0, 1], [2], [3]]
+
+
+@pytest.mark.parametrize("missing", ["train", "test"])
+def test_missing_list_is_named(tmp_path, missing):
+    write_lists(tmp_path, train=[0], test=[0])
+    (tmp_path / f"{missing}.txt").unlink()
+    with pytest.raises(TrainError, match=f"--data: got .* {missing} images, wanted {missing}.txt"):
+        load(tmp_path)
+
+
+def test_empty_list_is_named(tmp_path):
+    write_lists(tmp_path, train=[0], test=[])
+    with pytest.raises(TrainError, match=r"test\.txt: got an empty list, wanted"):
+        load(tmp_path)
+
+
+def test_label_that_is_no_class_is_named_with_its_line(tmp_path):
+    write_lists(tmp_path, train=[0, 19], test=[0])
+    assert load(tmp_path).num_classes == 20  # gaps are allowed
+    append(tmp_path / "train.txt", "train/0.png 1000000000000")
+    with pytest.raises(TrainError, match=r"train\.txt:3: got class 1000000000000 .*3 classes"):
+        load(tmp_path)
+
+
+def test_published_counts():
+    # ILSVRC 2012; OLTR (Liu et al., 2019), table 1; the competitions of iNaturalist.
+    for name, published in {
+        "imagenet": (1000, 1_281_167),
+        "imagenetlt": (1000, 115_846),
+        "places-lt": (365, 62_500),
+        "inat2018": (8142, 437_513),
+        "inat2019": (1010, 265_213),
+    }.items():
+        assert PUBLISHED[name] == published
+
+
+def write_json(path, rows):
+    """Writes ids that are not positions, and images in another order than annotations."""
+    images = [{"id": 100 + i, "file_name": file} for i, (file, _) in enumerate(rows)]
+    labels = [{"id": i, "image_id": 100 + i, "category_id": c} for i, (_, c) in enumerate(rows)]
+    path.write_text(json.dumps({"info": {}, "images": images[::-1], "annotations": labels}))
+
+
+@pytest.mark.parametrize("year", ["2018", "2019"])
+def test_inaturalist_json(tmp_path, monkeypatch, year):
+    monkeypatch.setitem(PUBLISHED, f"inat{year}", (3, 4))
+    files = [f"train_val{year}/Aves/{n}.png" for n in range(6)]
+    for n, file in enumerate(files):
+        png(tmp_path / file, n)
+    labels = [2, 0, 1, 0]
+    write_json(tmp_path / f"train{year}.json", list(zip(files, labels, strict=False)))
+    write_json(tmp_path / f"val{year}.json", [(files[4], 1), (files[5], 2)])
+    # The official file of test images has no labels and is left alone.
+    (tmp_path / f"test{year}.json").write_text(json.dumps({"images": []}))
+    data = load_data(parse_config(["--dataset", f"inat{year}", "--data", str(tmp_path)]))
+    assert names(data.train, tmp_path) == files[:4] and data.train.labels.tolist() == labels
+    assert names(data.test, tmp_path) == files[4:] and data.test.labels.tolist() == [1, 2]
+    assert data.val is None and data.counts.tolist() == [2, 1, 1]
+    assert (data.augment, data.image_size) == ("inat", 224)
+
+    (tmp_path / files[3]).unlink()
+    with pytest.raises(TrainError, match=rf"train{year}\.json, annotation 3: got .*Aves/3\.png"):
+        load(tmp_path, f"inat{year}")
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("{", "got JSON without"),
+        ('{"images": []}', "without 'annotations'"),
+        ('{"images": [], "annotations": []}', "got no annotation"),
+        ('{"images": [], "annotations": [{"image_id": 7, "category_id": 0}]}', "without 7"),
+        ('{"images": [{"id": 7}], "annotations": []}', "without 'file_name'"),
+        ("[]", "got JSON without"),
+    ],
+)
+def test_bad_json_is_named(tmp_path, text, wanted):
+    path = tmp_path / "train2018.json"
+    path.write_text(text)
+    with pytest.raises(TrainError, match=rf"train2018\.json: .*{wanted}.*wanted"):
+        read_inat_json(path, tmp_path)

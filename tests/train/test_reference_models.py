@@ -1,0 +1,139 @@
+"""Model files of the paper's code, and files that are no model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.train.runs import FLAGS, configure, equal, feat, in_memory, load_state, main
+from train import checkpoint, stages
+from train.config import TrainError
+from train.model import head_of_state
+from train.session import Session
+
+
+class Block(nn.Module):
+    def __init__(self, fan_in, fan_out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(fan_out)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(fan_out)
+        self.downsample = None
+        if stride > 1:
+            conv = nn.Conv2d(fan_in, fan_out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(fan_out))
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + (self.downsample(x) if self.downsample else x))
+
+
+class ResNet10(nn.Module):
+    """The ResNet-10 of the paper's code; its features are taken after the final ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        widths = (64, 64, 128, 256, 512)
+        for i in range(4):
+            block = Block(widths[i], widths[i + 1], 1 if i == 0 else 2)
+            setattr(self, f"layer{i + 1}", nn.Sequential(block))
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        for i in range(1, 5):
+            x = getattr(self, f"layer{i}")(x)
+        return x.mean((2, 3))
+
+
+def write_reference(path, classes, *, prefix="", kappa=16.0, bias=False, linear=False):
+    """Writes a model_best.pth.tar; returns the function of images that gives its logits."""
+    torch.manual_seed(0)
+    net = ResNet10().eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    head = {"weight": torch.randn(classes, 512)}
+    if not linear:
+        head["s_"] = torch.tensor([2.5])
+        head |= {} if kappa is None else {"kappa": torch.tensor([kappa])}
+    head |= {"bias": torch.randn(classes) / 4} if bias or linear else {}
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    stats = {"train": [50.0, 40.0], "test": [60.0, 55.5], "lr": [0.1, 0.05]}
+    state = {"epoch": 90, "arch": "resnet10", "stats": stats, "optimizer": optimizer.state_dict()}
+    state["feat_state_dict"] = {prefix + name: t for name, t in net.state_dict().items()}
+    torch.save(state | {"fc_state_dict": head}, path)
+
+    @torch.no_grad()
+    def logits(images):
+        features = net(images)
+        if linear:
+            return F.linear(features, head["weight"], head["bias"])
+        cosine = F.linear(F.normalize(features), F.normalize(head["weight"]))
+        sharp = 0.0 if kappa is None else kappa
+        phi = (1 + cosine) / (1 + sharp * (1 - cosine)) - 1
+        return (F.softplus(head["s_"]) + 1) * (phi + head.get("bias", 0))
+
+    return logits
+
+
+REFERENCES = {
+    "t-vMF": {},
+    "t-vMF, DataParallel, bias": {"prefix": "module.", "kappa": 4.0, "bias": True},
+    "CosLoss": {"kappa": None},
+    "linear": {"linear": True, "prefix": "module."},
+}
+
+
+@pytest.mark.parametrize("options", REFERENCES.values(), ids=REFERENCES)
+def test_reference_checkpoint(tmp_path, options):
+    data = in_memory(side=32, channels=3)
+    path = tmp_path / "model_best.pth.tar"
+    logits = write_reference(path, 4, **options)
+    settings = {"net": "resnet10", "model": path, "bn": "frozen", "batch_size": 26}
+    config = configure(tmp_path / "out", **settings, stage2_epochs=1, views=1)
+    run = Session(config, data)
+    net = stages.build_net(run).eval()
+    head = head_of_state(checkpoint.fill(net, path, "resnet10"))
+    images, labels = next(run.loaders["test"](*run.test_epoch(len(data.test))))
+    wanted = logits(images)
+    assert wanted.std() > 0.005
+    with torch.no_grad():
+        torch.testing.assert_close(head.logits(net(images)), wanted, rtol=1e-5, atol=1e-5)
+    report = stages.test_model(run)["model"]
+    assert report["loss"] == pytest.approx(F.cross_entropy(wanted, labels).item(), rel=1e-5)
+    wrong = wanted.argmax(1) != labels
+    assert report["error1"] == pytest.approx(100 * wrong.double().mean().item())
+
+    if "prefix" in options and "kappa" in options:
+        assert list(stages.train(run)) == ["stage2"]
+        saved = load_state(path)["feat_state_dict"].items()
+        saved = {name.removeprefix("module."): tensor for name, tensor in saved}
+        assert equal(dict(feat(config.out / "stage2.pt")), saved)
+
+
+def test_wrong_models_are_refused(folder, tmp_path, capsys):
+    path = tmp_path / "model_best.pth.tar"
+    write_reference(path, 5)
+    (tmp_path / "garbage").write_bytes(b"garbage" * 99)
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+
+    def evaluate(model, *flags):
+        flags = [*FLAGS, "--data", folder, "--out", tmp_path / "out", "--model", model, *flags]
+        main([*flags, "--evaluate"])
+
+    with pytest.raises(TrainError, match=r"got .*tar with 5 classes, wanted the 12 of --dataset"):
+        evaluate(path, "--net", "resnet10")
+    with pytest.raises(TrainError, match=r"got .*tar, which is no --net convnet"):
+        evaluate(path)
+    with pytest.raises(TrainError, match=r"got .*garbage, unreadable"):
+        evaluate(tmp_path / "garbage")
+    with pytest.raises(TrainError, match=r"other\.pt, unreadable \('feat_state_dict'\)"):
+        evaluate(tmp_path / "other.pt")
+    with pytest.raises(TrainError, match="none, which is no file"):
+        evaluate(tmp_path / "none")

@@ -1,0 +1,114 @@
+"""Stage 2: batch norm of the frozen backbone, and features that are computed once."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.train.runs import configure, equal, feat, in_memory, load_state, records, train_both
+from train import stage2, stages
+from train.features import Cached
+from train.model import make_net
+from train.session import Session
+
+
+def is_statistic(name):
+    return "running" in name or "tracked" in name
+
+
+@pytest.mark.parametrize("bn", ["frozen", "batch", "shift"])
+@pytest.mark.parametrize("views", [0, 2])
+def test_stage2_leaves_the_weights_alone(tmp_path, bn, views):
+    data = in_memory()
+    train_both(configure(tmp_path, bn=bn, views=views), data)
+    before, after = feat(tmp_path / "stage1.pt"), feat(tmp_path / "stage2.pt")
+    weights = [name for name in before if not is_statistic(name)]
+    assert len(weights) == 9 and len(before) == 18
+    assert all(torch.equal(before[name], after[name]) for name in weights)
+    moved = [not torch.equal(before[n], after[n]) for n in before if is_statistic(n)]
+    assert all(moved) if bn == "batch" else any(moved) == (bn == "shift")
+    if bn == "batch":  # 2 epochs of 3 steps, for any number of views
+        steps = [after[n] - before[n] for n in before if "tracked" in n]
+        assert steps == [6, 6, 6]
+
+
+def test_shift_takes_the_mean_over_balanced_batches(tmp_path):
+    data = in_memory()
+    config = configure(tmp_path, bn="shift", epochs=3)
+    train_both(config, data)
+    run, net = Session(config, data), make_net("convnet", 1)
+    net.load_state_dict(feat(tmp_path / "stage1.pt"))
+    norms = {n: m for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    inputs = {name: [] for name in norms}
+    for name, norm in norms.items():
+        norm.register_forward_hook(lambda _, x, __, name=name: inputs[name].append(x[0]))
+    labels = []
+    net.train()
+    with torch.no_grad():
+        for images, label in run.loaders["train"](*run.epoch(2, 0)):
+            net(images)
+            labels.append(label)
+    assert (
+        torch.bincount(torch.cat(labels)).float().std() <= 4
+    )  # although the classes have 13, 7, 4 and 2 images
+    after = feat(tmp_path / "stage2.pt")
+    for name, batches in inputs.items():
+        assert len(batches) == 3
+        mean = torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0)
+        var = torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0)
+        torch.testing.assert_close(after[f"{name}.running_mean"], mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(after[f"{name}.running_var"], var, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bn", ["frozen", "batch", "shift"])
+def test_as_many_views_as_epochs_change_nothing(tmp_path, bn):
+    data = in_memory()
+    for views in (0, 3, 5):
+        config = configure(tmp_path / str(views), bn=bn, views=views, stage2_epochs=3)
+        train_both(config, data)
+    wanted = load_state(tmp_path / "0/stage2.pt")
+    for views in (3, 5):
+        assert equal(load_state(tmp_path / str(views) / "stage2.pt"), wanted)
+        a, b = records(tmp_path / str(views)), records(tmp_path / "0")
+        assert {k: r["loss"] for k, r in a.items()} == {k: r["loss"] for k, r in b.items()}
+
+
+def test_cached_features_are_what_the_net_gives(tmp_path):
+    data = in_memory(val=(2, 2, 2, 2))
+    run = Session(configure(tmp_path, bn="frozen", views=2, accumulate=2), data)
+    net = stages.build_net(run)
+    cached = stage2.cache_features(run, net)
+    assert set(cached) == {"train", "test", "val"} and len(cached["train"]) == 2
+    seen = []
+    for view in range(2):
+        batches = list(run.loaders["train"](*run.epoch(2, view)))
+        assert len(batches) == 6  # 3 steps of 2 parts
+        seen.append(torch.cat([images for images, _ in batches]))
+        for i, (images, labels) in enumerate(batches):
+            features, theirs = cached["train"][view].batch(i)
+            assert torch.equal(features, net(images)) and torch.equal(theirs, labels)
+    assert not torch.equal(*seen)
+    for name in ("test", "val"):
+        split = getattr(data, name)
+        images, labels = next(run.loaders[name](*run.test_epoch(len(split))))
+        features, theirs = cached[name].batch(0)
+        assert torch.equal(features, net(images)) and torch.equal(theirs, split.labels)
+        assert torch.equal(labels, split.labels)
+
+
+def test_views_are_used_again_in_another_order(monkeypatch, small_net, tmp_path):
+    batch, asked = Cached.batch, []
+
+    def spy(self, i):
+        asked.append((self, i))
+        return batch(self, i)
+
+    monkeypatch.setattr(Cached, "batch", spy)
+    data = in_memory((60, 30, 4, 2))  # 12 steps
+    train_both(configure(tmp_path, views=2, stage2_epochs=4, eval_every=4), data)
+    epochs = [asked[start : start + 12] for start in range(0, 48, 12)]
+    order = [[i for _, i in epoch] for epoch in epochs]
+    assert order[0] == order[1] == list(range(12))
+    assert all(sorted(o) == order[0] for o in order)
+    assert order[0] != order[2] != order[3] != order[1]
+    views = [{id(cached) for cached, _ in epoch} for epoch in epochs]
+    assert views[0] == views[2] != views[1] == views[3] and len(views[0]) == 1

@@ -1,0 +1,109 @@
+"""What the command does with its flags: makes a session, runs it, writes and prints the result."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import sys
+
+from rich.markup import escape
+from rich.table import Table
+
+from train import checkpoint, distributed
+from train.config import Config
+from train.data import load_data
+from train.log import has_tensorboard
+from train.metrics import FIGURES, SIZES
+from train.session import Session, Stopped
+from train.stages import test_model, train
+
+
+def main(config: Config) -> None:
+    """Runs the command in this process; exits with 143 where a signal stopped it."""
+    try:
+        run(config)
+    except Stopped:
+        print("stopped by a signal; --resume goes on", file=sys.stderr)
+        sys.exit(143)
+    finally:
+        distributed.finish()
+
+
+def run(config: Config) -> None:
+    """Trains or tests as one of the processes that there are."""
+    rank, world, device = distributed.start(config.device)
+    data = load_data(config, quiet=rank > 0)
+    if config.net == "auto":
+        net = "convnet" if data.augment == "small" else "resnet10"
+        config = dataclasses.replace(config, net=net)
+    session = Session(config, data, rank, world, device)
+    heed_signals(session)
+    describe(session)
+    with checkpoint.lock(config, rank):
+        results = test_model(session) if config.evaluate else train(session)
+        write_result(session, results)
+
+
+def heed_signals(session: Session) -> None:
+    """Lets SIGTERM and Ctrl-C ask the session to save and leave."""
+
+    def stop(number, frame):
+        session.stopping = True
+        # A second Ctrl-C ends the process as usual. Not so a second SIGTERM: SLURM sends it to all
+        # processes, and torchrun then forwards its own.
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def describe(session: Session) -> None:
+    """Prints what is trained on what."""
+    config, data = session.config, session.data
+    empty = int((data.counts == 0).sum())
+    session.say(
+        f"{config.dataset}: {len(data.train):,} training images of {data.num_classes:,} classes, "
+        f"{int(data.counts.max()):,} to {int(data.counts.min()):,} a class, "
+        f"{len(data.val or ()):,} for validation, {len(data.test):,} for the test; {config.net}, "
+        f"{data.augment} transforms at {data.image_size} pixels, {session.world} process(es), "
+        f"{session.device.type}"
+        + (f"; [yellow]{empty} classes have no training image[/]" if empty else "")
+    )
+    if not config.evaluate and not has_tensorboard():
+        install = escape("pip install -e '.[tensorboard]'")
+        session.say(f"OUT/logs is left out, as it needs TensorBoard: {install}")
+
+
+def write_result(session: Session, results: dict[str, dict]) -> None:
+    """Writes result.json (or evaluation.json) and prints the table."""
+    config, data = session.config, session.data
+    bad = data.bad_images + len(session.bad_images())
+    about = {"classes": data.num_classes, "val": 0, "counts": data.counts.tolist()}
+    about |= {name: len(split) for name, split in data.splits()} | {"bad_images": bad}
+    about |= {"augment": data.augment, "image_size": data.image_size}
+    text = json.dumps({"config": config.as_dict(), "dataset": about} | results, indent=1) + "\n"
+    if session.rank == 0:
+        path = config.out / ("evaluation.json" if config.evaluate else "result.json")
+        checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+        shutil.rmtree(config.out / "features", ignore_errors=True)
+        print_table(session, results)
+        session.say(f"{bad} images could not be read and were left out" if bad else str(path))
+
+
+def print_table(session: Session, results: dict[str, dict]) -> None:
+    """A row for each stage: its errors, overall and by the size of the class."""
+    config = session.config
+    head = f"t-vMF, kappa {config.kappa:g}" if config.head == "tvmf" else config.head
+    head = str(config.model) if config.evaluate else head
+    title = f"error in %, {config.dataset}, {head}, {len(session.data.test):,} test images"
+    table = Table("stage", title=title)
+    shown = ("error1", "error5", *SIZES)
+    for name in shown:
+        size = f"\n{SIZES[name]}" if name in SIZES else ""
+        table.add_column(FIGURES[name] + size, justify="right")
+    table.add_column("selected on", justify="right")
+    for stage, report in results.items():
+        cells = ("-" if report[name] is None else f"{report[name]:.1f}" for name in shown)
+        table.add_row(stage.removeprefix("stage"), *cells, report["selected_on"])
+    session.console.print(table)

@@ -1,0 +1,289 @@
+"""The training of one stage, epoch by epoch: what a step changes, and what a checkpoint holds."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.progress import Progress, TaskID
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from train import checkpoint, distributed
+from train.batches import seed_of
+from train.config import Config, TrainError
+from train.log import Log
+from train.metrics import error_report, full_report
+from train.model import Classifier
+from train.session import Session, Stopped
+from train.stage2 import freeze
+
+MOMENTUM = 0.9  # the paper's, without Nesterov's correction
+LOOK = 50  # steps between looks at the loss, each of which waits for the device
+CHEAP = 10  # seconds of epochs on cached features that are cheaper to repeat than to save
+AGREE = 8  # steps after which several processes agree on whether to stop
+
+
+def cosine_lr(lr: float, epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch: half a cosine from `lr` to zero."""
+    return 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def still_rises(scales: list[float], epochs: int) -> bool:
+    """Whether a scale (before the first epoch and after each) grew, over the last quarter of the
+    sum of learning rates, more than half as fast as on average."""
+    rates = [cosine_lr(1, epoch, epochs) for epoch in range(epochs)]
+    left = [sum(rates[epoch:]) / sum(rates) for epoch in range(epochs)]
+    late = max(epoch for epoch in range(epochs) if left[epoch] >= 0.25)
+    growth = scales[-1] - scales[0]
+    return growth > 0.1 and scales[-1] - scales[late] > 0.5 * left[late] * growth
+
+
+def make_optimizer(net: nn.Module, head: nn.Module, config: Config) -> torch.optim.SGD:
+    """SGD over the parameters that require gradients; the head's scale has a rate of its own."""
+    named = [*net.named_parameters(), *head.named_parameters()]
+    scale = [p for name, p in named if name == "s_"]
+    others = [p for name, p in named if name != "s_" and p.requires_grad]
+    groups = [{"params": others, "factor": 1.0}, {"params": scale, "factor": config.scale_lr}]
+    return torch.optim.SGD(
+        groups, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=True
+    )
+
+
+class Fit:
+    """The training of one stage. `epoch` and `step` say where it stands, `restore` takes it there.
+
+    Args:
+        cached: features of the frozen backbone (`stage2.cache_features`), from which the head
+            then trains; None trains from images.
+        results: reports of the stages before, which a checkpoint keeps.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        stage: int,
+        net: nn.Module,
+        head: nn.Module,
+        cached: dict[str, Any] | None,
+        results: dict[str, dict],
+    ):
+        config = session.config
+        self.session, self.stage, self.net, self.head = session, stage, net, head
+        self.cached, self.results = cached, results
+        self.epochs = config.epochs if stage == 1 else config.stage2_epochs
+        self.has_scale = any(name == "s_" for name, _ in head.named_parameters())
+        self.optimizer = make_optimizer(net, head, config)
+        self.scaler = torch.amp.GradScaler(session.device.type, enabled=config.precision == "fp16")
+        self.model = Classifier(nn.Identity() if cached else net, head)
+        if session.world > 1:
+            ids = [session.device] if session.device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.model, device_ids=ids)
+        self.select = config.select
+        if self.select == "auto":
+            self.select = "val" if session.data.val else "last"
+        self.evaluated = "val" if session.data.val and self.select != "test" else "test"
+        self.model_file = config.out / f"stage{stage}.pt"
+
+        self.epoch = self.step = 0
+        self.best = None  # error@1 and number, from 1 on, of the epoch whose model is chosen
+        self.history = [head.scale.item()] if self.has_scale else []  # a scale after each epoch
+        # Loss, images, errors at 1 and at 5: sums over this process's images of the epoch so far.
+        self.totals = torch.zeros(4, dtype=torch.float64, device=session.device)
+        self.saved_at = time.monotonic()
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Goes back to where a checkpoint was saved."""
+        self.head.load_state_dict(saved["head"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.epoch, self.step, self.best, self.history = (
+            saved[key] for key in ("epoch", "step", "best", "history")
+        )
+        if self.session.rank == 0:  # the checkpoint has the sums over all processes
+            self.totals.copy_(saved["totals"])
+        if not self.cached:
+            self.net.load_state_dict(saved["net"])
+
+    def save(self) -> None:
+        """Writes a checkpoint, unless the model is no longer finite."""
+        session = self.session
+        totals, bad = distributed.total(self.totals), session.bad_images()
+        self.check_finite(totals[0].item())
+        if session.rank == 0:
+            parts = ("net", "head", "optimizer", "scaler")
+            state = {name: getattr(self, name).state_dict() for name in parts}
+            state |= {"config": session.config.identity(), "stage": self.stage}
+            state |= {"epoch": self.epoch, "step": self.step, "totals": totals.cpu()}
+            state |= {"history": self.history, "best": self.best, "results": self.results}
+            checkpoint.save(session.config.out, state | {"bad_images": sorted(bad)})
+        self.saved_at = time.monotonic()
+
+    def save_or_stop(self, due: bool) -> None:
+        """Saves if that is due in any process, and leaves if any was asked to stop."""
+        stop, due = distributed.any_of(self.session.stopping, due)
+        if stop or due:
+            self.save()
+        if stop:
+            raise Stopped
+
+    def check_finite(self, loss: float) -> None:
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            loss = math.nan  # the next step's loss would be
+        if not math.isfinite(loss):
+            raise TrainError(
+                f"--lr: got {self.session.config.lr}, with which the loss became {loss} in epoch "
+                f"{self.epoch + 1}; wanted a smaller one or --precision fp32. The checkpoint "
+                "before that is whole"
+            )
+
+    def run(self) -> dict[str, Any]:
+        """Trains the epochs that are left; leaves the chosen model in net and head and returns its
+        report."""
+        session, config = self.session, self.session.config
+        log = Log(session, self.stage, self.epoch) if session.rank == 0 else None
+        with session.progress() as progress:
+            head = config.head if self.stage == 1 else "cosine"
+            bar = progress.add_task(f"{head}, stage {self.stage}", total=self.epochs, note="")
+            while self.epoch < self.epochs:
+                record = self.train_epoch(progress, bar)
+                if self.epoch + 1 == self.epochs or (self.epoch + 1) % config.eval_every == 0:
+                    self.evaluate(record)
+                progress.update(bar, note=f"loss {record['loss']:.3f}")
+                if log:
+                    log.write(record)
+                self.end_epoch(record["scale"])
+        report = self.report()
+        if log:
+            log.close(report)
+        return report
+
+    def train_epoch(self, progress: Progress, bar: TaskID) -> dict[str, Any]:
+        """Trains the steps of the epoch that are left; returns the epoch's record."""
+        session, config = self.session, self.session.config
+        lr = cosine_lr(config.lr, self.epoch, self.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["factor"]
+        self.model.train()
+        if self.stage == 2 and not self.cached:
+            freeze(self.net, config.bn)
+        sizes, batches = self.batches()
+        began, images = time.perf_counter(), sum(sizes[self.step :])
+        while self.step < len(sizes):
+            self.train_step(batches, sizes[self.step])
+            progress.update(bar, completed=self.epoch + self.step / len(sizes))
+            if self.step % LOOK == 0:
+                loss, count = self.totals[:2].tolist()
+                self.check_finite(loss)
+                progress.update(bar, note=f"loss {loss / max(count, 1):.3f}")
+            if self.step < len(sizes) and (session.world == 1 or self.step % AGREE == 0):
+                minutes = (time.monotonic() - self.saved_at) / 60
+                self.save_or_stop(due=minutes > config.checkpoint_minutes)
+        loss, count, wrong1, wrong5 = distributed.total(self.totals).tolist()
+        seconds, count = time.perf_counter() - began, max(count, 1)
+        self.check_finite(loss)
+        return {
+            "stage": self.stage,
+            "epoch": self.epoch + 1,
+            "epochs": self.epochs,
+            "lr": lr,
+            "scale": self.head.scale.item() if self.has_scale else None,
+            "loss": loss / count,
+            "error1": 100 * wrong1 / count,
+            "error5": 100 * wrong5 / count,
+            "images_per_s": images / seconds,
+            "seconds": seconds,
+        }
+
+    def batches(self) -> tuple[list[int], Iterator]:
+        """The number of images of each step of the epoch, over all processes; and this process's
+        batches from `step` on, `accumulate` of them a step."""
+        session, config = self.session, self.session.config
+        view = self.epoch % len(self.cached["train"]) if self.cached else self.epoch
+        order, mine, seed = session.epoch(self.stage, view)
+        sizes = [len(part) for part in order.split(config.batch_size)]
+        turn = list(range(len(mine) // config.accumulate))
+        if not self.cached:
+            mine = mine[self.step * config.accumulate :]
+            return [sizes[i] for i in turn], session.loaders["train"](order, mine, seed)
+        if self.epoch != view:  # the view's steps in another order, in all processes alike
+            draw = torch.Generator().manual_seed(seed_of(config.seed, self.stage, self.epoch))
+            turn = torch.randperm(len(turn), generator=draw).tolist()
+        parts = range(config.accumulate)
+        numbers = (i * config.accumulate + part for i in turn[self.step :] for part in parts)
+        return [sizes[i] for i in turn], map(self.cached["train"][view].batch, numbers)
+
+    def train_step(self, batches: Iterator, size: int) -> None:
+        """One step of the optimizer, on `size` images over all processes."""
+        session, config = self.session, self.session.config
+        # Dropout draws from the global generator.
+        torch.manual_seed(seed_of(config.seed, self.stage, self.epoch, self.step, session.rank))
+        for part in range(config.accumulate):
+            images, labels = next(batches)
+            if not self.cached:
+                images = session.laid_out(images)
+            wait = session.world > 1 and part + 1 < config.accumulate
+            with self.model.no_sync() if wait else contextlib.nullcontext():
+                with session.autocast():
+                    loss, counts = self.model(images, labels)
+                # DDP takes the mean over processes; the mean over images is wanted.
+                self.scaler.scale(loss * (session.world / size)).backward()
+            self.totals[0] += loss.detach()
+            self.totals[1:] += counts
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def evaluate(self, record: dict[str, Any]) -> None:
+        """Adds the errors after this epoch to its record, and saves a model that is chosen."""
+        session, number = self.session, self.epoch + 1
+        if not self.cached and (self.stage == 1 or session.config.bn == "batch"):
+            distributed.average_buffers(self.net)  # each process has those of its last step
+        try:
+            rows = session.evaluate(self.evaluated, self.net, self.head, self.cached)
+        except Stopped:
+            self.save()
+            raise
+        record[self.evaluated] = error_report(rows)
+        error = record[self.evaluated]["error1"]
+        if self.select == "last":
+            chosen = number == self.epochs
+        else:
+            chosen = self.best is None or error < self.best[0]
+        if chosen:
+            self.best = (error, number)
+            if session.rank == 0:
+                checkpoint.save_model(
+                    self.model_file, self.net, self.head, number, session.config.net
+                )
+
+    def end_epoch(self, scale: float | None) -> None:
+        """Moves on to the next epoch, and saves unless that costs more than it may lose."""
+        self.history += [scale] if self.has_scale else []
+        self.epoch, self.step = self.epoch + 1, 0
+        self.totals.zero_()
+        seconds = time.monotonic() - self.saved_at
+        self.save_or_stop(self.epoch == self.epochs or not self.cached or seconds > CHEAP)
+
+    def report(self) -> dict[str, Any]:
+        """Loads the chosen model and tests it."""
+        session = self.session
+        distributed.barrier()  # the model file is there
+        states = checkpoint.load_model(self.model_file)
+        for module, state in zip((self.net, self.head), states, strict=True):
+            module.load_state_dict(state)
+        rows = session.evaluate("test", self.net, self.head, self.cached)
+        report = full_report(rows, session.data.test.labels, session.data.counts)
+        report["selected_on"] = "last epoch" if self.select == "last" else self.select
+        report["epoch"] = self.best[1]
+        report["scale"] = self.head.scale.item() if self.has_scale else None
+        if self.has_scale and still_rises(self.history, self.epochs):
+            session.say(
+                f"[yellow]warning:[/] the scale still rose at the end of stage {self.stage}, from "
+                f"{self.history[0]:.2f} to {self.history[-1]:.2f}: the head is short of training; "
+                "try --scale-start, --scale-lr or more epochs"
+            )
+        return report

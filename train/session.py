@@ -1,0 +1,127 @@
+"""What both stages of a run share: configuration, data, device, processes, terminal."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from train import distributed
+from train.batches import (
+    Loader,
+    balanced_over_classes,
+    balanced_over_images,
+    channel_statistics,
+    seed_of,
+    share,
+    steps_of,
+)
+from train.config import Config
+from train.metrics import COLUMNS, image_rows
+from train.splits import LongTailed
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EVAL_BATCH = 256
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT asked the run to leave, and its state is saved."""
+
+
+class Session:
+    """A run in one process, one of `world`; `rank` is its number.
+
+    Setting `stopping` asks the run to save and leave.
+    """
+
+    stopping = False
+
+    def __init__(self, config: Config, data: LongTailed, rank=0, world=1, device="cpu"):
+        self.config, self.data, self.rank, self.world = config, data, rank, world
+        self.device, self.console = torch.device(device), Console(quiet=rank > 0)
+        self.parts = world * config.accumulate
+        self.bad: set[str] = set()
+        images = data.train.images
+        statistics = channel_statistics(images) if isinstance(images, Tensor) else None
+        self.loaders = {
+            name: Loader(
+                split,
+                data.augment,
+                data.image_size,
+                self.device,
+                train=name == "train",
+                flip=config.flip,
+                statistics=statistics,
+                skip_bad=config.bad_images == "skip",
+                workers=config.workers,
+            )
+            for name, split in data.splits()
+        }
+
+    def say(self, text: str) -> None:
+        """Prints a line, in the first process alone."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def autocast(self) -> AbstractContextManager:
+        dtype = DTYPES[self.config.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def progress(self) -> Progress:
+        return Progress(
+            *Progress.get_default_columns(), "{task.fields[note]}", console=self.console
+        )
+
+    def epoch(self, stage: int, epoch: int) -> tuple[Tensor, list[Tensor], int]:
+        """The order of an epoch's images; this process's batches, each of positions in that order,
+        `accumulate` batches a step; and the seed of the augmentation."""
+        config, seed = self.config, seed_of(self.config.seed, stage, epoch)
+        draw = balanced_over_images if stage == 1 else balanced_over_classes
+        order = draw(self.data.train.labels, config.batch_size, seed)
+        first = self.rank * config.accumulate
+        batches = [
+            share(step, len(order), config.batch_size, part, self.parts)
+            for step in range(steps_of(len(order), config.batch_size, self.parts))
+            for part in range(first, first + config.accumulate)
+        ]
+        return order, batches, seed
+
+    def test_epoch(self, size: int) -> tuple[Tensor, list[Tensor], int]:
+        """The same for the evaluation of `size` images, each of which one process sees once."""
+        mine = torch.arange(self.rank, size, self.world)
+        return torch.arange(size), list(mine.split(EVAL_BATCH)) if len(mine) else [], 0
+
+    def features(self, net: nn.Module, split: str, *epoch):
+        """Yields features and labels of an epoch's batches. A run that is asked to stop leaves at
+        once, as these are computed again when it is resumed."""
+        for images, labels in self.loaders[split](*epoch):
+            if self.stopping and self.world == 1:  # others might wait for this process
+                raise Stopped
+            with self.autocast():
+                features = net(self.laid_out(images))
+            yield features, labels
+
+    def laid_out(self, images: Tensor) -> Tensor:
+        """The images in the order in memory that --channels-last asks for."""
+        last = self.config.channels_last
+        return images.contiguous(memory_format=torch.channels_last) if last else images
+
+    @torch.no_grad()
+    def evaluate(self, split: str, net: nn.Module, head: nn.Module, cached=None) -> Tensor:
+        """[M, COLUMNS] for the M images of a split, in every process; from the features in
+        `cached` where it is given."""
+        net.eval()
+        size = len(getattr(self.data, split))
+        rows = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device=self.device)
+        epoch = self.test_epoch(size)
+        batches = self.features(net, split, *epoch)
+        if cached:
+            batches = map(cached[split].batch, range(len(epoch[1])))
+        for positions, (features, labels) in zip(epoch[1], batches, strict=True):
+            with self.autocast():
+                rows[positions] = image_rows(head, features, labels)
+        return distributed.total(rows).cpu()
+
+    def bad_images(self) -> set[str]:
+        """A message for each file that any process could not read. All processes must call this."""
+        return distributed.union(self.bad.union(*(loader.bad for loader in self.loaders.values())))

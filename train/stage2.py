@@ -1,0 +1,68 @@
+"""Stage 2's frozen backbone: its batch norm, and its features, computed once for the head."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from train import distributed
+from train.features import Cached
+from train.session import Session
+
+
+def freeze(net: nn.Module, bn: str) -> None:
+    """Evaluation mode, except for batch norm that normalises by the batch (--bn batch)."""
+    net.eval()
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            module.train(bn == "batch")
+
+
+@torch.no_grad()
+def shift_statistics(session: Session, net: nn.Module) -> None:
+    """Replaces batch norm's running statistics by their mean over an epoch of class-balanced
+    batches. MiSLAS (Zhong et al., CVPR 2021) updates them in every epoch; here this is done once,
+    and stage 2 normalises by the result."""
+    freeze(net, "batch")
+    momenta = {m: m.momentum for m in net.modules() if isinstance(m, _BatchNorm)}
+    for module in momenta:
+        module.reset_running_stats()
+        module.momentum = None  # PyTorch then takes the mean over all batches
+    for _ in session.features(net, "train", *session.epoch(2, 0)):
+        pass
+    for module, momentum in momenta.items():
+        module.momentum = momentum
+    distributed.average_buffers(net)
+
+
+@torch.no_grad()
+def cache_features(session: Session, net: nn.Module) -> dict[str, Any]:
+    """Features of `views` epochs of stage 2 under "train", a list, and those of each split for
+    evaluation under its name. The backbone's output in stage 2 does not depend on the head, so
+    that as many views as epochs change nothing."""
+    config, data = session.config, session.data
+    folder = config.out / "features"
+    folder.mkdir(exist_ok=True)
+    views = [f"view {view}" for view in range(min(config.views, config.stage2_epochs))]
+    epochs = {name: session.epoch(2, view) for view, name in enumerate(views)}
+    tested = {n: session.test_epoch(len(split)) for n, split in data.splits() if n != "train"}
+    with session.progress() as progress:
+        steps = sum(len(batches) for _, batches, _ in (epochs | tested).values())
+        bar = progress.add_task("features for stage 2", total=steps, note="")
+
+        def cache(name: str, split: str, epoch: tuple) -> Cached:
+            def counted() -> Iterator[tuple[Tensor, Tensor]]:
+                for batch in session.features(net, split, *epoch):
+                    progress.advance(bar)
+                    yield batch
+
+            return Cached(folder / f"{name}, rank {session.rank}", counted(), session.device)
+
+        freeze(net, config.bn)
+        # In the order of the epochs, which batch norm's running statistics follow.
+        cached = {"train": [cache(name, "train", epoch) for name, epoch in epochs.items()]}
+        distributed.average_buffers(net)
+        net.eval()
+        return cached | {name: cache(name, name, epoch) for name, epoch in tested.items()}

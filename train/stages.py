@@ -1,0 +1,113 @@
+"""The two stages of a run, one after the other; or the test of a model that is given."""
+
+import torch
+from torch import Tensor, nn
+
+from train import checkpoint, distributed
+from train.batches import seed_of
+from train.config import TrainError
+from train.fit import Fit
+from train.metrics import full_report
+from train.model import head_of_state, make_head, make_net
+from train.session import Session
+from train.stage2 import cache_features, shift_statistics
+
+
+def build_net(session: Session) -> nn.Module:
+    """The backbone that the flags ask for, on the session's device."""
+    config, images = session.config, session.data.train.images
+    channels = images.shape[1] if isinstance(images, Tensor) else 3
+    net = make_net(config.net, channels, config.pretrained).to(session.device)
+    if config.sync_bn:
+        if session.device.type != "cuda":
+            raise TrainError("--sync-bn: got CPU processes, wanted GPUs: PyTorch has none for CPUs")
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if config.channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    if config.compile:
+        net.compile()
+    return net
+
+
+def check_session(session: Session) -> None:
+    """Refuses a selection without images for it, and batches too small for their parts."""
+    config, data = session.config, session.data
+    if config.select == "val" and not data.val:
+        raise TrainError("--select: got val, wanted last or test: there are no images of val")
+    smallest = min(config.batch_size, len(data.train))
+    if smallest < 2 * session.parts:
+        raise TrainError(
+            f"--batch-size: got {smallest} images for {session.world} process(es) x --accumulate "
+            f"{config.accumulate}, wanted 2 for each: {2 * session.parts} or more"
+        )
+
+
+def train(session: Session) -> dict[str, dict]:
+    """Trains both stages, or those that the flags ask for; returns {"stage1": report, "stage2":
+    report}."""
+    config = session.config
+    check_session(session)
+    saved = None
+    if config.resume:
+        saved = checkpoint.load(config.out, config, lambda text: session.say(f"warning: {text}"))
+        session.bad |= set(saved["bad_images"])
+    results = saved["results"] if saved else {}
+    torch.manual_seed(config.seed)
+    net = build_net(session)
+    if config.model:
+        checkpoint.fill(net, config.model, config.net)
+    if session.rank == 0 and not config.resume:
+        checkpoint.clear(config.out)  # only now, as nothing is left that could refuse the run
+    distributed.barrier()
+    if config.model is None and (saved is None or saved["stage"] == 1):
+        results["stage1"] = train_stage1(session, net, saved, results)
+        saved = None
+    if config.stage2_epochs:
+        results["stage2"] = train_stage2(session, net, saved, results)
+    return results
+
+
+def train_stage1(
+    session: Session, net: nn.Module, saved: dict | None, results: dict[str, dict]
+) -> dict:
+    """Trains backbone and head on every image equally often."""
+    config = session.config
+    head = make_head(config.head, net.num_features, session.data.num_classes, config)
+    fit = Fit(session, 1, net, head.to(session.device), None, results)
+    if saved:
+        fit.restore(saved)
+    return fit.run()
+
+
+def train_stage2(
+    session: Session, net: nn.Module, saved: dict | None, results: dict[str, dict]
+) -> dict:
+    """Trains a new cosine head on the frozen backbone, on every class equally often."""
+    config = session.config
+    if config.model is None:
+        checkpoint.fill(net, config.out / "stage1.pt", config.net)
+    net.requires_grad_(False)
+    torch.manual_seed(seed_of(config.seed, 2))
+    head = make_head("cosine", net.num_features, session.data.num_classes, config)
+    if config.bn == "shift":
+        shift_statistics(session, net)
+    cached = cache_features(session, net) if config.views else None
+    fit = Fit(session, 2, net, head.to(session.device), cached, results)
+    if saved:
+        fit.restore(saved)
+    return fit.run()
+
+
+def test_model(session: Session) -> dict[str, dict]:
+    """Tests --model with the head that the file holds; returns {"model": report}."""
+    config, classes = session.config, session.data.num_classes
+    net = build_net(session)
+    head = head_of_state(checkpoint.fill(net, config.model, config.net)).to(session.device)
+    if len(head.weight) != classes:
+        raise TrainError(
+            f"--model: got {config.model} with {len(head.weight)} classes, wanted the {classes} "
+            f"of --dataset {config.dataset}"
+        )
+    rows = session.evaluate("test", net, head)
+    report = full_report(rows, session.data.test.labels, session.data.counts)
+    return {"model": report | {"selected_on": "as given"}}
