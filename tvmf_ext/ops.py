@@ -51,8 +51,8 @@ _GRADIENTS = tuple(
     (Head._fields.index(name), 1 << bit, bit) for bit, name in enumerate(DIFFERENTIABLE)
 )
 
-# autograd holds the tensors of a head and a context the other arguments; _in_order puts the tensors,
-# followed by the others, back into the order of Head.
+# autograd holds the tensors of a head, and a context the other arguments. _in_order restores the
+# order of Head from the tensors followed by the others.
 _is_tensor = [kind in (torch.Tensor, torch.Tensor | None) for kind in Head.__annotations__.values()]
 _TENSORS = [position for position in range(_COUNT) if _is_tensor[position]]
 _CONSTANTS = [position for position in range(_COUNT) if not _is_tensor[position]]
