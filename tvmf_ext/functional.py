@@ -140,20 +140,24 @@ def _head(input, linear_weight, target, kappa, scale, linear_bias, prior, weight
     for name, constant in (("weight", weight), ("prior", prior)):
         if constant is not None:
             _check_constant(name, constant)
+    kappa_value = 0.0 if kappa_tensor is not None else _number("kappa", kappa)
+    scale_value = 1.0 if scale_tensor is not None else _number("scale", scale)
+    allow_tf32 = input.is_cuda and input.dtype == torch.float32 and cuda_allows_tf32()
+    # By position, because keywords would take a small head a noticeable time.
     head = ops.Head(
-        input=input,
-        weight=linear_weight,
-        target=target,
-        kappa=kappa_tensor,
-        kappa_value=0.0 if kappa_tensor is not None else _number("kappa", kappa),
-        scale=scale_tensor,
-        scale_value=1.0 if scale_tensor is not None else _number("scale", scale),
-        softplus_scale=softplus_scale,
-        bias=linear_bias,
-        prior=prior,
-        class_weight=weight,
-        ignore_index=ignore_index,
-        allow_tf32=input.is_cuda and input.dtype == torch.float32 and cuda_allows_tf32(),
+        input,
+        linear_weight,
+        target,
+        kappa_tensor,
+        scale_tensor,
+        linear_bias,
+        prior,
+        weight,
+        kappa_value,
+        scale_value,
+        softplus_scale,
+        ignore_index,
+        allow_tf32,
     )
     return head, _kept(input, linear_weight, kappa_tensor, scale_tensor, linear_bias)
 

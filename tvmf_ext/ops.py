@@ -4,7 +4,6 @@
 `tvmf_ext.functional` calls; csrc/torch/bind.cpp holds their schemas and checks their arguments.
 """
 
-import operator
 import os
 from typing import NamedTuple
 
@@ -33,32 +32,24 @@ class Head(NamedTuple):
     weight: torch.Tensor
     target: torch.Tensor
     kappa: torch.Tensor | None
-    kappa_value: float
     scale: torch.Tensor | None
-    scale_value: float
-    softplus_scale: bool
     bias: torch.Tensor | None
     prior: torch.Tensor | None
     class_weight: torch.Tensor | None
+    kappa_value: float
+    scale_value: float
+    softplus_scale: bool
     ignore_index: int
     allow_tf32: bool
 
 
 _COUNT = len(Head._fields)
+_TENSORS = Head._fields.index("kappa_value")  # the first _TENSORS arguments are tensors or None
 # The backward operators return these gradients in this order; gradient i has bit i of `wanted`.
 DIFFERENTIABLE = ("input", "weight", "kappa", "scale", "bias")
 _GRADIENTS = tuple(
     (Head._fields.index(name), 1 << bit, bit) for bit, name in enumerate(DIFFERENTIABLE)
 )
-
-# autograd holds the tensors of a head, and a context the other arguments. _in_order restores the
-# order of Head from the tensors followed by the others.
-_is_tensor = [kind in (torch.Tensor, torch.Tensor | None) for kind in Head.__annotations__.values()]
-_TENSORS = [position for position in range(_COUNT) if _is_tensor[position]]
-_CONSTANTS = [position for position in range(_COUNT) if not _is_tensor[position]]
-_tensors_of = operator.itemgetter(*_TENSORS)
-_constants_of = operator.itemgetter(*_CONSTANTS)
-_in_order = operator.itemgetter(*((_TENSORS + _CONSTANTS).index(i) for i in range(_COUNT)))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -165,8 +156,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def save(ctx, head, saved):
-        ctx.constants = _constants_of(head)
-        ctx.save_for_backward(*_tensors_of(head), saved)
+        ctx.constants = head[_TENSORS:]
+        ctx.save_for_backward(*head[:_TENSORS], saved)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -177,7 +168,7 @@ class _Function(torch.autograd.Function):
         for position, bit, _ in _GRADIENTS:
             if needs[position]:
                 wanted |= bit
-        return _in_order((*tensors, *ctx.constants)), saved, wanted
+        return (*tensors, *ctx.constants), saved, wanted
 
     @staticmethod
     def input_gradients(gradients, wanted):

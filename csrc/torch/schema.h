@@ -3,19 +3,20 @@
 // is the class Head of tvmf_ext/ops.py.
 #pragma once
 
-// X(type in C++, type in the schema, name)
+// X(type in C++, type in the schema, name). Tensors come first, so that autograd saves them as they
+// stand.
 #define TVMF_HEAD(X)                                                                       \
   X(Tensor, "Tensor", input)                        /* [N, D] */                           \
   X(Tensor, "Tensor", weight)                       /* [C, D] */                           \
   X(Tensor, "Tensor", target)                       /* [N] int64 */                        \
   X(std::optional<Tensor>, "Tensor?", kappa)        /* [] or [1] or [C] */                 \
-  X(double, "float", kappa_value)                   /* where kappa is absent */            \
   X(std::optional<Tensor>, "Tensor?", scale)        /* [] or [1] */                        \
-  X(double, "float", scale_value)                   /* where scale is absent */            \
-  X(bool, "bool", softplus_scale)                   /* the scale is softplus(scale) + 1 */ \
   X(std::optional<Tensor>, "Tensor?", bias)         /* [C] */                              \
   X(std::optional<Tensor>, "Tensor?", prior)        /* [C] */                              \
   X(std::optional<Tensor>, "Tensor?", class_weight) /* [C] */                              \
+  X(double, "float", kappa_value)                   /* where kappa is absent */            \
+  X(double, "float", scale_value)                   /* where scale is absent */            \
+  X(bool, "bool", softplus_scale)                   /* the scale is softplus(scale) + 1 */ \
   X(int64_t, "int", ignore_index)                                                          \
   X(bool, "bool", allow_tf32) /* CUDA may round float32 products to TF32 */
 
