@@ -8,8 +8,7 @@
 
 namespace tvmf {
 
-// 16-bit floating-point numbers as their bits, so that passing them around needs no header of
-// CUDA's.
+// The bits of 16-bit floating-point numbers. CUDA's own types would need its headers everywhere.
 struct bf16 {
   uint16_t bits;
 };
@@ -48,8 +47,8 @@ struct Access<2> {
   using Type = uint16_t;
 };
 
-// Loads V by one instruction, or by several of 16 bytes where V is larger. The address must be a
-// multiple of the width.
+// Loads V by one instruction, or by several of 16 bytes if V is larger. The address must be a
+// multiple of their width.
 template <class V>
 __device__ __forceinline__ V load_as(const void* from) {
   if constexpr (sizeof(V) > 16) {

@@ -81,8 +81,8 @@ TVMF_MMA(mma_f16, "m16n8k16", "f16")
 TVMF_MMA(mma_tf32, "m16n8k8", "tf32")
 #undef TVMF_MMA
 
-// Starts a copy of 16 bytes to shared memory: the first `bytes` come from global memory, the rest
-// is zero.
+// Starts a copy to 16 bytes of shared memory. The first `bytes` come from global memory, and the
+// others become zero.
 __device__ __forceinline__ void cp_async(void* smem, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(smem)),
                "l"(global), "r"(bytes)

@@ -29,7 +29,7 @@ __forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) {
 __forceinline__ int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0; }
 __forceinline__ int __all_sync(unsigned mask, int p) { return __ballot_sync(mask, p) == mask; }
 
-// `width` divides the warp into segments. A lane whose source lies outside its own segment gets its
+// `width` divides the warp into segments. A lane whose source lies outside its segment keeps its
 // own value.
 template <class T>
 __forceinline__ T __shfl_sync(unsigned mask, T value, int source, int width = 32) {

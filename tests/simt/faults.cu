@@ -72,8 +72,7 @@ __global__ void async_without_wait(Case c) {
   c.y[t] = shared()[4 * t];
 }
 
-// Two groups are in flight. The first is needed, then the second, for which the fault does not
-// wait.
+// Two groups are in flight. The fault waits only for the first before it reads both.
 __global__ void async_pending(Case c) {
   const int t = threadIdx.x;
   float* stage[2] = {shared() + 4 * t, shared() + 4 * (blockDim.x + t)};

@@ -207,8 +207,8 @@ __global__ void written_operand(const __grid_constant__ Params p) {
   for (int i = 0; i < 64; ++i) p.c.y[threadIdx.x * 64 + i] = d[i];
 }
 
-// The argument selects the fault: 1 omits the initialisation, 2 the barrier behind it, and 3 one
-// arrival.
+// The argument selects what the fault omits: the initialisation (1), the barrier behind it (2) or
+// one arrival (3).
 __global__ void barrier_uses(const __grid_constant__ Params p) {
   Barrier* barrier = reinterpret_cast<Barrier*>(shared());
   const int t = threadIdx.x, fault = p.c.right ? 0 : p.c.argument[0];

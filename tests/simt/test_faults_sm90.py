@@ -109,7 +109,7 @@ def test_the_destination_of_a_copy_must_be_aligned():
 # A launch of the kernel `ring`, and its faults: numbers as in faults_sm90.cu, and messages.
 RING = {"outputs": 2 * 64, "grid": 2, "threads": 96, "shared_bytes": 3 * BOX + 48}
 RING_FAULTS = [
-    (1, r"race on shared memory.* a copy \(tensor copy .*|phase ended, too"),
+    (1, r"race on shared memory.* a copy \(tensor copy .*|phase has ended, too"),
     (2, r"race on shared memory.* a copy \(tensor copy |more arrivals than the 1 of the mbarrier"),
     (3, r"race on shared memory.* and .* a copy \(tensor copy "),
     (

@@ -112,8 +112,7 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// The accumulators' operand names in the order of their numbers (%0, %1, ...), then the operands
-// themselves.
+// First the names of the accumulators' operands (%0, %1, ...), then the operands themselves.
 #define TVMF_TEN(t)                                                                                \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
   "9, "

@@ -7,8 +7,8 @@
 
 namespace tvmf::sm90 {
 
-// An mbarrier. A phase ends when all expected threads have arrived and all expected bytes have been
-// copied.
+// An mbarrier. Its phase ends when all expected threads have arrived and all expected bytes have
+// been copied.
 struct alignas(8) Barrier {
   uint64_t state;
 };

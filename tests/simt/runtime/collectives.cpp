@@ -154,7 +154,7 @@ void meet(Collective what, unsigned mask, const Operand& operand) {
   thread.site = CALL_SITE;
   thread.waits_at = kCollectiveNames[int(what)];
   if (!(mask >> lane & 1))
-    fail("the mask of ", thread.waits_at, " is without the calling lane", at(thread.site));
+    fail("the mask of ", thread.waits_at, " lacks the calling lane", at(thread.site));
   Warp& warp = warps[number];
   PendingCollective& pending = warp.collectives[__builtin_ctz(mask)];
   if (!pending.arrived) {
@@ -169,8 +169,7 @@ void meet(Collective what, unsigned mask, const Operand& operand) {
   pending.arrived = 0;
   perform(number, what, mask);
   if (options.count && mask == ~0u) count_requests(number);
-  // Wake the others in a random order, and either before or after the threads that are ready
-  // already.
+  // Wake the others in a random order, either before or after the threads that are ready.
   const unsigned turn = random_below(64);
   for (unsigned i = 0; i < 32; ++i) {
     const unsigned other = (i ^ turn) % 32;
@@ -185,7 +184,7 @@ void named_barrier(int id, int expected) {
   thread.waits_at = id ? "a named barrier" : "__syncthreads";
   if (id < 0 || id > 15 || expected <= 0 || expected > int(blockDim.x) ||
       (expected % 32 && expected != int(blockDim.x)))
-    fail("barrier ", id, " of ", expected, " threads", at(thread.site));
+    fail("impossible barrier: number ", id, " of ", expected, " threads", at(thread.site));
   arrive_at(named_barriers[id], expected);
 }
 

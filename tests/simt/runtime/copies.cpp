@@ -28,7 +28,7 @@ struct TensorCopy {
   char* smem;
   const void* site;
 };
-std::vector<TensorCopy> tensor_copies;  // that have not arrived
+std::vector<TensorCopy> tensor_copies;  // those that have not arrived
 
 // Calls f(line of the box, byte within the line, address, bytes) for the part of each line that
 // lies in the matrix.
@@ -64,9 +64,9 @@ void deliver(const TensorCopy& copy) {
   end_phase_if_complete(copy.mbarrier);
 }
 
-// The copy engine is one more thread for the race check, with the mbarrier's phases as its clock.
+// For the race check the mbarrier is the actor, and its phases are its steps.
 void check_and_count(const TensorCopy& copy) {
-  Mark now{block, copy.phase + 1, 0, clock_of_mbarrier(copy.mbarrier), false};
+  Mark now{block, copy.phase + 1, 0, actor_of_mbarrier(copy.mbarrier), false};
   if (options.check_races) {
     now.site = site_of(copy.site, kTensorWrite, true);
     check_order(*self, now, copy.smem - arena, copy.map.box_bytes());
@@ -87,7 +87,7 @@ void cp_async(void* smem, const void* global, int bytes) {
   const void* site = CALL_SITE;
   if (reinterpret_cast<uintptr_t>(smem) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fail("a cp.async address is not aligned to 16 bytes", at(site));
-  if (bytes < 0 || bytes > 16) fail("cp.async of ", bytes, " bytes", at(site));
+  if (bytes < 0 || bytes > 16) fail("cp.async copies 0 to 16 bytes, got ", bytes, at(site));
   note(thread, smem, 16, kAsyncWrite, site);
   if (bytes) note(thread, global, bytes, kAsyncRead, site);
   memset(smem, 0xff, 16);
@@ -129,11 +129,12 @@ void tensor_copy(void* smem, const void* map, int col, int row, uint64_t* barrie
   TensorCopy copy{{}, self->index, col, row, 0, 0, static_cast<char*>(smem), site};
   memcpy(&copy.map, map, sizeof copy.map);
   if (reinterpret_cast<uintptr_t>(map) % 64 || copy.map.magic != kMapMagic)
-    fail("a tensor copy without a tensor map aligned to 64 bytes", at(site));
+    fail("the map of this tensor copy is not from make_tensor_map, or not aligned to 64 bytes",
+         at(site));
   const int64_t bytes = copy.map.box_bytes(), offset = copy.smem - shared;
   if (!inside_shared(smem, bytes) || offset % 1024)
     fail("a tensor copy of ", bytes, " bytes to shared memory + ", offset, " of ", shared_bytes,
-         ": outside, or not aligned to 1024", at(site));
+         " is out of bounds or not aligned to 1024", at(site));
   copy.mbarrier = mbarrier_of(barrier, site);
   copy.phase = mbarriers[copy.mbarrier].phases;
   note_mbarrier(barrier, kAtomic, site);

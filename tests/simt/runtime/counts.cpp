@@ -112,8 +112,8 @@ uint32_t site_of(const void* address, AccessKind kind, bool is_shared) {
   }
 }
 
-// Adds a lane's access to a request of its warp. The n-th access of a lane by a site joins the
-// site's n-th request, whichever lane comes first.
+// Adds a lane's access to a request of its warp. The n-th time that a lane executes a site, it
+// joins the site's n-th request, whichever lane comes first.
 void join_request(int thread, uint32_t site, uint64_t offset, int bytes) {
   WarpRequests& warp = warp_requests[thread / 32];
   std::vector<Request>& requests = warp.requests;
@@ -139,7 +139,7 @@ void join_request(int thread, uint32_t site, uint64_t offset, int bytes) {
   requests[request].offset[lane] = offset;
 }
 
-// Counts the requests of a warp whose lanes have met, so that no lane joins them any more.
+// Counts the requests of a warp whose lanes have met: no other lane can join them.
 void count_requests(int number) {
   WarpRequests& warp = warp_requests[number];
   for (const Request& request : warp.requests) {

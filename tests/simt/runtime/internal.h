@@ -21,7 +21,7 @@
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// The instruction that called the function in which this stands: the return address is behind it.
+// The instruction that called the current function. The return address points behind it.
 #define CALL_SITE (static_cast<const char*>(__builtin_return_address(0)) - 1)
 
 namespace simt {
@@ -44,18 +44,18 @@ std::string text(const Parts&... parts) {
 // location.cpp: the source line of an instruction.
 
 struct Location {
-  std::string function;  // the outermost one, so a kernel
-  std::string line;      // of the innermost frame that is no wrapper of the emulator: "tile.cuh:80"
+  std::string function;  // the outermost function: a kernel
+  std::string line;      // "tile.cuh:80", of the innermost frame that is none of the emulator's
 };
 const Location& location_of(const void* address);
 void find_locations(const std::set<const void*>& addresses);
 std::string at(const void* site);  // " at tile.cuh:80"
 
-// scheduler.cpp: fibres, and which of them runs.
+// scheduler.cpp: fibres, and the choice of the one that runs.
 
 struct Fibre {
   char* stack = nullptr;
-  const void* bottom = nullptr;  // the stack's extent, which AddressSanitizer must know
+  const void* bottom = nullptr;  // with `bytes` the extent that AddressSanitizer must know
   size_t bytes = 0;
 #ifdef __x86_64__
   void* top = nullptr;
@@ -64,8 +64,9 @@ struct Fibre {
 #endif
 };
 
-// A vector clock: by thread, then by mbarrier (its copies), then by warp (its wgmma), the number of
-// the latest step that comes before what holds the clock.
+// A vector clock. The actors of a block are its threads, its mbarriers (whose copies write memory)
+// and its warps (whose wgmma read it), in this order. Each actor counts its own steps; the clock
+// holds the latest step of each actor that happens before a given time.
 using Clocks = std::vector<uint32_t>;
 
 // A cp.async that its thread has not waited for.
@@ -79,12 +80,12 @@ struct AsyncCopy {
 struct Thread {
   Fibre fibre;
   int index;
-  std::shared_ptr<const Clocks> seen;  // the steps that come before this thread's next access
-  uint32_t clock = 1;                  // the thread's own step; barriers and arrivals end a step
+  std::shared_ptr<const Clocks> seen;  // the steps that happen before the thread's next access
+  uint32_t clock = 1;                  // the thread's own step, which a barrier or an arrival ends
   std::vector<AsyncCopy> async_copies = {};
   int committed_groups = 0;
   std::vector<uint32_t> fences = {};  // steps that ended with fence_proxy
-  const char* waits_at = nullptr;     // the barrier or collective that it waits at, and where
+  const char* waits_at = nullptr;     // the kind of barrier or collective, or null
   const void* site = nullptr;
   int waited_mbarrier = -1, waited_parity = 0;
   bool exited = false;
@@ -94,7 +95,7 @@ extern std::array<Thread, kMaxBlockThreads> threads;
 extern Thread* self;       // the thread that runs
 extern Fibre main_fibre;   // the fibre of run()
 extern int running;        // threads of the block that have not exited
-extern std::string error;  // why the launch is given up
+extern std::string error;  // the message of a launch that has failed
 
 void start_fibre(Fibre& fibre, int index);
 void start_threads();
@@ -103,7 +104,7 @@ void push_ready(const Thread& thread, bool first);
 bool any_ready();
 // Runs threads that are ready, and returns when another thread has made this one ready again.
 void suspend();
-// Leaves the launch for good; its fibres are never resumed.
+// Ends the launch. No fibre of it is resumed.
 [[noreturn]] void abandon();
 [[noreturn]] void fail_with(const std::string& what);
 template <class... Parts>
@@ -120,7 +121,7 @@ std::string who_waits_where();
 // kept about its bytes reserve addresses only.
 constexpr size_t kSharedRoom = 256 << 10;
 constexpr size_t kArenaBytes = size_t(32) << 30, kSector = 32, kPage = 4096;
-constexpr uint32_t kSharedBase = 1024;  // what a kernel sees as the address of its shared memory
+constexpr uint32_t kSharedBase = 1024;  // shared_address of the first byte of shared memory
 
 struct Buffer {
   std::string name;
@@ -136,7 +137,7 @@ enum AccessKind : uint8_t {
   kWgmmaRead,
   kTensorRead,
   kAsyncWrite,
-  kArrival,  // the bytes of a cp.async, at the wait
+  kArrival,  // the write of a cp.async's data at the wait
   kAtomic,
   kTensorWrite
 };
@@ -147,10 +148,10 @@ inline bool writes(AccessKind kind) { return kind == kWrite || kind >= kAsyncWri
 
 extern char *arena, *shared;
 extern size_t shared_bytes;
-extern size_t watched;  // bytes of the arena whose accesses are looked at: 0 outside a launch
+extern size_t watched;  // bytes of the arena whose accesses are checked: 0 outside a launch
 
 char* reserve(size_t bytes);
-void start_memory(size_t bytes);  // shared memory of a launch
+void start_memory(size_t bytes);  // allocates the launch's shared memory
 void end_memory();
 const Buffer* buffer_of(uint64_t offset, int bytes);
 bool inside_shared(const void* smem, size_t bytes);
@@ -159,10 +160,10 @@ void check_alignment(const void* address, int bytes, AccessKind kind, const void
 
 // races.cpp: the race check, which compares vector clocks.
 
-// An access, as it is kept about memory.
+// An access, as the race check remembers it.
 struct Mark {
   uint32_t block = 0, clock = 0, site = 0;
-  uint16_t thread = 0;  // an index of Clocks
+  uint16_t actor = 0;  // an index of Clocks
   bool atomic = false;
 };
 
@@ -173,23 +174,22 @@ void reserve_shadow();
 void release_shadow();
 // Checks an access of `thread` itself.
 void check_order(const Thread& thread, uint64_t offset, int bytes, uint32_t site);
-// Checks an access `now` that `thread` has started, by a copy or by wgmma. With `keep`, later
-// accesses are compared with it.
+// Checks the access `now` of a copy or a wgmma that `thread` has started. Only with `keep` is it
+// remembered, so that later accesses are compared with it.
 void check_order(const Thread& thread, const Mark& now, uint64_t offset, int bytes,
                  bool keep = true);
-// After this, what each member did comes before what any of them does.
+// Orders everything that each member has done before everything that any member will do.
 void join_clocks(const std::vector<Thread*>& members);
 void merge(Clocks& into, const Clocks& other);
-// After this, what `clocks` name comes before what the thread does.
+// Orders the steps in `clocks` before everything that the thread will do.
 void acquire(Thread& thread, const std::shared_ptr<const Clocks>& clocks);
-// Where Clocks keep the copies of an mbarrier and the wgmma of a warp.
-inline uint16_t clock_of_mbarrier(int mbarrier) { return blockDim.x + mbarrier; }
-inline uint16_t clock_of_warp(int warp) { return blockDim.x + kMaxMbarriers + warp; }
-inline size_t clocks_of_block() { return blockDim.x + kMaxMbarriers + blockDim.x / 32; }
+inline uint16_t actor_of_mbarrier(int mbarrier) { return blockDim.x + mbarrier; }
+inline uint16_t actor_of_warp(int warp) { return blockDim.x + kMaxMbarriers + warp; }
+inline size_t actors_of_block() { return blockDim.x + kMaxMbarriers + blockDim.x / 32; }
 
 // counts.cpp: requests, sectors and bank conflicts.
 
-// An instruction, by what it accesses and how.
+// A memory instruction of a kernel.
 struct Site {
   const void* address;
   AccessKind kind;
@@ -198,9 +198,9 @@ struct Site {
 struct LaunchRecord {
   const void* kernel;
   LaunchReport report;
-  std::vector<uint32_t> sites;  // of report.sites
+  std::vector<uint32_t> sites;  // in the order of report.sites
 };
-// One instruction of a warp, as far as its lanes have executed it.
+// One execution of a memory instruction by a warp, as far as its lanes have come.
 struct Request {
   uint32_t site;
   int previous;  // the site's request before this one, or -1
@@ -209,13 +209,13 @@ struct Request {
   uint64_t offset[32];
 };
 struct WarpRequests {
-  std::vector<Request> requests;  // since the warp's lanes last met
+  std::vector<Request> requests;  // since all lanes of the warp last met
   std::vector<int> last;          // by site: its last request, or -1
   int cursor[32];                 // by lane: the request that it joined last
 };
 
 extern std::vector<Site> sites;
-extern LaunchRecord* record;  // of the running launch
+extern LaunchRecord* record;  // the running launch's
 
 void start_counts(const void* kernel);
 void end_counts();
@@ -228,22 +228,21 @@ void count_copied_line(uint32_t site, const char* from, int64_t bytes);
 void reserve_stamps();
 void release_stamps();
 
-// collectives.cpp, wgmma.cpp: what the lanes of a warp do together.
+// collectives.cpp and wgmma.cpp: instructions that the lanes of a warp execute together.
 
 struct PendingCollective {
   Collective what;
   unsigned mask, arrived = 0;
 };
 
-// The accumulators of one unfinished wgmma or of several. The lanes' registers are NaN until the
-// last of them is finished.
+// The accumulators that one or several unfinished wgmma share. The lanes' own copies are NaN until
+// the last of these wgmma has finished.
 struct Accumulators {
   float* lane[32];
   int cols, pending = 0;
   float sum[16][256];
 };
-// A wgmma of a warp that has not been waited for. Its operands are read as late as hardware may
-// read them: at the wait.
+// A wgmma that its warp has not waited for.
 struct PendingWgmma {
   Wgmma what;
   const uint32_t* a[32];
@@ -253,12 +252,12 @@ struct PendingWgmma {
 };
 
 struct Warp {
-  PendingCollective collectives[32];  // by the lowest lane of the mask
+  PendingCollective collectives[32];  // indexed by the lowest lane of the mask
   Operand operand[32];
   std::vector<PendingWgmma> wgmma = {};
   int committed_groups = 0, issued = 0;
   bool fenced = false;
-  uint32_t clock = 0;  // counts the waits that finished wgmma
+  uint32_t clock = 0;  // the warp's steps as an actor: waits that have finished wgmma
 };
 extern std::array<Warp, kMaxBlockThreads / 32> warps;
 
@@ -275,21 +274,21 @@ void issue_wgmma(int warp, const Operand* operand);
 void wait_wgmma(int warp, int groups);  // until at most so many groups are unfinished
 void check_wgmma_at_exit();
 
-// mbarrier.cpp
+// mbarrier.cpp: mbarriers, whose phases wait for arrivals and for copied bytes.
 
 struct Mbarrier {
   char* address;
   int arrivals, missing_arrivals;
   int64_t missing_bytes = 0;
-  uint32_t phases = 0;                          // that have ended
-  Clocks arrived = {};                          // what comes before this phase's arrivals
-  std::shared_ptr<const Clocks> released = {};  // what comes before the end of the last phase
+  uint32_t phases = 0;  // number of phases that have ended
+  Clocks arrived = {};  // the steps that happen before the arrivals of the current phase
+  std::shared_ptr<const Clocks> released = {};  // those that happen before the last phase's end
   std::vector<uint16_t> waiting = {};           // threads
 };
 extern std::vector<Mbarrier> mbarriers;
 
 int mbarrier_of(const uint64_t* barrier, const void* site);
-// An mbarrier's own bytes take part in the race check.
+// Checks an access to the mbarrier's own bytes for races.
 void note_mbarrier(const uint64_t* barrier, AccessKind kind, const void* site);
 void end_phase_if_complete(int mbarrier);
 
@@ -300,12 +299,12 @@ void start_copies();
 void deliver_some_copies();
 void check_copies_at_exit();
 
-// launch.cpp
+// launch.cpp: the running launch, and the random numbers that order it.
 
 extern Options options;
-extern uint32_t block;        // numbered through all launches from 1
-extern uint32_t first_block;  // of this launch
-extern uint32_t launches;
+extern uint32_t block;        // the running block; blocks of all launches are numbered from 1
+extern uint32_t first_block;  // the launch's first number
+extern uint32_t launches;     // number of launches so far
 extern const std::function<void()>* body;
 
 std::string block_name(uint32_t number);

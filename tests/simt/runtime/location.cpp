@@ -17,8 +17,8 @@ bool is_wrapper(const std::string& line) {
   return false;
 }
 
-// "void tvmf::kernel<float>(Params)" without the type of its result and its parameters, whose types
-// may have parentheses, too.
+// Makes "tvmf::kernel<float>" of "void tvmf::kernel<float>(Params)". The parameters' types may
+// contain parentheses, too.
 std::string name_of(char* function) {
   if (char* end = strrchr(function, ')')) {
     for (int depth = 0; end > function; --end)

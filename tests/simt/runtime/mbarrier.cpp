@@ -1,6 +1,5 @@
-// Mbarriers. The 64 bits of one in shared memory hold only a number, by which the runtime finds its
-// state. A thread that waits for a phase comes after all that came before the phase's arrivals, and
-// after the phase's copies.
+// Mbarriers. The 64 bits of an mbarrier in shared memory hold only a number, by which the runtime
+// finds its state. The arrivals and the copies of a phase happen before the end of a wait for it.
 #include "internal.h"
 
 namespace simt {
@@ -13,7 +12,7 @@ constexpr uint64_t kMbarrierMagic = 0x6d62617272696572;
 
 void check_address(const uint64_t* barrier, const void* site) {
   if (!inside_shared(barrier, 8) || reinterpret_cast<uintptr_t>(barrier) % 8)
-    fail("an mbarrier that is not 8 aligned bytes of shared memory", at(site));
+    fail("the mbarrier is not 8 aligned bytes of shared memory", at(site));
 }
 
 }  // namespace
@@ -42,7 +41,7 @@ void end_phase_if_complete(int number) {
   ++m.phases;
   m.missing_arrivals = m.arrivals;
   if (options.check_races) {
-    m.arrived[clock_of_mbarrier(number)] = m.phases;
+    m.arrived[actor_of_mbarrier(number)] = m.phases;
     m.released = std::make_shared<const Clocks>(std::exchange(m.arrived, {}));
   }
   shuffle_order(m.waiting.data(), m.waiting.size());
@@ -53,7 +52,8 @@ void end_phase_if_complete(int number) {
 void barrier_init(uint64_t* barrier, int arrivals) {
   const void* site = CALL_SITE;
   check_address(barrier, site);
-  if (arrivals < 1 || arrivals >= 1 << 20) fail("an mbarrier of ", arrivals, " arrivals", at(site));
+  if (arrivals < 1 || arrivals >= 1 << 20)
+    fail("an mbarrier cannot expect ", arrivals, " arrivals", at(site));
   note_mbarrier(barrier, kWrite, site);
   size_t number = 0;
   while (number < mbarriers.size() && mbarriers[number].address != reinterpret_cast<char*>(barrier))
@@ -64,8 +64,8 @@ void barrier_init(uint64_t* barrier, int arrivals) {
   // The phases of an earlier mbarrier at this address stay counted, since they number its copies.
   // The count becomes even, because the first parity is 0.
   fresh.phases = (mbarriers[number].phases + 1) / 2 * 2;
-  if (options.check_races) fresh.arrived.resize(clocks_of_block());
-  fresh.released = std::make_shared<const Clocks>(clocks_of_block());
+  if (options.check_races) fresh.arrived.resize(actors_of_block());
+  fresh.released = std::make_shared<const Clocks>(actors_of_block());
   mbarriers[number] = std::move(fresh);
   const uint64_t state = number ^ kMbarrierMagic;
   memcpy(barrier, &state, 8);
@@ -94,7 +94,7 @@ void barrier_wait(uint64_t* barrier, int parity) {
   const void* site = CALL_SITE;
   const int number = mbarrier_of(barrier, site);
   note_mbarrier(barrier, kAtomic, site);
-  if (parity != 0 && parity != 1) fail("parity ", parity, at(site));
+  if (parity != 0 && parity != 1) fail("a parity must be 0 or 1, got ", parity, at(site));
   const uint32_t phase = mbarriers[number].phases;
   while (int(mbarriers[number].phases & 1) == parity) {
     thread.site = site;

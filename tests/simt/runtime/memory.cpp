@@ -1,7 +1,7 @@
 // The memory of kernels: shared memory and the global buffers, and the checks of every access.
 // GCC's -fsanitize=thread makes kernels call the hooks at the end before each access; the runtime
-// itself is compiled without it. Under AddressSanitizer there are no hooks, and memory comes from
-// malloc.
+// itself is compiled without it. Under AddressSanitizer memory comes from malloc, and there are no
+// hooks.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -26,7 +26,8 @@ std::vector<Buffer> buffers;
 char* reserve(size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::runtime_error("simt: no address space");
+  if (memory == MAP_FAILED)
+    throw std::runtime_error(text("no address space for ", bytes, " bytes"));
   return static_cast<char*>(memory);
 }
 

@@ -1,5 +1,5 @@
-// The race check. Every thread has a vector clock, and every two bytes of the arena remember who
-// accessed them. Barriers, mbarriers and waits order accesses; shuffles, mma and atomics do not.
+// The race check. Every thread has a vector clock, and every two bytes of the arena remember their
+// last accesses. Barriers, mbarriers and waits order accesses; shuffles, mma and atomics do not.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -22,11 +22,11 @@ Cell* shadow;  // one cell for two bytes of the arena
 
 std::string describe(const Mark& mark) {
   const Site& site = sites[mark.site];
-  const int first_copy = blockDim.x, first_warp = clock_of_warp(0);
+  const int first_copy = blockDim.x, first_warp = actor_of_warp(0);
   return text(block_name(mark.block),
-              mark.thread >= first_warp   ? text(" warp ", mark.thread - first_warp)
-              : mark.thread >= first_copy ? std::string(" a copy")
-                                          : text(" thread ", mark.thread),
+              mark.actor >= first_warp   ? text(" warp ", mark.actor - first_warp)
+              : mark.actor >= first_copy ? std::string(" a copy")
+                                         : text(" thread ", mark.actor),
               " (", kKindNames[site.kind], at(site.address), ")");
 }
 
@@ -39,14 +39,13 @@ void report_race(const Mark& now, const Mark& before, uint64_t offset) {
   if (race_sites.size() == kMaxRaces) abandon();
 }
 
-// The writer must have fenced between its write and the step that made the write visible to
-// `thread`.
+// The writer must have fenced after its write, and before the step that ordered it before `thread`.
 void check_fence(const Thread& thread, const Mark& write, uint64_t offset, uint32_t site) {
-  const Thread& writer = threads[write.thread];
+  const Thread& writer = threads[write.actor];
   const auto fence = std::lower_bound(writer.fences.begin(), writer.fences.end(), write.clock);
-  const uint32_t until = &writer == &thread ? thread.clock - 1 : (*thread.seen)[write.thread];
+  const uint32_t until = &writer == &thread ? thread.clock - 1 : (*thread.seen)[write.actor];
   if (fence != writer.fences.end() && *fence <= until) return;
-  fail("no fence for wgmma and copies between the write of thread ", write.thread,
+  fail("no fence for wgmma and copies between the write of thread ", write.actor,
        at(sites[write.site].address), " and this ", kKindNames[sites[site].kind],
        at(sites[site].address), " of shared memory + ", offset);
 }
@@ -62,8 +61,8 @@ void check_order(const Thread& thread, const Mark& now, uint64_t offset, int byt
   const uint32_t oldest = offset < kSharedRoom ? block : first_block;
   const uint32_t* seen = thread.seen->data();
   const auto before_now = [&](const Mark& mark) {
-    return mark.block < oldest || (mark.block == block && (mark.thread == thread.index ||
-                                                           seen[mark.thread] >= mark.clock));
+    return mark.block < oldest ||
+           (mark.block == block && (mark.actor == thread.index || seen[mark.actor] >= mark.clock));
   };
   const auto check = [&](const Mark& mark) {
     if (before_now(mark) || (mark.atomic && now.atomic)) return;
@@ -118,8 +117,7 @@ void merge(Clocks& into, const Clocks& other) {
   for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], other[i]);
 }
 
-// Most threads of a warp have seen the same before and acquire the same, so the last result is
-// kept.
+// The threads of a warp mostly merge the same two clocks, so the last result is kept.
 void acquire(Thread& thread, const std::shared_ptr<const Clocks>& clocks) {
   static std::shared_ptr<const Clocks> mine, theirs, both;
   if (!options.check_races) return;

@@ -132,7 +132,7 @@ void start_fibre(Fibre& fibre, int index) {
 // Runs the block's threads until none is ready.
 void start_threads() {
   const unsigned count = blockDim.x;
-  const auto seen = std::make_shared<const Clocks>(clocks_of_block());
+  const auto seen = std::make_shared<const Clocks>(actors_of_block());
   for (unsigned i = 0; i < count; ++i) {
     Thread& thread = threads[i];
     thread = {.fibre = thread.fibre, .index = int(i), .seen = seen};

@@ -7,7 +7,7 @@
 namespace simt {
 namespace {
 
-// By warpgroup: the wgmma that it has issued. Each of its warps must issue the same in turn.
+// The wgmma that each warpgroup has issued. All its warps must issue the same sequence.
 std::vector<std::vector<Wgmma>> issued_by_warpgroup;
 
 using WideRow = float __attribute__((vector_size(32)));
@@ -50,23 +50,25 @@ MultiplyRows* const multiply_rows_best = (__builtin_cpu_init(), __builtin_cpu_su
 MultiplyRows* const multiply_rows_best = multiply_rows_baseline;
 #endif
 
-// Calls f(line, chunk, address) for the chunks of 16 bytes of an operand with extents `extent` and
-// k = 16. A line has one index of the first and runs along k, or, transposed, the other way round.
+// Calls f(line, chunk, address) for every chunk of 16 bytes of an operand that has `extent` rows
+// (A) or columns (B) and a depth of 16. There is one line for each row or column, or, in a
+// transposed operand, one for each step of the depth.
 template <class F>
 __attribute__((always_inline)) inline void for_chunks(uint64_t descriptor, bool transposed,
                                                       int extent, const F& f) {
   const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
                  stride = (descriptor >> 32 & 0x3fff) << 4;
-  const auto place = [&](uint32_t address) {
+  const auto at_address = [&](uint32_t address) {
     return shared + (int64_t(address ^ (address >> 7 & 7) << 4) - kSharedBase);
   };
   if (!transposed) {
     for (int mn = 0; mn < extent; ++mn)
-      for (int c = 0; c < 2; ++c) f(mn, c, place(start + mn / 8 * stride + mn % 8 * 128 + c * 16));
+      for (int c = 0; c < 2; ++c)
+        f(mn, c, at_address(start + mn / 8 * stride + mn % 8 * 128 + c * 16));
   } else {
     for (int k = 0; k < 16; ++k)
       for (int c = 0; c < extent / 8; ++c)
-        f(k, c, place(start + c / 8 * leading + k / 8 * stride + k % 8 * 128 + c % 8 * 16));
+        f(k, c, at_address(start + c / 8 * leading + k / 8 * stride + k % 8 * 128 + c % 8 * 16));
   }
 }
 
@@ -77,15 +79,15 @@ uint64_t descriptor_of_a(const Wgmma& w, int warp) {
   return w.a_descriptor + (w.transposed_a ? first * 2 / 16 : first / 8 * stride);
 }
 
-// Checks that an operand lies in shared memory, and that no other access to it may come at the same
-// time. Adjacent chunks are checked together.
+// Checks that an operand lies in shared memory and that no write to it can happen at the same time.
+// Adjacent chunks are checked together.
 void check_operand(int warp, uint64_t descriptor, bool transposed, int extent, bool finished,
                    const void* site) {
   const Thread& thread = threads[warp * 32];
-  if (descriptor >> 62 != 1) fail("a wgmma descriptor without the 128-byte swizzle", at(site));
+  if (descriptor >> 62 != 1) fail("the wgmma descriptor lacks the 128-byte swizzle", at(site));
   const bool watching = watched && options.check_races;
   const Mark now{block, warps[warp].clock + 1, watching ? site_of(site, kWgmmaRead, true) : 0,
-                 clock_of_warp(warp), false};
+                 actor_of_warp(warp), false};
   uint64_t from = 0, to = 0;
   const auto check = [&] {
     if (to > from) check_order(thread, now, from, to - from, finished);
@@ -116,8 +118,8 @@ void to_floats(float* out, const uint16_t* in, int count, MmaKind kind) {
     for (int i = 0; i < count; ++i) out[i] = from_f16(in[i]);
 }
 
-// An operand as floats, value[k][index], and the bytes that they were made of. Most often another
-// warp has just read the same bytes, so the last results are kept.
+// An operand as floats, value[k][row or column], and the bytes from which they were converted. Most
+// often another warp has just converted the same bytes, so the last results are kept.
 struct Converted {
   uint64_t descriptor;
   int extent;
@@ -186,13 +188,13 @@ bool same(const Wgmma& a, const Wgmma& b) {
          a.transposed_b == b.transposed_b && a.add == b.add && !a.a == !b.a;
 }
 
-// Takes the accumulators of the lanes, which another unfinished wgmma of the warp may have already.
+// Takes the lanes' accumulators, or shares those that an unfinished wgmma of the warp has taken.
 void take_accumulators(const Warp& warp, PendingWgmma& pending, const Operand* operand) {
   const Wgmma& w = pending.what;
   for (const PendingWgmma& other : warp.wgmma)
     if (other.accumulators->lane[0] == operand[0].out) pending.accumulators = other.accumulators;
   if (!warp.fenced && (w.a || !pending.accumulators))
-    fail("wgmma whose registers may have changed since wgmma_fence", at(pending.site));
+    fail("the registers of this wgmma may have changed since wgmma_fence", at(pending.site));
   if (!pending.accumulators) {
     pending.accumulators = std::make_shared<Accumulators>();
     Accumulators& fresh = *pending.accumulators;
@@ -242,7 +244,7 @@ void issue_wgmma(int number, const Operand* operand) {
   Warp& warp = warps[number];
   const void* site = self->site;
   if ((number / 4 + 1) * 128 > int(blockDim.x))
-    fail("wgmma of a warpgroup that is not whole", at(site));
+    fail("wgmma needs a whole warpgroup of 128 threads", at(site));
   PendingWgmma pending{
       *static_cast<const Wgmma*>(operand[0].in), {}, nullptr, warp.committed_groups, site};
   const Wgmma& w = pending.what;
@@ -271,8 +273,8 @@ void wait_wgmma(int number, int groups) {
   warp.wgmma.erase(warp.wgmma.begin(), pending);
   warp.fenced = false;
   if (!options.check_races) return;
-  Clocks finished(clocks_of_block());
-  finished[clock_of_warp(number)] = ++warp.clock;
+  Clocks finished(actors_of_block());
+  finished[actor_of_warp(number)] = ++warp.clock;
   const auto clocks = std::make_shared<const Clocks>(std::move(finished));
   for (int lane = 0; lane < 32; ++lane) acquire(threads[number * 32 + lane], clocks);
 }
