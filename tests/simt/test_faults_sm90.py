@@ -190,7 +190,7 @@ def test_products(kind, form, cols, add):
     ("fault", "message"),
     [
         (1, rf"exits without waiting for its wgmma at {LINE}"),
-        (3, rf"registers may have changed since wgmma_fence at {LINE}"),
+        (3, rf"registers of this wgmma may have changed since wgmma_fence at {LINE}"),
         (4, r"race on shared memory.*\((read|wgmma read) at .* a copy"),
         (5, "different numbers of wgmma"),
     ],
