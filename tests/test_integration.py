@@ -38,29 +38,44 @@ def full_problem(N=6, C=40, D=130, **options):
 
 
 def head_arguments(problem):
-    """The operators' common arguments, in the order of their schema."""
-    scale = problem["scale"]
-    return [
-        problem["input"],
-        problem["linear_weight"],
-        problem["target"],
-        problem["kappa"] if isinstance(problem["kappa"], torch.Tensor) else None,
-        0.0 if isinstance(problem["kappa"], torch.Tensor) else problem["kappa"],
-        scale.s if isinstance(scale, functional.SoftplusScale) else None,
-        1.0 if isinstance(scale, functional.SoftplusScale) else scale,
-        isinstance(scale, functional.SoftplusScale),
-        problem.get("linear_bias"),
-        problem.get("prior"),
-        problem.get("weight"),
-        problem.get("ignore_index", -100),
-        False,
-    ]
+    """The arguments that all operators share."""
+    scale, kappa = problem["scale"], problem["kappa"]
+    softplus = isinstance(scale, functional.SoftplusScale)
+    tensor = isinstance(kappa, torch.Tensor)
+    return ops.Head(
+        input=problem["input"],
+        weight=problem["linear_weight"],
+        target=problem["target"],
+        kappa=kappa if tensor else None,
+        scale=scale.s if softplus else None,
+        bias=problem.get("linear_bias"),
+        prior=problem.get("prior"),
+        class_weight=problem.get("weight"),
+        kappa_value=0.0 if tensor else kappa,
+        scale_value=1.0 if softplus else scale,
+        softplus_scale=softplus,
+        ignore_index=problem.get("ignore_index", -100),
+        allow_tf32=False,
+    )
+
+
+def test_python_lists_the_arguments_of_the_operators_schemas():
+    for name in ("row_statistics", "cross_entropy"):
+        arguments = [a.name for a in getattr(OPS, name).default._schema.arguments]
+        assert tuple(arguments[: len(ops.Head._fields)]) == ops.Head._fields
+    backward = [a.name for a in OPS.cross_entropy_backward.default._schema.arguments]
+    assert tuple(backward[1 : 1 + len(ops.Head._fields)]) == ops.Head._fields
+    assert len(OPS.cross_entropy_backward.default._schema.returns) == len(ops.DIFFERENTIABLE)
 
 
 def operator_calls(problem, kept):
     """The four operators, each with arguments as autograd would pass them."""
     head, N = head_arguments(problem), len(problem["input"])
-    optional = sum(bit for bit, position in ((4, 3), (8, 5), (16, 8)) if head[position] is not None)
+    optional = sum(
+        1 << bit
+        for bit, name in enumerate(ops.DIFFERENTIABLE)
+        if bit > 1 and getattr(head, name) is not None
+    )
     *_, saved = OPS.row_statistics(*head, True, kept)
     grads = [torch.randn(N, dtype=saved.dtype) for _ in range(3)]
     yield OPS.row_statistics.default, (*head, True, kept)
