@@ -229,6 +229,13 @@ exit 1"""
     assert "Traceback" not in result.stderr
 
 
+def test_setup_checks_the_versions_of_pyproject():
+    needed = runpy.run_path(str(ROOT / "setup.py"))["NEEDED"]
+    requires = re.search(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert dict(re.findall(r'"(\w+)>=([\d.]+)"', requires)) == needed
+    assert re.findall(r'"(\w+)"', requires) == ["ninja"]
+
+
 def test_metadata_needs_no_compiler(setup):
     for name in ("cmake", "ninja", "c++"):
         (setup.folder / name).unlink()

@@ -25,7 +25,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// "8.0, 9.0" of nvcc's "800,900".
+// Writes nvcc's "800,900" as "8.0, 9.0".
 std::string compute_capabilities() {
   std::istringstream archs(cuda_archs());
   std::string text;
@@ -35,7 +35,7 @@ std::string compute_capabilities() {
   return text;
 }
 
-// "13.0" of the runtime's 13000.
+// Writes 13000, as the CUDA runtime numbers its version, as "13.0".
 std::string toolkit_version(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
