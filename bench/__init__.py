@@ -1,5 +1,13 @@
-"""What the fused head saves: python -m bench, bench.end_to_end, bench.scaling, bench.train."""
+"""The benchmark `python -m bench`, and its other commands, each a file beside this one.
 
+suite.py says what is measured and variants.py what is compared. measure/ takes times, memory and
+errors; show/ prints, draws and saves them and writes them into the documents.
+"""
+
+import importlib.util
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, before torch is imported
+# torch's profiler prints warnings unless this is set before torch is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+if importlib.util.find_spec("rich") is None:
+    raise SystemExit("error: the benchmark needs the package rich: pip install -e '.[train]'")

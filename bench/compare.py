@@ -1,11 +1,12 @@
 """`python -m bench.compare A.json B.json`: what became slower, larger or wrong from A to B.
 
-Times of two runs are of two moments of a machine, or of two machines; ratios of variants that took
-turns are not. So a variant's time is compared as it stood to another's, `--by products`, which no
-change of ours moves (or eager, or as it is: `--by time`). A change counts where neither quartiles
-of A and B nor medians of their successive parts meet, and medians are more than `--least` apart.
-Times of a few milliseconds still differ by a tenth and more from process to process: what is said
-to be slower there, measure again. Exit status 1 if something is worse.
+Two runs are two moments of a machine, or two machines, so their times do not compare. Ratios of
+variants that took turns do. A variant's time is therefore divided by that of another, which no
+change of ours affects: `--by products` (the default) or eager; `--by time` compares times as they
+are. A change counts if its size is more than `--least` and the two ranges do not overlap, each of
+which spans the quartiles and the medians of successive parts of a run. Times of a few milliseconds
+still differ by a tenth and more between processes: measure again before you believe such a change.
+The exit status is 1 if something became worse.
 """
 
 import argparse
@@ -13,15 +14,16 @@ import json
 import sys
 from pathlib import Path
 
-from tabulate import tabulate
-
-from bench.show import PASSES, bytes_of, shape_of
+from bench.show.tables import PASSES, table
+from bench.show.units import shape_of, with_unit
 from bench.variants import NAMES
 
-MEMORY = 1 << 20  # bytes of extra memory that come and go with pages
+# Bytes of extra memory that come and go, because the resident set changes by whole pages.
+MEMORY = 1 << 20
 
 
 def key(case):
+    """The properties that a case of A and a case of B must share to be compared."""
     about = (case.get(name) for name in ("kappa", "dtype", "pass", "device", "threads", "sweep"))
     return *case["shape"], *about
 
@@ -33,14 +35,15 @@ def limits(figures):
 
 
 def relative(case, name, by):
-    """(low, median, high) of a variant's time by another's, or in ms; None where one has none."""
+    """(low, median, high) of a variant's time divided by another's, or in ms by itself; None if
+    one of the two was not timed."""
     own, base = (case["results"].get(n, {}).get(PASSES[case["pass"]]) for n in (name, by))
     if own is None or (base is None and by != "time"):
         return None
     low, middle, high = limits(own)
     if by == "time":
         return low, middle, high
-    if name == "fused":  # of the same turns
+    if name == "fused":  # the ratios were taken turn by turn
         ends = limits(case["results"][by]["over_fused"])
         return tuple(1 / ratio for ratio in reversed(ends))
     return tuple(value / base["median"] for value in (low, middle, high))
@@ -55,76 +58,83 @@ def verdict(a, b, least):
     return "slower" if change > 0 else "faster", change
 
 
+def compare_case(was, case, name, by, least):
+    """A row of the table for one variant of one case, and whether it became worse."""
+    row = {"(N, C, D)": shape_of(was), "kappa": f"{was['kappa']:g}", "dtype": was["dtype"]}
+    a, b = was["results"][name], case["results"].get(name)
+    if b is None:
+        return row | {"verdict": "LOST: not in B"}, True
+    worse = False
+    times = [relative(c, name, by) for c in (was, case)]
+    if None in times:
+        worse = times[0] is not None
+        why = b.get("refused") or ("wrong" if b.get("wrong") else f"no time of {by}")
+        row["verdict"] = f"LOST: {why}" if worse else "not compared"
+    else:
+        word, change = verdict(*times, least)
+        worse = word == "slower"
+        row |= {
+            "A": f"{times[0][1]:.3g}",
+            "B": f"{times[1][1]:.3g}",
+            "change": f"{change:+.1%}",
+            "verdict": word.upper() if worse else word,
+        }
+    sizes = [result.get("extra_bytes") for result in (a, b)]
+    if None not in sizes:
+        row["extra memory"] = " -> ".join(with_unit(size, "B") for size in sizes)
+        if sizes[1] > 1.1 * sizes[0] + MEMORY:
+            row["extra memory"] += " LARGER"
+            worse = True
+    return row, worse
+
+
 def compare(old, new, name, by, least):
     """Rows of the table for one variant, and whether one of them is worse."""
-    after, rows, worse = {key(case): case for case in new["cases"]}, [], False
-    for was in old["cases"]:
-        if name not in was["results"]:
-            continue
-        case = after.get(key(was), {"results": {}})
-        a, b = was["results"][name], case["results"].get(name)
-        row = {"": shape_of(was), "kappa": f"{was['kappa']:g}", "dtype": was["dtype"]}
-        if b is None:
-            rows.append(row | {"verdict": "LOST: not in B"})
-            worse = True
-            continue
-        times = [relative(c, name, by) for c in (was, case)]
-        if None in times:
-            lost = times[0] is not None
-            told = b.get("refused") or ("wrong" if b.get("wrong") else f"no time of {by}")
-            row["verdict"] = f"LOST: {told}" if lost else "not compared"
-            worse |= lost
-        else:
-            told, change = verdict(*times, least)
-            row |= {
-                "A": f"{times[0][1]:.3g}",
-                "B": f"{times[1][1]:.3g}",
-                "change": f"{change:+.1%}",
-            }
-            row["verdict"] = told.upper() if told == "slower" else told
-            worse |= told == "slower"
-        sizes = [result.get("extra_bytes") for result in (a, b)]
-        if None not in sizes:
-            row["memory"] = " -> ".join(map(bytes_of, sizes))
-            if sizes[1] > 1.1 * sizes[0] + MEMORY:
-                row["memory"] += " LARGER"
-                worse = True
-        rows.append(row)
-    return rows, worse
+    after = {key(case): case for case in new["cases"]}
+    found = [
+        compare_case(was, after.get(key(was), {"results": {}}), name, by, least)
+        for was in old["cases"]
+        if name in was["results"]
+    ]
+    return [row for row, _ in found], any(worse for _, worse in found)
+
+
+def read(path, parser):
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"got {path} ({error}), wanted a file of python -m bench --json")
+    if not isinstance(report, dict) or not {"suite", "cases"} <= set(report):
+        parser.error(f"got {path}, wanted a file of python -m bench --json")
+    return report
 
 
 def main(args=None):
     parser = argparse.ArgumentParser(
-        prog="python -m bench.compare", description=__doc__,
+        prog="python -m bench.compare",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("a", type=Path, metavar="A.json")
-    parser.add_argument("b", type=Path, metavar="B.json")
-    parser.add_argument("--variant", choices=NAMES, default="fused", help="(default fused)")
-    parser.add_argument("--by", choices=("products", "eager", "time"), default="products")
-    parser.add_argument("--least", type=float, default=0.1, help="change of a median (default 0.1)")
+    )
+    add = parser.add_argument
+    add("a", type=Path, metavar="A.json")
+    add("b", type=Path, metavar="B.json")
+    add("--variant", choices=NAMES, default="fused", help="(default fused)")
+    add("--by", choices=("products", "eager", "time"), default="products")
+    add("--least", type=float, default=0.1, help="the least change that counts (default 0.1)")
     options = parser.parse_args(args)
     if not options.least >= 0:
         parser.error(f"--least wants >= 0, got {options.least}")
     if options.variant == options.by:
-        parser.error(f"--by wants another than --variant, got {options.by} for both")
-    reports = []
-    for path in (options.a, options.b):
-        try:
-            reports.append(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
-            parser.error(f"got {path} ({error}), wanted a file of python -m bench --json")
-        if not isinstance(reports[-1], dict) or not {"suite", "cases"} <= set(reports[-1]):
-            parser.error(f"got {path}, wanted a file of python -m bench --json")
-    old, new = reports
-    for letter, report in zip("AB", reports, strict=True):
+        parser.error(f"--by wants another variant than --variant, got {options.by} for both")
+    old, new = (read(path, parser) for path in (options.a, options.b))
+    for letter, report in zip("AB", (old, new), strict=True):
         where = report["cpu"] if report["device"] == "cpu" else report["device"]
         print(f"{letter}: {report['commit']}, {report['date']}, {where}, torch {report['torch']}")
     rows, worse = compare(old, new, options.variant, options.by, options.least)
     if not rows:
         parser.error(f"got no case of {options.variant} in A, wanted one")
-    unit = "ms" if options.by == "time" else f"time over that of {options.by}"
-    print(f"\n{options.variant}, {unit}\n\n{tabulate(rows, headers='keys', disable_numparse=True)}")
+    unit = "ms" if options.by == "time" else f"time divided by that of {options.by}"
+    print(f"\n{options.variant}, {unit}\n\n{table(rows)}")
     sys.exit(int(worse))
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What there is to learn on a GPU: the tests of the real device, what the sanitizers say of a few of
-# them (`tests`, under 4 minutes), the benchmarks of the documents (`bench`, meant for 5), and others
-# (`more`, meant for 10). Results go to bench/results/; `--load` puts them into the documents:
-#   python -m bench --suite gpu --load bench/results/GPU/bench.json --readme
-#   bash bench/gpu_round.sh [tests|bench|more]  all by default; PYTHON=... has tvmf_ext installed
+# Tests and measures on a GPU: bash bench/gpu_round.sh [tests|bench|more], by default all three.
+# `tests` runs the GPU's tests, a few of them under compute-sanitizer too (under 4 minutes); `bench`
+# measures what the documents show (about 5 minutes), `more` other cases (about 10). PYTHON=...
+# names a Python that has tvmf_ext. Results go to bench/results/GPU; this puts them into a document:
+#   python -m bench --suite gpu --load bench/results/GPU/bench.json --document
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -16,7 +16,8 @@ out=bench/results/$gpu
 mkdir -p "$out"
 failed=0
 
-# Runs a step for at most so many seconds, its output to a file, and shows the end of it.
+# step NAME SECONDS COMMAND...: runs a command for at most so many seconds, writes its output to
+# NAME.txt and shows the end of it.
 step() {
   local name=$1 seconds=$2 rc=0
   shift 2
@@ -34,27 +35,30 @@ step() {
 } | tee "$out/about.txt"
 
 if [[ $part =~ ^(all|tests)$ ]]; then
-  # Most of a test is the oracle's and Python's time: workers share the GPU where xdist is there.
+  # A test spends most of its time in the oracle and in Python, so workers share the GPU if
+  # pytest-xdist is installed.
   workers=()
   "$python" -c "import xdist" 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
   OMP_NUM_THREADS=2 step tests 240 "$python" -m pytest -q -m cuda --tb=short --durations=10 \
     "${workers[@]}" tests &
   pids=($!)
 
-  # The tools are slow, and look at our kernels alone: a ragged problem of every mix of dtypes, and
-  # a bad label. A write of torch's own kernels is not seen, so that initcheck has tests without.
+  # The sanitizers are slow, so they see a few tests: a ragged problem of every mix of dtypes, and a
+  # bad label. They watch our kernels alone (kns=tvmf). initcheck would report every value that a
+  # kernel of torch wrote, so its tests are those that have none.
   few="between_copies or test_every_mix and cross_entropy and 70 or bad_label_is_nan or ieee or tf32"
   declare -A which=([memcheck]=$few [racecheck]=$few [initcheck]=between_copies)
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck; do
-      # Torch's allocator hides a buffer's end in a larger block; without it each has its own.
+      # With torch's allocator an access beyond a buffer stays inside a larger block and is not
+      # noticed, so every buffer gets an allocation of its own.
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=2 step "$tool" 200 compute-sanitizer \
         --tool "$tool" --error-exitcode 9 --kernel-regex kns=tvmf \
         "$python" -m pytest -q -x -m cuda tests/cuda/test_gpu.py -k "${which[$tool]}" &
       pids+=($!)
     done
   else
-    echo "gpu_round: no compute-sanitizer on PATH, its three steps are left out" >&2
+    echo "gpu_round: compute-sanitizer is not on PATH, so its three steps are left out" >&2
     failed=1
   fi
   for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
@@ -67,9 +71,9 @@ if [[ $part =~ ^(all|bench)$ ]]; then
     --json "$out/end-to-end.json" || failed=1
   step scaling 120 "$python" -m bench.scaling --device cuda --seconds 0.5 \
     --json "$out/scaling.json" --plot "$out/scaling.png" || failed=1
-  step kernels 60 "$python" -m bench.kernels --json "$out/kernels.json" || failed=1
+  step kernels 60 "$python" -m bench.kernel_times --json "$out/kernels.json" || failed=1
   for shape in "256 1000 512" "256 8142 2048" "1024 1000000 512"; do
-    # shellcheck disable=SC2086  (three numbers)
+    # shellcheck disable=SC2086  (a shape is three words)
     "$python" -m tvmf_ext plan $shape --dtype bfloat16 --weight-dtype float32 --gpu cuda
     echo
   done >"$out/plans.txt"

@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from bench.measure import about
+from bench.measure.machine import about
 from train.config import Config, load_recipe
 from train.data import load_data
 from train.fit import MOMENTUM

@@ -1,9 +1,8 @@
-"""What is compared: the fused head, eager PyTorch, torch.compile, and peers for kappa = 0.
+"""What is compared: the fused head, eager PyTorch, torch.compile, and other packages' heads.
 
-A variant has `forward(input, weight, target, scale)` and `backward(state, input, weight, scale)`,
-which returns the gradients of the last three; state is what forward returned. The others normalise
-before the peer's function, which knows no cosine, and where features are shorter than the weight
-they round it, as eager PyTorch must.
+The other packages (peers) have no t-vMF similarity and run at kappa = 0 alone. They do not
+normalise either, so their operands are normalised before the call. Where features are shorter than
+the weight (bfloat16 beside float32) the weight is rounded, as eager PyTorch has to do.
 """
 
 import contextlib
@@ -23,8 +22,8 @@ from tvmf_ext import reference
 
 ABOUT = {
     "fused": "tvmf_ext.tvmf_cross_entropy",
-    "eager": "tvmf_ext.reference.tvmf_cross_entropy: the paper's formulas in eager PyTorch; for "
-    "kappa 0 the cosine times the scale",
+    "eager": "tvmf_ext.reference.tvmf_cross_entropy: the paper's formulas in eager PyTorch; at "
+    "kappa 0 the scaled cosine",
     "compile": "the same under torch.compile",
     "max-autotune": "the same in mode max-autotune-no-cudagraphs; by default on GPUs alone",
     "linear_ce": "torch.nn.functional.linear_cross_entropy",
@@ -33,31 +32,36 @@ ABOUT = {
     "cce": "Apple's cut-cross-entropy",
     "liger": "Liger's fused linear cross-entropy",
     "quack": "quack's chunked linear cross-entropy",
-    "products": "the three bare matrix products: the floor of all that is made of library products",
+    "products": "the three matrix products alone: no head that calls the library for its products "
+    "takes less time",
 }
 NAMES = tuple(ABOUT)
-# Eager comes first, for the errors of the others are held against its own.
+# Eager PyTorch comes first, because its error is the measure of the others' errors.
 ORDER = ("eager", *(name for name in NAMES if name != "eager")).index
 
 
 class Refused(Exception):
-    """A variant does not do a problem; the text says why."""
+    """A variant cannot run a case; the text says why."""
 
 
 @dataclasses.dataclass
 class Loss:
-    """A variant that is a loss function with autograd's backward pass."""
+    """A variant that is a loss function and leaves the backward pass to autograd."""
 
     forward: Callable
-    transposed: bool = False  # its weight is [D, C]
+    """makes the loss from features, weight, targets and scale"""
+    transposed: bool = False
+    """whether its weight is [D, C]"""
 
     def backward(self, loss, *leaves):
         return torch.autograd.grad(loss, leaves)
 
 
 class Products:
-    """Logits, then features' and weights' gradients, all of features' dtype; the gradient of the
-    logits and the rounded weight are there before."""
+    """The logits, then the gradients of features and weight, all in the features' dtype.
+
+    The gradient of the logits and the rounded weight are made before anything is timed.
+    """
 
     transposed = False
 
@@ -81,18 +85,18 @@ class Products:
 
 def eager(input, weight, target, scale, kappa):
     weight = weight.to(input.dtype)
-    if kappa == 0:  # as one would write it
+    if kappa == 0:  # the usual cosine head, as a user would write it
         cosine = F.linear(F.normalize(input), F.normalize(weight))
         return F.cross_entropy(scale * cosine, target)
     return reference.tvmf_cross_entropy(input, weight, target, kappa=kappa, scale=scale)
 
 
 def normalised(input, weight, scale):
-    """Operands of a linear cross-entropy that is a cosine head."""
+    """Operands with which a linear cross-entropy computes a cosine head."""
     return scale * F.normalize(input), F.normalize(weight).to(input.dtype)
 
 
-def of_linear_ce(chunked=False):
+def make_linear_ce(chunked=False):
     if not hasattr(F, "linear_cross_entropy"):
         raise Refused(f"not in torch {torch.__version__}")
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
@@ -103,11 +107,11 @@ def of_linear_ce(chunked=False):
     return Loss(loss)
 
 
-def of_pml():
+def make_pml():
     from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
 
     module = NormalizedSoftmaxLoss(num_classes=1, embedding_size=1)
-    del module.W  # a parameter, which nothing but a parameter may replace
+    del module.W  # torch refuses to replace a parameter by a tensor
 
     def loss(input, weight, target, scale):
         module.W, module.temperature = weight.to(input.dtype), 1 / scale
@@ -116,13 +120,13 @@ def of_pml():
     return Loss(loss, transposed=True)
 
 
-def of_cce():
+def make_cce():
     from cut_cross_entropy import linear_cross_entropy
 
     return Loss(lambda x, w, y, s: linear_cross_entropy(*normalised(x, w, s), y))
 
 
-def of_liger():
+def make_liger():
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     function = LigerFusedLinearCrossEntropyLoss()
@@ -134,20 +138,30 @@ def of_liger():
     return Loss(loss)
 
 
-def of_quack():
+def make_quack():
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return Loss(lambda x, w, y, s: chunked_linear_cross_entropy(*normalised(x, w, s), y))
 
 
-PEERS = {"linear_ce": of_linear_ce, "linear_ce_chunked": partial(of_linear_ce, chunked=True),
-         "pml": of_pml, "cce": of_cce, "liger": of_liger, "quack": of_quack}  # fmt: skip
-MODULES = {"pml": "pytorch_metric_learning", "cce": "cut_cross_entropy", "liger": "liger_kernel",
-           "quack": "quack"}  # fmt: skip
+PEERS = {
+    "linear_ce": make_linear_ce,
+    "linear_ce_chunked": partial(make_linear_ce, chunked=True),
+    "pml": make_pml,
+    "cce": make_cce,
+    "liger": make_liger,
+    "quack": make_quack,
+}
+MODULES = {
+    "pml": "pytorch_metric_learning",
+    "cce": "cut_cross_entropy",
+    "liger": "liger_kernel",
+    "quack": "quack",
+}
 
 
 def versions():
-    """Of the peers that are installed."""
+    """The versions of the peers that are installed."""
     found = {}
     for name in MODULES.values():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -157,7 +171,7 @@ def versions():
 
 
 def make(name, shape, kappa, device, dtype):
-    """The variant of that name; raises Refused, or whatever the peer's import does."""
+    """The variant of that name; raises Refused, or whatever the import of a peer raises."""
     N, C, _ = shape
     if name == "products":
         return Products(N, C, device, dtype)
@@ -180,20 +194,20 @@ def make(name, shape, kappa, device, dtype):
 
 
 def reason(error):
-    """Why a variant refused, in a line."""
+    """One line that says why a variant did not run."""
     if isinstance(error, Refused):
         return str(error)
-    # A bare assert says nothing but its line.
+    # A bare assert has no text, so its source line is shown.
     text = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line or ""
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:160]
 
 
 def first_call(variant, tensors, backward):
-    """(loss, gradients), and what the variant warned of, in a line; compiles, tunes, warms up."""
+    """(loss, *gradients), and the first line of a warning or None; compiles, tunes and warms up."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         input, weight, _, scale = tensors
         loss = variant.forward(*tensors)
         gradients = variant.backward(loss, input, weight, scale) if backward else ()
-    told = [str(w.message).splitlines()[0] for w in caught if issubclass(w.category, UserWarning)]
-    return (loss.detach(), *gradients), told[0][:160] if told else None
+    lines = [str(w.message).splitlines()[0] for w in caught if issubclass(w.category, UserWarning)]
+    return (loss.detach(), *gradients), lines[0][:160] if lines else None

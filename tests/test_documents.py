@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import kernels, scaling
-from bench.show import bytes_of
+from bench import kernel_times, scaling
+from bench.show.units import milliseconds, with_unit
 from tvmf_ext import plan
 
 ROOT = Path(__file__).parents[1]
@@ -156,21 +156,17 @@ def test_readme_has_one_example_and_ci_runs_it(monkeypatch, tmp_path, capsys):
     assert loss < 2  # before training it is about log(100)
 
 
-def time_of(milliseconds):
-    return f"{milliseconds / 1e3:.3g} s" if milliseconds >= 1e3 else f"{milliseconds:.3g} ms"
-
-
 def test_numbers_of_the_readme_are_those_of_bench_results():
     run = json.loads((ROOT / "bench/results/h200-kernels.json").read_text())[-1]
     on_gpu = next(case for case in run["cases"] if case["shape"] == [1024, 1000000, 512])
-    fused, eager = (time_of(on_gpu[key]["median"]) for key in ("fused_ms", "eager_ms"))
+    fused, eager = (milliseconds(on_gpu[key]["median"]) for key in ("fused_ms", "eager_ms"))
     assert f"(1024, 1000000, 512), bfloat16 features | {fused} | {eager} |" in README
     assert f"takes {fused} on an H200; eager PyTorch takes {eager}." in README_LINE
 
     cases = json.loads((ROOT / "bench/results/cpu.json").read_text())["cases"]
     on_cpu = next(case for case in cases if case["shape"] == [64, 1000000, 512])
     fused, eager = (
-        (time_of(result["full_ms"]["median"]), bytes_of(result["extra_bytes"]))
+        (milliseconds(result["full_ms"]["median"]), with_unit(result["extra_bytes"], "B"))
         for result in map(on_cpu["results"].get, ("fused", "eager"))
     )
     row = (
@@ -181,7 +177,7 @@ def test_numbers_of_the_readme_are_those_of_bench_results():
 
 def test_measurements_have_the_runs_of_the_kernels():
     runs = json.loads((ROOT / "bench/results/h200-kernels.json").read_text())
-    assert kernels.table(runs[-1], "github") in MEASUREMENTS
+    assert kernel_times.pass_table(runs[-1]) in MEASUREMENTS
     for run in runs:
         assert run["commit"] in MEASUREMENTS
     for key in ("device", "driver", "torch", "date"):
@@ -193,16 +189,15 @@ def predictions():
     for shape in SHAPES:
         found = plan(*shape, dtype=torch.bfloat16, weight_dtype=torch.float32, device="H200")
         for name in ("forward", "backward"):
-            seconds = getattr(found, f"{name}_seconds")
             cells = (
                 ", ".join(map(str, shape)) if name == "forward" else "",
                 name,
                 getattr(found, f"{name}_launches"),
-                bytes_of(getattr(found, f"{name}_workspace")),
+                with_unit(getattr(found, f"{name}_workspace"), "B"),
                 f"{getattr(found, f'{name}_flops'):.2e}".replace("e+0", "e").replace("e+", "e"),
-                bytes_of(getattr(found, f"{name}_hbm")),
-                bytes_of(getattr(found, f"{name}_l2")),
-                f"{seconds * 1e6:.3g} us" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms",
+                with_unit(getattr(found, f"{name}_hbm"), "B"),
+                with_unit(getattr(found, f"{name}_l2"), "B"),
+                with_unit(getattr(found, f"{name}_seconds"), "s"),
                 found.limit(name),
             )
             yield "| " + " | ".join(map(str, cells)).lstrip() + " |"
@@ -216,4 +211,4 @@ def test_predictions_are_those_of_the_plan():
 def test_the_table_of_many_gpus_is_that_of_the_plan():
     text = (ROOT / "docs" / "scaling.md").read_text()
     table = text.split("<!-- paper -->\n")[1].split("\n<!-- /paper -->")[0]
-    assert table == scaling.paper("github"), "python -m bench.scaling --paper --docs writes it"
+    assert table == scaling.paper(), "python -m bench.scaling --paper --document writes it"
