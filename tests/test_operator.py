@@ -22,6 +22,7 @@ from tests.problem import (
 from tvmf_ext import (
     cross_entropy_from_statistics,
     functional,
+    ops,
     reference,
     row_statistics,
     tvmf_cross_entropy,
@@ -385,8 +386,21 @@ def test_any_shape_with_any_options(problem, operator):
 def test_no_uninitialised_memory_reaches_a_result(kept, monkeypatch):
     """Memory of all sizes that was just given back, full of NaN, is what the next call gets."""
     problem = make_problem(7, 50, 13, kappa="[C]", scale="softplus", bias=True, label_smoothing=0.1)
-    head = [problem[name] for name in ("input", "linear_weight", "target", "kappa")]
-    head += [0.0, problem["scale"].s, 1.0, True, problem["linear_bias"], None, None, -100, False]
+    head = ops.Head(
+        input=problem["input"],
+        weight=problem["linear_weight"],
+        target=problem["target"],
+        kappa=problem["kappa"],
+        scale=problem["scale"].s,
+        bias=problem["linear_bias"],
+        prior=None,
+        class_weight=None,
+        kappa_value=0.0,
+        scale_value=1.0,
+        softplus_scale=True,
+        ignore_index=-100,
+        allow_tf32=False,
+    )
     monkeypatch.setattr(functional, "_KEEP_MIN_FEATURES", 1)
     monkeypatch.setattr(functional, "_KEEP_BYTES", 7 * 4 * kept)
     statistics = statistics_arguments(problem)
