@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -143,11 +144,12 @@ def test_readme_has_one_example_and_ci_runs_it(monkeypatch, tmp_path, capsys):
     """As .ci/run does: the lines between the markers, without fences, from another folder."""
     begin, end = "<!-- example -->", "<!-- /example -->"
     assert README.count(begin) == README.count(end) == 1
-    ci = (ROOT / ".ci" / "run").read_text()
-    assert begin in ci and "README.md" in ci and "example.py" in ci
+    printed = subprocess.check_output([ROOT / ".ci" / "example"], text=True)
+    assert '.ci/example >"$work/example.py"' in (ROOT / ".ci" / "run").read_text()
     lines = README.split(begin)[1].split(end)[0].strip().splitlines()
     assert lines[0] == "```python" and lines[-1] == "```"
     code = "\n".join(line for line in lines if "```" not in line)
+    assert printed.strip() == code.strip()
     assert "optimizer.step()" in code
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
