@@ -10,6 +10,7 @@ import torch
 import tvmf_ext
 from tests import problem as problems
 from tests import simt
+from tests.simt import command
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MIXES = {
@@ -146,9 +147,13 @@ def test_rows_and_classes_of_zeros(mix):
     own = {"loss": upstream[0].to(problems.compute_dtype(problem["input"].dtype))}
     outputs, gradients, _ = simt.step(problem, own, **how)
     lines = problems.judge(
-        tvmf_ext.tvmf_cross_entropy, problem, outputs, gradients, upstream,
+        tvmf_ext.tvmf_cross_entropy,
+        problem,
+        outputs,
+        gradients,
+        upstream,
         eager_dtype=problem["input"].dtype if mix != "fp16" else F32,
-    )  # fmt: skip
+    )
     assert all(line.error <= line.bound for line in lines), [str(line) for line in lines]
     assert gradients["input"][3].isfinite().all()
 
@@ -319,8 +324,6 @@ def test_command_line():
 
 
 def test_command_line_fails_where_a_result_is_off(monkeypatch, capsys):
-    from tests.simt import __main__ as command
-
     exact = simt.step
 
     def off(*args, **options):

@@ -156,9 +156,14 @@ def test_rows_and_classes_of_zeros(mix):
     upstream = [torch.full((), 1e-9, dtype=torch.float64)]  # so that 1e12 times it is finite
     outputs, gradients, _ = simt.step(problem, {"loss": upstream[0].float()}, **SMALL)
     lines = problems.judge(
-        tvmf_ext.tvmf_cross_entropy, problem, outputs, gradients, upstream,
-        eager_dtype=torch.bfloat16 if mix == "bf16-fp32" else torch.float32, tolerance=EPS[mix],
-    )  # fmt: skip
+        tvmf_ext.tvmf_cross_entropy,
+        problem,
+        outputs,
+        gradients,
+        upstream,
+        eager_dtype=torch.bfloat16 if mix == "bf16-fp32" else torch.float32,
+        tolerance=EPS[mix],
+    )
     assert all(line.error <= line.bound for line in lines), [str(line) for line in lines]
     assert gradients["input"][3].isfinite().all()
 
@@ -296,11 +301,11 @@ def test_under_address_and_undefined_behaviour_sanitizers():
 
 
 def test_command_line():
+    flags = "--n 20 --c 70 --d 24 --bias --weight-dtype fp32 --wgmma --counts"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.simt", "--n", "20", "--c", "70", "--d", "24", "--bias",
-         "--weight-dtype", "fp32", "--wgmma", "--counts"],
+        [sys.executable, "-m", "tests.simt", *flags.split()],
         capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "Hopper's path" in done.stdout and "weight_gradient" in done.stdout

@@ -61,17 +61,27 @@ def check_cuda(operator, problem, **options):
 
 def run_python(code):
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
         cwd=Path(ops.__file__).parents[1],
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
 
 
 def everything(N, C, D, **options):
     return make_problem(
-        N, C, D, kappa="[C]", bias=True, prior=True, class_weight=True, ignored=0.1,
+        N,
+        C,
+        D,
+        kappa="[C]",
+        bias=True,
+        prior=True,
+        class_weight=True,
+        ignored=0.1,
         **({"scale": "softplus", "label_smoothing": 0.1} | options),
-    )  # fmt: skip
+    )
 
 
 # The oracle

@@ -177,11 +177,19 @@ def numbers(text):
 def test_the_report_names_what_runs_and_what_limits_it():
     result = plan(256, 8142, 2048, dtype=torch.bfloat16, weight_dtype=torch.float32, device="B200")
     text, tiles = str(result), result.variant
-    for words in ("[256, 8142, 2048], bfloat16 features, float32 weight, on B200", "latency",
-                  "all products", "matrix units", "GPU memory", "L2 cache", "launches", "workspace",
-                  f"limited by {result.limit('forward')}",
-                  f"tile {tiles.tile} x {tiles.tile}, grid {tiles.row_tiles} x "
-                  f"{tiles.class_splits}", f"{result.forward_flops:.3g}"):  # fmt: skip
+    for words in (
+        "[256, 8142, 2048], bfloat16 features, float32 weight, on B200",
+        "latency",
+        "all products",
+        "matrix units",
+        "GPU memory",
+        "L2 cache",
+        "launches",
+        "workspace",
+        f"limited by {result.limit('forward')}",
+        f"tile {tiles.tile} x {tiles.tile}, grid {tiles.row_tiles} x {tiles.class_splits}",
+        f"{result.forward_flops:.3g}",
+    ):
         assert words in text
     assert str(tiles.input_splits) in numbers(text)
     assert max(map(len, text.splitlines())) <= 120
@@ -189,10 +197,14 @@ def test_the_report_names_what_runs_and_what_limits_it():
     bf16 = {"dtype": torch.bfloat16, "weight_dtype": torch.float32}
     hopper = plan(1024, 10**6, 512, device="H200", **bf16)
     tiles = hopper.variant
-    for words in (f"Hopper: {tiles.chunks} chunks of {tiles.chunk} classes", "no products",
-                  f"256 rows x 128 classes, grid 4 x {tiles.statistics_blocks}", "gradient tile",
-                  "tiles of 128 classes x 256 features in 132 blocks",
-                  f"tile 128 x 256, grid 8 x 2 x {tiles.input_splits}"):  # fmt: skip
+    for words in (
+        f"Hopper: {tiles.chunks} chunks of {tiles.chunk} classes",
+        "no products",
+        f"256 rows x 128 classes, grid 4 x {tiles.statistics_blocks}",
+        "gradient tile",
+        "tiles of 128 classes x 256 features in 132 blocks",
+        f"tile 128 x 256, grid 8 x 2 x {tiles.input_splits}",
+    ):
         assert words in str(hopper)
     assert max(map(len, str(hopper).splitlines())) <= 120
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -262,8 +274,11 @@ def test_the_command_prints_the_plan_and_refuses_what_plan_refuses():
     def run(*arguments):
         return subprocess.run(
             [sys.executable, "-m", "tvmf_ext", "plan", *arguments],
-            cwd=Path(ops.__file__).parents[1], capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            cwd=Path(ops.__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
     flags = ["--dtype", "bfloat16", "--weight-dtype", "float32", "--gpu", "H200"]
     done = run("256", "8142", "2048", *flags)

@@ -83,13 +83,24 @@ def expected():
     tiles = {mix: (64,) if mix in ("fp32", "fp64") else (64, 128) for mix in MIXES}
     return (
         {(name, mix, 0) for name in ("prepare_rows", "class_gradient") for mix in MIXES}
-        | {(name, mix, tile) for name in ("row_statistics", "input_gradient")
-           for mix in MIXES for tile in tiles[mix]}
-        | {(name, accumulator, 0) for accumulator in ("float", "double")
-           for name in ("finish_rows", "finish_loss", "prepare_gradient", "finish_gradient")}
-        | {(name, mix, tile) for name, tiles in HOPPER.items() for mix in hopper.MIXES
-           for tile in tiles}
-    )  # fmt: skip
+        | {
+            (name, mix, tile)
+            for name in ("row_statistics", "input_gradient")
+            for mix in MIXES
+            for tile in tiles[mix]
+        }
+        | {
+            (name, accumulator, 0)
+            for accumulator in ("float", "double")
+            for name in ("finish_rows", "finish_loss", "prepare_gradient", "finish_gradient")
+        }
+        | {
+            (name, mix, tile)
+            for name, tiles in HOPPER.items()
+            for mix in hopper.MIXES
+            for tile in tiles
+        }
+    )
 
 
 _MATH = ("fp16", "bf16", "tf32", "fp32", "fp64")  # Math of plan.h
@@ -298,8 +309,17 @@ def table():
             rows = by_kernel.setdefault((kernel.name, dtype, kernel.tile, threads, shared), {})
             if kernel.name not in HOPPER or multiprocessor is H200:
                 rows.setdefault(multiprocessor, []).append(kernel.registers)
-    order = ("prepare_rows", "row_statistics", "finish_rows", "finish_loss", "prepare_gradient",
-             "class_gradient", "input_gradient", "finish_gradient", *HOPPER)  # fmt: skip
+    order = (
+        "prepare_rows",
+        "row_statistics",
+        "finish_rows",
+        "finish_loss",
+        "prepare_gradient",
+        "class_gradient",
+        "input_gradient",
+        "finish_gradient",
+        *HOPPER,
+    )
     operands = ("16-bit", "16-bit-fp32", "tf32", "fp32", "fp64", "float", "double")
     lines = []
     for (name, dtype, tile, threads, shared), rows in sorted(
@@ -388,10 +408,23 @@ def test_the_documents_tile_table_is_true():
         assert (*row[1:5], row[7]) in documented, f"not in docs/measurements.md: {line}"
 
 
-GOOD = Kernel("input_gradient", "bf16", 128, 121, 0, Counter({
-    "HMMA.16816.F32.BF16": 32, "LDGSTS.E.BYPASS.128.ZFILL": 4, "LDSM.16.M88.4": 8,
-    "LDSM.16.MT88.4": 4, "STG.E.64": 64, "IMAD": 900,
-}))  # fmt: skip
+GOOD = Kernel(
+    "input_gradient",
+    "bf16",
+    128,
+    121,
+    0,
+    Counter(
+        {
+            "HMMA.16816.F32.BF16": 32,
+            "LDGSTS.E.BYPASS.128.ZFILL": 4,
+            "LDSM.16.M88.4": 8,
+            "LDSM.16.MT88.4": 4,
+            "STG.E.64": 64,
+            "IMAD": 900,
+        }
+    ),
+)
 
 
 @pytest.mark.parametrize(
@@ -418,11 +451,25 @@ def test_what_must_not_be_is_found(change, text):
     assert len(wrong) == 1 and text in wrong[0]
 
 
-GOOD_HOPPER = Kernel("gradient", "fp16-fp32", 256, 168, 0, Counter({
-    "HGMMA.64x256x16.F32": 4, "UTMALDG.2D": 21, "USETMAXREG.TRY_ALLOC.CTAPOOL": 1,
-    "USETMAXREG.DEALLOC.CTAPOOL": 1, "LDS.128": 88, "STG.E.128": 20, "IMAD": 8000,
-    "WARPGROUP.DEPBAR.LE": 3,
-}))  # fmt: skip
+GOOD_HOPPER = Kernel(
+    "gradient",
+    "fp16-fp32",
+    256,
+    168,
+    0,
+    Counter(
+        {
+            "HGMMA.64x256x16.F32": 4,
+            "UTMALDG.2D": 21,
+            "USETMAXREG.TRY_ALLOC.CTAPOOL": 1,
+            "USETMAXREG.DEALLOC.CTAPOOL": 1,
+            "LDS.128": 88,
+            "STG.E.128": 20,
+            "IMAD": 8000,
+            "WARPGROUP.DEPBAR.LE": 3,
+        }
+    ),
+)
 
 
 @pytest.mark.parametrize(

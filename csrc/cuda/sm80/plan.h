@@ -57,6 +57,8 @@ struct BackwardWorkspace {
   int64_t size;
 };
 
+// These kernels serve every problem.
+constexpr bool serves(const CudaProblem&, const Gpu&) { return true; }
 Plan make_plan(const CudaProblem& problem, const Gpu& gpu);
 Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu);
 
