@@ -1,4 +1,4 @@
-"""Fixtures that the tests share; the problems, the oracle and the error rule are in problem.py."""
+"""Fixtures that the tests share. problem.py has the problems, the oracle and the error rule."""
 
 import os
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# A cached graph holds the shapes that another build's operators returned.
+# A graph in the cache has the shapes that the operators of another build returned.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
-# `--hypothesis-profile=explore` looks further than the same examples every time.
+# By default the examples are the same every time; `--hypothesis-profile=explore` tries others.
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fixed", max_examples=60, derandomize=True, database=None, **_common)
 settings.register_profile("explore", max_examples=2000, **_common)
@@ -18,7 +18,7 @@ settings.load_profile("fixed")
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For models too small for two threads, which wait for each other on a busy machine."""
+    """One thread, for models so small that two would spend their time waiting for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,7 +27,7 @@ def one_thread():
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; the test's end puts it back."""
+    """A function that sets the number of threads. The test's end restores it."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -1,5 +1,8 @@
-"""Seeded problems, their float64 oracle, and the error rule: a fused result may be twice as far
-from the oracle as eager PyTorch in the same compute dtype, plus a few roundings."""
+"""Seeded problems, their float64 oracle, and the error rule.
+
+The rule: a fused result may be off from the oracle by twice the error of eager PyTorch in the same
+compute dtype, plus a few roundings.
+"""
 
 from typing import NamedTuple
 
@@ -12,7 +15,7 @@ from tvmf_ext.functional import SoftplusScale
 
 DIFFERENTIABLE = ("input", "linear_weight", "kappa", "scale", "linear_bias")
 LOGITS = ("input", "linear_weight", "kappa", "scale", "linear_bias", "prior")
-# What a result may be off where eager PyTorch happens to be exact: a few roundings.
+# The few roundings: the error that is allowed where eager PyTorch happens to be exact.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
 
 
@@ -36,7 +39,7 @@ def make_problem(
     seed=0,
     **options,
 ):
-    """Arguments of `tvmf_cross_entropy`; `kappa` and `scale` may name the shape of a tensor.
+    """Random arguments of `tvmf_cross_entropy`; `kappa` and `scale` may be shapes such as `"[C]"`.
 
     Some features lie near their class, as in training, so that probabilities of all sizes occur.
     """
@@ -71,12 +74,12 @@ def make_problem(
 
 
 def statistics_arguments(problem):
-    """The arguments that `row_statistics` has of those of `tvmf_cross_entropy`."""
+    """The arguments of `tvmf_cross_entropy` without those that `row_statistics` does not take."""
     return {k: v for k, v in problem.items() if k not in ("reduction", "label_smoothing")}
 
 
 def to_dtype(problem, dtype):
-    """The same values with every floating-point tensor in another dtype."""
+    """The problem with every floating-point tensor in another dtype."""
 
     def convert(value):
         if isinstance(value, SoftplusScale):
@@ -88,7 +91,7 @@ def to_dtype(problem, dtype):
 
 
 def to_device(problem, device):
-    """The problem with its tensors, of the same strides, on another device."""
+    """The problem with its tensors on another device, with the same strides."""
 
     def move(value):
         if isinstance(value, SoftplusScale):
@@ -99,7 +102,7 @@ def to_device(problem, device):
 
 
 def leaves_of(problem):
-    """The problem on fresh leaves, of the same memory and strides, and those leaves by name."""
+    """The problem with new leaves, which share memory and strides, and these leaves by name."""
     problem, leaves = dict(problem), {}
     for name in DIFFERENTIABLE:
         value = problem.get(name)
@@ -112,14 +115,14 @@ def leaves_of(problem):
 
 
 def differentiable(result):
-    """A loss, or lse, target and sum of row statistics, by name."""
+    """The outputs that have a gradient, by name: a loss, or lse, target and sum."""
     if isinstance(result, torch.Tensor):
         return {"loss": result}
     return dict(zip(("lse", "target", "sum"), result, strict=False))
 
 
 def upstream_of(outputs, seed=1):
-    """A gradient for each output, no two elements alike; None in its place leaves an output out."""
+    """A random gradient for each output. A None in its place would leave the output out."""
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in outputs.values()]
 
@@ -130,7 +133,7 @@ def gradients_of(outputs, upstream, tensors):
 
 
 def evaluate(function, problem, upstream=None):
-    """Outputs and the leaves' gradients, by name."""
+    """The outputs, and the gradients of the leaves, by name."""
     problem, leaves = leaves_of(problem)
     outputs = differentiable(function(**problem))
     upstream = upstream_of(outputs) if upstream is None else upstream
@@ -141,7 +144,7 @@ def evaluate(function, problem, upstream=None):
 
 
 def eager(function):
-    """The function of `tvmf_ext.reference` that one of `tvmf_ext` is compared to."""
+    """The function of `tvmf_ext.reference` with the same name."""
     plain = getattr(reference, function.__name__)
 
     def call(**problem):
@@ -153,15 +156,16 @@ def eager(function):
 
 
 def oracle(function, problem, upstream=None):
-    """`evaluate` in float64, and the sizes of what is summed to make each result.
+    """The results of `evaluate` in float64, and the norm of the terms that each result sums.
 
-    A sum is no better than its terms, so the size is their norm: for input and weight by row; for
-    kappa as if the cosines were 0, since `1 - c^2` cancels; for a loss that of the rows' lse, and
-    for lse, which is the largest logit and a logarithm, that of the logit.
+    A sum cannot be more exact than its terms, so that errors are relative to the norm of the terms.
+    Input and weight have a norm for each row. For kappa the cosines are taken for 0, because they
+    cancel in `1 - c^2`. The norm of a loss is that of the rows' lse. The norm of lse, which is the
+    sum of the largest logit and a logarithm, is that of the logit.
     """
     problem, leaves = leaves_of(to_dtype(problem, torch.float64))
     x, w, target = problem["input"], problem["linear_weight"], problem["target"]
-    # One kappa, scale and bias per logit, which have the terms as their gradients.
+    # Each logit gets a kappa, scale and bias of its own, whose gradients are the terms.
     spread, terms = dict(problem), {}
     for name in ("kappa", "scale", "linear_bias"):
         value = leaves.get(name, torch.zeros(1).to(x).requires_grad_())
@@ -189,18 +193,20 @@ def oracle(function, problem, upstream=None):
             size[name] /= rows.norm(dim=1).clamp_min(1e-12)
         size |= {name: terms[name].norm() for name in terms if name != "kappa"}
         logits = eager(tvmf_ext.tvmf_logits)(**{k: problem[k] for k in LOGITS if k in problem})
-        omega = problem.get("weight", torch.ones_like(logits[0]))
-        size["sum"] = (omega * logits).norm()
+        class_weight = problem.get("weight", torch.ones_like(logits[0]))
+        size["sum"] = (class_weight * logits).norm()
         size["lse"] = logits.amax(1).norm()
         valid = target != problem.get("ignore_index", -100)
-        omega = omega[torch.where(valid, target, 0)] * valid
+        row_weight = class_weight[torch.where(valid, target, 0)] * valid
         mean = problem.get("reduction", "mean") == "mean"
-        size["loss"] = (omega * logits.logsumexp(1)).norm() / (omega.sum() if mean else 1)
+        size["loss"] = (row_weight * logits.logsumexp(1)).norm()
+        if mean:
+            size["loss"] /= row_weight.sum()
     return {name: t.detach() for name, t in outputs.items()}, exact, size
 
 
 def error(got, exact, size=0.0, rows=False):
-    """The relative error in norm, of the whole tensor or the largest of a row."""
+    """The relative error in norm, of the whole tensor or, with `rows`, the largest of a row."""
     assert got.shape == exact.shape
     shape = (len(got), -1) if rows else (1, -1)
     got, exact = got.double().reshape(shape), exact.double().reshape(shape)
@@ -213,18 +219,18 @@ def error(got, exact, size=0.0, rows=False):
 
 
 def rounding(dtype, exact):
-    """The relative error in norm of rounding to `dtype`, which below its smallest normal number
-    is absolute."""
+    """The relative error in norm that rounding to `dtype` makes. Below the smallest normal number
+    of `dtype` a rounding is absolute."""
     info = torch.finfo(dtype)
     absolute = info.smallest_normal * info.eps / 2 * exact.numel() ** 0.5
     return info.eps / 2 + absolute / max(exact.nan_to_num().norm().item(), info.smallest_normal)
 
 
 def check(function, problem, upstream=None, rows=False, tolerance=None, eager_dtype=None):
-    """The error rule for `tvmf_cross_entropy` or `row_statistics`, and shapes and dtypes.
+    """Checks `tvmf_cross_entropy` or `row_statistics` by the error rule, and shapes and dtypes.
 
-    With `rows` it holds for each row of the gradients of input and weight by itself. Eager PyTorch
-    computes in `eager_dtype`, by default float32 or float64, which the CPU kernels compute in.
+    With `rows` the rule must hold for each row of the gradients of input and weight. Eager PyTorch
+    computes in `eager_dtype`, by default in the compute dtype of the CPU kernels.
     """
     if function is tvmf_ext.row_statistics:
         problem = statistics_arguments(problem)
@@ -236,8 +242,8 @@ def check(function, problem, upstream=None, rows=False, tolerance=None, eager_dt
 
 
 def conditioning(problem):
-    """How much a rounding counts in float64, where the oracle's own are as large: that of a cosine
-    in its logit, and that of a probability in `1 - p_y`, of which a row that fits has little."""
+    """By how much a problem enlarges a rounding of float64, which the oracle has too: that of a
+    cosine in its logit, or that of a probability in `1 - p_y`, small where a row fits its class."""
     tensors = to_dtype({k: problem[k] for k in LOGITS if k in problem}, torch.float64)
     logits = eager(tvmf_ext.tvmf_logits)(**tensors).detach()
     scale = tensors["scale"]
@@ -269,7 +275,7 @@ def judge(
     tolerance=None,
     eager_dtype=None,
 ):
-    """The error of each output and gradient and what the rule allows; see `check`."""
+    """The error of each output and gradient, and the error that the rule allows; see `check`."""
     dtype = compute_dtype(problem["input"].dtype)
     tolerance = tolerance or TOLERANCE[dtype]
     if dtype == torch.float64:
@@ -295,7 +301,8 @@ def judge(
 
 
 def check_rank(problem, rank=None):
-    """Ranks are those of the oracle, but for classes within rounding of the target's score."""
+    """Checks that ranks are those of the oracle. A class whose score differs from the target's by
+    no more than roundings may or may not count."""
     problem = statistics_arguments(problem)
     if rank is None:
         rank = tvmf_ext.row_statistics(**problem).rank
@@ -316,7 +323,7 @@ def check_rank(problem, rank=None):
 
 
 def assert_same_bits(one, other):
-    """Two results of `evaluate` are equal to the bit, and NaN where the other is."""
+    """Checks that two results of `evaluate` have the same bits, and NaN at the same places."""
     for a, b in zip(one, other, strict=True):
         assert a.keys() == b.keys()
         for name in a:

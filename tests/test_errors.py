@@ -1,4 +1,4 @@
-"""Bad input is refused before anything runs, and the message says what came and what is wanted."""
+"""Bad input is refused before anything runs, and the message says what was got and is wanted."""
 
 import math
 import re
@@ -109,7 +109,7 @@ REFUSED = {
 
 
 def pattern(message):
-    """The message as it stands, with anything for its <>."""
+    """A regular expression for the message, in which <> stands for any text."""
     return ".*".join(map(re.escape, message.split("<>")))
 
 
@@ -134,7 +134,7 @@ def test_a_label_out_of_range_is_named_with_its_row_and_the_range(operator, labe
 
 
 @pytest.mark.parametrize("reduction", ["avg", "", None, "Mean"])
-def test_a_reduction_that_is_none_is_refused(reduction):
+def test_an_unknown_reduction_is_refused(reduction):
     problem = statistics_arguments(make_problem(N, C, D))
     message = f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}"
     with pytest.raises(ValueError, match=message):
@@ -163,11 +163,12 @@ def test_label_smoothing_outside_0_to_1_is_refused(label_smoothing):
         )
 
 
-@pytest.mark.parametrize("name", ["linear_weight", "target", "kappa", "scale", "linear_bias",
-                                  "prior", "weight"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["linear_weight", "target", "kappa", "scale", "linear_bias", "prior", "weight"]
+)
 @pytest.mark.parametrize("operator", [tvmf_cross_entropy, row_statistics])
 def test_tensors_on_two_devices_are_refused(operator, name):
-    """Meta tensors have a device and no data: a result made with one would be garbage."""
+    """A meta tensor has a device and no data, so that a result made with one would be garbage."""
     problem = make_problem(
         N, C, D, kappa="[C]", scale="[]", bias=True, prior=True, class_weight=True
     )
@@ -228,7 +229,7 @@ def test_a_refused_call_leaves_the_next_one_unharmed():
 
 
 @pytest.mark.parametrize("name", ["input", "linear_weight", "target", "kappa", "weight"])
-def test_what_is_not_a_tensor_is_refused_by_name_and_type(name):
+def test_an_argument_of_another_type_is_refused_by_name_and_type(name):
     problem = {"input": zeros(N, D), "linear_weight": zeros(C, D), "target": torch.arange(N) % C}
     with pytest.raises(TypeError, match=rf"^{name} must be .*, got list$"):
         tvmf_cross_entropy(**(problem | {name: [1.0]}))

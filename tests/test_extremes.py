@@ -1,4 +1,4 @@
-"""Values at the edges: easy and opposed rows, extreme kappa, norms, ignored rows, infinity, NaN."""
+"""Extreme values: easy and opposed rows, extreme kappa and norms, ignored rows, infinity, NaN."""
 
 import math
 
@@ -14,6 +14,7 @@ from tests.problem import (
     evaluate,
     make_problem,
     statistics_arguments,
+    to_dtype,
 )
 from tvmf_ext import (
     cross_entropy_from_statistics,
@@ -28,7 +29,8 @@ OPERATORS = pytest.mark.parametrize("operator", [tvmf_cross_entropy, row_statist
 @pytest.mark.parametrize("D", [64, 256])
 @pytest.mark.parametrize(("scale", "near"), [(8.0, 3.0), (8.0, 10.0), (16.0, 3.0), (64.0, 1.0)])
 def test_rows_that_are_easy_have_gradients_as_exact_as_eagers(D, scale, near):
-    """p_y - 1 is a difference of nearly equal numbers: both passes must round the logit alike."""
+    """p_y - 1 is a difference of nearly equal numbers, so that both passes must round the logit
+    in the same way."""
     problem = make_problem(64, 500, D, scale=scale)
     noise = torch.randn(64, D, generator=torch.Generator().manual_seed(0))
     problem["input"] = near * problem["linear_weight"][problem["target"]] + noise
@@ -49,13 +51,10 @@ def test_vectors_parallel_and_opposed_at_any_kappa(operator, kappa, scale, sign)
 def test_a_row_that_is_its_class_vector_scores_one():
     problem = make_problem(30, 40, 100, kappa=1e4, scale=64.0)
     problem["input"] = 3 * problem["linear_weight"][problem["target"]]
-    exact = reference.row_statistics(
-        **statistics_arguments({k: v.double() if k in ("input", "linear_weight") else v
-                                for k, v in problem.items()})
-    )  # fmt: skip
+    exact = reference.row_statistics(**to_dtype(problem, torch.float64))
     statistics = row_statistics(**problem)
     assert (statistics.target <= 64).all()
-    # A rounding of the cosine, times phi' = 1 + 2 kappa and the scale.
+    # The bound is a rounding of the cosine, times phi' = 1 + 2 kappa and the scale.
     assert (statistics.target - exact[1]).abs().max() <= 4 * 6e-8 * 2e4 * 64
     opposed = row_statistics(**problem | {"input": -problem["input"]})
     assert (opposed.target >= -64).all()
@@ -63,7 +62,7 @@ def test_a_row_that_is_its_class_vector_scores_one():
 
 @OPERATORS
 def test_zero_rows_of_features_and_weight(operator):
-    """Divided by eps, as `F.normalize` does: their gradients are large, and no others are."""
+    """A zero row is divided by eps, as in `F.normalize`, and its gradient alone is large."""
     problem = make_problem(12, 40, 20, kappa="[C]", scale="[]", bias=True)
     problem["input"][3] = 0
     problem["linear_weight"][5] = 0
@@ -75,7 +74,8 @@ def test_zero_rows_of_features_and_weight(operator):
 @OPERATORS
 def test_norms_from_1e_minus_20_to_1e15_row_by_row(operator, dtype):
     problem = make_problem(30, 60, 20, dtype=dtype, scale="[]")
-    # At 5e-14 the norms are just below eps: no projection, though the cosines are not small.
+    # With 5e-14 the norms are just below eps, where a gradient has no projection although the
+    # cosines are not small.
     powers = torch.tensor([1e-20, 5e-14, 1e-10, 1.0, 1e10, 1e15])
     problem["input"] *= powers.repeat(5)[:, None].to(dtype)
     problem["linear_weight"] *= powers.repeat(10)[:, None].to(dtype)
@@ -105,7 +105,7 @@ def test_duplicated_rows_have_the_same_statistics_and_gradients(operator):
 
 
 def test_classes_of_the_same_vector_do_not_outrank_each_other():
-    """Small integers, so that products are exact whatever order they are summed in."""
+    """The numbers are small integers, so that a product is exact in any order of summation."""
     problem = make_problem(50, 20, 33)
     problem["input"] = problem["input"].round()
     problem["linear_weight"] = problem["linear_weight"][:1].mul(4).round().repeat(20, 1)
@@ -117,9 +117,18 @@ def test_classes_of_the_same_vector_do_not_outrank_each_other():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_rows_as_in_cross_entropy(reduction, label_smoothing, dtype):
     problem = make_problem(
-        0, 7, 5, dtype=dtype, kappa="[C]", scale="[1]", bias=True, prior=True, class_weight=True,
-        reduction=reduction, label_smoothing=label_smoothing,
-    )  # fmt: skip
+        0,
+        7,
+        5,
+        dtype=dtype,
+        kappa="[C]",
+        scale="[1]",
+        bias=True,
+        prior=True,
+        class_weight=True,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
     outputs, gradients = evaluate(tvmf_cross_entropy, problem)
     expected = reference.tvmf_cross_entropy(**problem).float()
     torch.testing.assert_close(outputs["loss"], expected, rtol=0, atol=0, equal_nan=True)
@@ -141,9 +150,16 @@ def test_statistics_of_no_rows_are_empty_with_zero_gradients():
 @pytest.mark.parametrize("class_weight", [False, True])
 def test_all_rows_ignored_as_in_cross_entropy(class_weight, label_smoothing):
     problem = make_problem(
-        6, 7, 5, kappa="[C]", scale="[]", bias=True, class_weight=class_weight, ignored=1.0,
+        6,
+        7,
+        5,
+        kappa="[C]",
+        scale="[]",
+        bias=True,
+        class_weight=class_weight,
+        ignored=1.0,
         label_smoothing=label_smoothing,
-    )  # fmt: skip
+    )
     for reduction, loss in (("mean", math.nan), ("sum", 0.0), ("none", torch.zeros(6))):
         problem["reduction"] = reduction
         outputs, gradients = evaluate(tvmf_cross_entropy, problem)

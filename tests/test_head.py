@@ -1,4 +1,4 @@
-"""`TvMFLoss`: what it holds, loads and shows, and that loss, logits and statistics agree."""
+"""`TvMFLoss`: its state, checkpoints and repr, and that loss, logits and statistics agree."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ def batch(seed=0, dtype=torch.float32):
 
 
 def head_of(*args, s=0.7, **options):
-    """A head with a scale that training has moved, and values of bias, weight and prior."""
+    """A head whose scale is not the initial one, as after training."""
     torch.manual_seed(1)
     head = TvMFLoss(D, C, *args, **options)
     torch.nn.init.constant_(head.s_, s)
@@ -266,8 +266,8 @@ def test_initialisation_is_that_of_linear():
 def test_repr_shows_what_differs_from_the_defaults():
     assert repr(TvMFLoss(D, C)) == "TvMFLoss(in_features=16, num_classes=9, kappa=16)"
     text = repr(head_of(**HEADS["every option"] | {"reduction": "sum"}))
-    for part in ("kappa=4", "bias=True", "ignore_index=3", "reduction='sum'",
-                 "label_smoothing=0.1", "class_weight=[9]", "prior=[9]"):  # fmt: skip
+    options = ("kappa=4", "bias=True", "ignore_index=3", "reduction='sum'", "label_smoothing=0.1")
+    for part in (*options, "class_weight=[9]", "prior=[9]"):
         assert part in text
     assert "kappa=[9]" in repr(head_of(**HEADS["kappa and bias per class"]))
 

@@ -1,4 +1,7 @@
-"""Autocast, torch.compile, fake tensors, operator checks, and how the operators meet autograd."""
+"""The operators and torch: their schemas, fake tensors, torch.compile, autocast and autograd."""
+
+import inspect
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -20,6 +23,8 @@ from tvmf_ext import (
     cross_entropy_from_statistics,
     functional,
     ops,
+    plan,
+    reference,
     row_statistics,
     tvmf_cross_entropy,
     tvmf_logits,
@@ -32,9 +37,17 @@ OPS = torch.ops.tvmf_ext
 def full_problem(N=6, C=40, D=130, **options):
     options = {"dtype": torch.float32, "kappa": "[C]", "scale": "softplus"} | options
     return make_problem(
-        N, C, D, bias=True, prior=True, class_weight=True, ignored=0.2, label_smoothing=0.1,
-        reduction="none", **options,
-    )  # fmt: skip
+        N,
+        C,
+        D,
+        bias=True,
+        prior=True,
+        class_weight=True,
+        ignored=0.2,
+        label_smoothing=0.1,
+        reduction="none",
+        **options,
+    )
 
 
 def head_arguments(problem):
@@ -59,13 +72,61 @@ def head_arguments(problem):
     )
 
 
-def test_python_lists_the_arguments_of_the_operators_schemas():
-    for name in ("row_statistics", "cross_entropy"):
-        arguments = [a.name for a in getattr(OPS, name).default._schema.arguments]
-        assert tuple(arguments[: len(ops.Head._fields)]) == ops.Head._fields
-    backward = [a.name for a in OPS.cross_entropy_backward.default._schema.arguments]
-    assert tuple(backward[1 : 1 + len(ops.Head._fields)]) == ops.Head._fields
-    assert len(OPS.cross_entropy_backward.default._schema.returns) == len(ops.DIFFERENTIABLE)
+SCHEMA_TYPES = {
+    "Tensor": torch.Tensor,
+    "Optional[Tensor]": torch.Tensor | None,
+    "float": float,
+    "bool": bool,
+    "int": int,
+}
+
+
+@pytest.mark.parametrize("operator", ["row_statistics", "cross_entropy"])
+def test_python_lists_the_head_as_the_schemas_do(operator):
+    fields = get_type_hints(ops.Head)
+    gradients = {"row_statistics": 3, "cross_entropy": 1}[operator]
+    for name, first in ((operator, 0), (f"{operator}_backward", gradients)):
+        schema = getattr(OPS, name).default._schema
+        arguments = schema.arguments[first : first + len(fields)]
+        assert {a.name: SCHEMA_TYPES[str(a.type)] for a in arguments} == fields
+        assert tuple(a.name for a in arguments) == ops.Head._fields
+    assert len(schema.returns) == len(ops.DIFFERENTIABLE)
+
+
+def test_the_public_functions_and_the_module_have_the_same_arguments_and_defaults():
+    def defaults(function):
+        return {n: p.default for n, p in inspect.signature(function).parameters.items()}
+
+    loss = defaults(tvmf_cross_entropy)
+    for function, like in (
+        (row_statistics, reference.row_statistics),
+        (tvmf_logits, reference.tvmf_logits),
+        (tvmf_cross_entropy, reference.tvmf_cross_entropy),
+    ):
+        assert defaults(function) == defaults(like)
+        assert defaults(function).items() <= loss.items()
+    module = defaults(TvMFLoss)
+    assert all(module[name] == loss[name] for name in module.keys() & loss.keys())
+    own = {"in_features", "num_classes", "bias", "device", "dtype"}
+    tensors = {"input", "linear_weight", "target", "scale", "linear_bias"}
+    assert module.keys() - own == loss.keys() - tensors
+
+
+@pytest.mark.parametrize(("N", "C"), [(0, 1), (1, 1), (7, 40), (33, 16), (300, 1001)])
+@pytest.mark.parametrize("kept", [0, 16, 48])
+def test_python_and_the_library_agree_on_the_size_of_what_is_saved(N, C, kept):
+    head = head_arguments(make_problem(N, C, 8))
+    *_, saved = OPS.row_statistics(*head, False, kept)
+    assert ops._fake_saved(head.input, head.weight, kept).shape == saved.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_python_and_the_plan_agree_on_the_tile_beside_the_kept_products(dtype):
+    def tile(N):
+        return N * plan(N, 10**6, 8, dtype=dtype, device="cpu").class_block * dtype.itemsize
+
+    assert tile(1 << 20) == (1 << 20) * functional._TILE_CLASSES * dtype.itemsize
+    assert tile(256) == functional._TILE_BYTES
 
 
 def operator_calls(problem, kept):
@@ -86,7 +147,7 @@ def operator_calls(problem, kept):
         OPS.row_statistics_backward.default,
         (grads[0], None, None, *head, kept, saved, 3 + optional),
     )
-    for reduction in (0, 1, 2) if N else (0, 2):  # opcheck takes the NaN of a mean for an error
+    for reduction in (0, 1, 2) if N else (0, 2):  # opcheck cannot compare a mean that is NaN
         loss, saved = OPS.cross_entropy(*head, 0.1, reduction, kept)
         yield OPS.cross_entropy.default, (*head, 0.1, reduction, kept)
         grad = torch.randn_like(loss)
@@ -112,21 +173,24 @@ def test_opcheck_of_all_four_operators(options, kept):
         library.opcheck(operator, arguments)
 
 
+def layout(tensor):
+    return tensor.shape, tensor.dtype, tensor.stride()
+
+
 @pytest.mark.parametrize(("options", "kept"), PROBLEMS.values(), ids=PROBLEMS)
 def test_fake_tensors_have_the_real_shapes_dtypes_and_strides(options, kept):
     for operator, arguments in operator_calls(full_problem(**options), kept):
         with FakeTensorMode() as mode:
-            fake = operator(*(
-                mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments
-            ))  # fmt: skip
+            fake = operator(
+                *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+            )
         for one, other in zip(operator(*arguments), fake, strict=True):
-            assert (one.shape, one.dtype, one.stride(), one.device) == (
-                other.shape, other.dtype, other.stride(), other.device,
-            )  # fmt: skip
+            assert layout(one) == layout(other)
+            assert one.device == other.device
 
 
 def fake_cuda(arguments):
-    """The arguments as fake CUDA tensors; for a mode that is active."""
+    """The arguments as fake CUDA tensors, under an active FakeTensorMode."""
     try:
         return [
             torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
@@ -143,9 +207,7 @@ def test_fake_cuda_tensors_give_fake_cuda_results():
         with FakeTensorMode():
             fake = operator(*fake_cuda(arguments))
         for one, other in zip(operator(*arguments), fake, strict=True):
-            assert (one.shape, one.dtype, one.stride()) == (
-                other.shape, other.dtype, other.stride(),
-            )  # fmt: skip
+            assert layout(one) == layout(other)
             assert other.is_cuda
 
 
@@ -168,7 +230,7 @@ def test_a_build_without_cuda_says_so():
 
 @pytest.fixture
 def matmul():
-    """torch's settings for CUDA products, put back at the end."""
+    """torch's settings for CUDA products. The test's end restores them."""
     setting = torch.backends.cuda.matmul
     before = setting.fp32_precision
     yield setting
@@ -239,7 +301,7 @@ def test_compiled_under_autocast_equals_eager():
 
 
 def test_a_training_step_through_inductor_equals_eager():
-    """A layer, the head, and a z-loss from its statistics in one compiled function."""
+    """One compiled function has a layer, the head, and a z-loss made of its statistics."""
     torch.manual_seed(0)
     head = TvMFLoss(130, 40, kappa=16.0, bias=True, label_smoothing=0.1)
     layer = torch.nn.Linear(20, 130)

@@ -1,4 +1,4 @@
-"""Values and gradients of both operators against the float64 oracle, by the rule in problem.py."""
+"""Values and gradients of both operators against the float64 oracle, by problem.py's error rule."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.problem import (
+    DIFFERENTIABLE,
     TOLERANCE,
     assert_same_bits,
     check,
@@ -72,7 +73,7 @@ def test_bias_prior_and_class_weights(operator, bias, prior, class_weight):
 @pytest.mark.parametrize("which", [{0}, {1}, {2}, {0, 1}, {0, 1, 2}], ids=str)
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 def test_each_statistic_has_its_own_gradient(which, ignored):
-    """lse, target and sum by themselves, with upstream gradients on ignored rows too."""
+    """Some of lse, target and sum have upstream gradients, which ignored rows have too."""
     problem = make_problem(
         40, 700, 20, kappa="[C]", scale="[]", bias=True, class_weight=True, ignored=ignored
     )
@@ -117,7 +118,7 @@ def test_whole_and_ragged_vectors_row_groups_stripes_and_blocks(operator, shape,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @OPERATORS
 def test_one_feature_leaves_cosines_of_one_and_no_gradient_to_it(operator, dtype):
-    """Eager PyTorch has such cosines exactly; here they may be a rounding off, times phi'."""
+    """Eager PyTorch has such cosines exactly. Here they may be off by a rounding, times phi'."""
     problem = make_problem(20, 40, 1, dtype=dtype, kappa=1.0, scale="[]", bias=True)
     check(operator, problem, tolerance=4 * TOLERANCE[dtype])
 
@@ -166,7 +167,8 @@ def test_dtypes_mix_and_each_gradient_has_its_tensors_own(operator, dtypes):
 
 
 def test_half_precision_features_cost_a_float32_weight_gradient_nothing():
-    """Gradients of a mean over many rows are below float16's range, and are not held in it."""
+    """The gradients of a mean over many rows are below float16's range, and must not be rounded
+    to it."""
     problem = make_problem(2048, 600, 32, dtype=torch.float16, weight_dtype=torch.float32)
     upstream = [torch.tensor(1e-5)]
     _, gradients = evaluate(tvmf_cross_entropy, problem, upstream)
@@ -176,7 +178,7 @@ def test_half_precision_features_cost_a_float32_weight_gradient_nothing():
 
 
 def layouts_of(tensor):
-    """The same matrix in other strides."""
+    """The matrix with other strides, or other matrices that only strides can make, by name."""
     rows, cols = tensor.shape
     spaced = tensor.new_full((2 * rows, cols), float("nan"))
     spaced[::2] = tensor
@@ -295,10 +297,18 @@ def test_cuda_keeps_all_products_or_none():
 @pytest.mark.parametrize("class_weight", [False, True])
 def test_loss_from_statistics_is_the_operators_loss(reduction, label_smoothing, class_weight):
     problem = make_problem(
-        25, 60, 10, kappa="[C]", scale="softplus", bias=True, prior=True,
-        class_weight=class_weight, ignored=0.2, reduction=reduction,
+        25,
+        60,
+        10,
+        kappa="[C]",
+        scale="softplus",
+        bias=True,
+        prior=True,
+        class_weight=class_weight,
+        ignored=0.2,
+        reduction=reduction,
         label_smoothing=label_smoothing,
-    )  # fmt: skip
+    )
 
     def from_statistics(**problem):
         options = {name: problem.pop(name) for name in ("reduction", "label_smoothing")}
@@ -330,18 +340,28 @@ def test_logits_match_the_oracle_and_the_statistics(dtype):
 @OPERATORS
 def test_gradcheck_in_float64(operator):
     problem = make_problem(
-        4, 6, 5, dtype=torch.float64, kappa="[C]", scale="softplus", bias=True, prior=True,
-        class_weight=True, ignored=0.3, label_smoothing=0.2, reduction="none", seed=3,
-    )  # fmt: skip
+        4,
+        6,
+        5,
+        dtype=torch.float64,
+        kappa="[C]",
+        scale="softplus",
+        bias=True,
+        prior=True,
+        class_weight=True,
+        ignored=0.3,
+        label_smoothing=0.2,
+        reduction="none",
+        seed=3,
+    )
     if operator is row_statistics:
         problem = statistics_arguments(problem)
     _, leaves = leaves_of(problem)
 
     def function(input, linear_weight, kappa, s, linear_bias):
-        output = operator(**problem | {
-            "input": input, "linear_weight": linear_weight, "kappa": kappa,
-            "scale": functional.SoftplusScale(s), "linear_bias": linear_bias,
-        })  # fmt: skip
+        scale = functional.SoftplusScale(s)
+        leaves = (input, linear_weight, kappa, scale, linear_bias)
+        output = operator(**problem | dict(zip(DIFFERENTIABLE, leaves, strict=True)))
         return output if isinstance(output, torch.Tensor) else output[:3]
 
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
@@ -377,14 +397,14 @@ def problems(draw):
 
 @given(problem=problems(), operator=st.sampled_from([tvmf_cross_entropy, row_statistics]))
 def test_any_shape_with_any_options(problem, operator):
-    # Of a single row the eager result may be far better than usual by luck.
+    # The eager result of a single row may by luck be far better than usual.
     check(operator, problem, tolerance=5 * TOLERANCE[compute_dtype(problem["input"].dtype)])
     check_rank(problem)
 
 
 @pytest.mark.parametrize("kept", [0, 32])
 def test_no_uninitialised_memory_reaches_a_result(kept, monkeypatch):
-    """Memory of all sizes that was just given back, full of NaN, is what the next call gets."""
+    """Memory of all sizes is filled with NaN and freed, so that the next call allocates it."""
     problem = make_problem(7, 50, 13, kappa="[C]", scale="softplus", bias=True, label_smoothing=0.1)
     head = ops.Head(
         input=problem["input"],

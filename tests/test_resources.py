@@ -1,4 +1,4 @@
-"""The same bits on any number of threads and any instruction set; memory; offsets beyond 2^31."""
+"""The same bits for any number of threads and instruction set; memory; offsets beyond 2^31."""
 
 import mmap
 import os
@@ -33,7 +33,7 @@ def output_of(process):
 
 
 def in_exact_products(problem):
-    """Small integers, whose products are the same in whatever order a library sums them."""
+    """The problem with small integers, so that a product is exact in any order of summation."""
     for name in ("input", "linear_weight"):
         problem[name] = problem[name].mul(2).round()
     return problem
@@ -42,7 +42,7 @@ def in_exact_products(problem):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(1, 9001, 40), (70, 5000, 129), (600, 700, 24)], ids=str)
 def test_thread_counts_give_the_same_bits(shape, dtype, threads):
-    """All but the products with the weight, whose sum over classes a BLAS may split by threads."""
+    """Two gradients may differ by roundings: a BLAS may split their sums between threads."""
     problem = in_exact_products(
         make_problem(*shape, dtype=dtype, kappa="[C]", scale="[]", bias=True, class_weight=True)
     )
@@ -52,9 +52,8 @@ def test_thread_counts_give_the_same_bits(shape, dtype, threads):
     for count in (1, 2):
         threads(count)
         rank = row_statistics(**statistics).rank
-        results.append((
-            rank, evaluate(row_statistics, statistics), evaluate(tvmf_cross_entropy, problem)
-        ))  # fmt: skip
+        of_statistics = evaluate(row_statistics, statistics)
+        results.append((rank, of_statistics, evaluate(tvmf_cross_entropy, problem)))
     (rank, *one), (other_rank, *two) = results
     assert torch.equal(rank, other_rank)
     for (outputs, gradients), (other_outputs, other_gradients) in zip(one, two, strict=True):
@@ -94,7 +93,7 @@ def test_instruction_sets_give_the_same_bits():
     processes = [start_python(HASHES, TVMF_CPU_CAPABILITY=name) for name in sets]
     results = [output_of(process) for process in processes]
     for index, (name, *hashes) in enumerate(results):
-        assert name in sets[: index + 1]  # what was asked for, or less where the machine has less
+        assert name in sets[: index + 1]  # the set asked for, or a smaller one that the machine has
         assert len(hashes) == 6
         assert hashes == results[0][1:]
 
@@ -130,7 +129,7 @@ def test_memory_beyond_inputs_and_gradients_stays_under_64_mb(shape):
 
 
 def untouched(size):
-    """float32 in pages that take memory only where they are written to."""
+    """float32 numbers in pages that take memory only after they are written to."""
     no_reserve = 0x4000  # MAP_NORESERVE, which Python names since 3.13
     memory = mmap.mmap(-1, size * 4, flags=mmap.MAP_PRIVATE | no_reserve)
     memory.madvise(mmap.MADV_NOHUGEPAGE)

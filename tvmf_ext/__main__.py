@@ -6,6 +6,7 @@ python -m tvmf_ext plan 256 8142 2048 --dtype bfloat16 --weight-dtype float32 --
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -22,26 +23,26 @@ def largest_errors() -> tuple[float, float]:
     weight = torch.randn(1000, 128, generator=generator)
     target = torch.randint(1000, (64,), generator=generator)
 
-    def evaluate(function, dtype):
+    def evaluate(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [t.to(dtype).requires_grad_() for t in (input, weight)]
         loss = function(*leaves, target, kappa=16.0, scale=16.0)
-        return loss, *torch.autograd.grad(loss, leaves)
+        return [loss, *torch.autograd.grad(loss, leaves)]
 
     exact = evaluate(reference.tvmf_cross_entropy, torch.float64)
 
-    def error(function):
+    def error(function: Callable[..., torch.Tensor]) -> float:
         got = evaluate(function, torch.float32)
         return max(((g - e).norm() / e.norm()).item() for g, e in zip(got, exact, strict=True))
 
     return error(tvmf_cross_entropy), error(reference.tvmf_cross_entropy)
 
 
-def print_info(parser, args) -> int:
+def print_info(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     print(build_info())
     return 0
 
 
-def self_check(parser, args) -> int:
+def self_check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     print_info(parser, args)
     fused, eager = largest_errors()
     ok = fused <= 2 * eager + 1e-6
@@ -50,7 +51,7 @@ def self_check(parser, args) -> int:
     return 0 if ok else 1
 
 
-def print_plan(parser, args) -> int:
+def print_plan(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     try:
         result = plan(
             args.N,

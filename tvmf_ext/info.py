@@ -30,7 +30,7 @@ class BuildInfo:
     torch: str
     """the version of the torch that it runs with now"""
 
-    def __str__(self):
+    def __str__(self) -> str:
         cuda = (
             "CUDA for " + ", ".join(self.cuda_archs) if self.cuda else f"no CUDA ({self.no_cuda})"
         )

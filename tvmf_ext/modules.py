@@ -1,10 +1,10 @@
 """The classification head as a module."""
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .functional import (
     RowStatistics,
@@ -18,50 +18,57 @@ from .functional import (
 
 
 class TvMFLoss(nn.Module):
-    """t-vMF head: class weights, learnable scale and softmax cross-entropy in one module.
+    """The t-vMF head: class vectors, learnable scale and softmax cross-entropy in one module.
 
-    Replaces `nn.Linear(in_features, num_classes)` and `nn.CrossEntropyLoss()` (Kobayashi, "t-vMF
+    It replaces `nn.Linear(in_features, num_classes)` and `nn.CrossEntropyLoss()` (Kobayashi, "t-vMF
     Similarity for Regularizing In-Class Feature Distribution", CVPR 2021). Parameters and buffers
-    are those of the paper's code, so that its checkpoints load: `weight [C, D]`, `s_ [1]` with
-    scale `softplus(s_) + 1`, the buffer `kappa [1]` (or `[C]`), and `bias [C]` where asked for.
+    are those of the paper's code, so that its checkpoints load: `weight [C, D]`, `s_ [1]` for the
+    scale `softplus(s_) + 1`, the buffer `kappa [1]` (or `[C]`), and with `bias=True` `bias [C]`.
 
     Args:
-        in_features: D.
-        num_classes: C.
-        kappa: concentration, > -1/2; a float or a tensor `[C]`. 0 is the cosine head.
-        bias: learn a bias per class, added to the similarity.
-        weight: class weights of the loss, `[C]`, as in `nn.CrossEntropyLoss`.
-        prior: log class frequencies `[C]`, added to the logits (logit adjustment).
+        in_features: D, the number of features.
+        num_classes: C, the number of classes.
+        kappa: the concentration, above -1/2: a float or a tensor `[C]`. With 0 the similarity is
+            the cosine.
+        bias: whether a bias for each class is learnt; it is added to the similarity.
+        weight: the class weights of the loss, `[C]`, as in `nn.CrossEntropyLoss`.
+        prior: the logarithms of class frequencies, `[C]`, which are added to the logits (logit
+            adjustment).
         ignore_index, reduction, label_smoothing: as in `nn.CrossEntropyLoss`.
     """
+
+    bias: nn.Parameter | None
+    kappa: Tensor
+    class_weight: Tensor | None
+    prior: Tensor | None
 
     def __init__(
         self,
         in_features: int,
         num_classes: int,
-        kappa: float | torch.Tensor = 16.0,
+        kappa: float | Tensor = 16.0,
         bias: bool = False,
         *,
-        weight: torch.Tensor | None = None,
-        prior: torch.Tensor | None = None,
+        weight: Tensor | None = None,
+        prior: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if in_features < 1 or num_classes < 1:
             raise ValueError(
                 f"in_features and num_classes must be at least 1, got {in_features}, {num_classes}"
             )
         check_loss_options(reduction, label_smoothing)
-        options = {"device": device, "dtype": dtype}
-        if isinstance(kappa, torch.Tensor) and kappa.requires_grad:
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        if isinstance(kappa, Tensor) and kappa.requires_grad:
             raise ValueError(
                 "kappa must not require grad: the module does not learn it; tvmf_cross_entropy does"
             )
-        # A copy on the CPU: it can be checked there, whatever the device, and is no one else's.
+        # A copy on the CPU, where its values can be checked whatever the device of the head is.
         kappa = torch.as_tensor(kappa, dtype=dtype or torch.get_default_dtype(), device="cpu")
         kappa = kappa.detach().clone().reshape(-1)
         if kappa.numel() not in (1, num_classes):
@@ -92,13 +99,13 @@ class TvMFLoss(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.register_buffer("kappa", kappa.to(self.weight.device))
-        # Not part of the state: they belong to the data, and a checkpoint of the paper has neither.
+        # These two belong to the data and not to the state: a checkpoint of the paper has neither.
         self.register_buffer("class_weight", weight, persistent=False)
         self.register_buffer("prior", prior, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """`nn.Linear`'s initialisation, and scale `softplus(0) + 1`."""
+        """Initialises weight and bias as `nn.Linear` does, and the scale to `softplus(0) + 1`."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         nn.init.zeros_(self.s_)
         if self.bias is not None:
@@ -106,11 +113,11 @@ class TvMFLoss(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     @property
-    def scale(self) -> torch.Tensor:
+    def scale(self) -> Tensor:
         """The factor of the similarity in the logit, `softplus(s_) + 1`, `[1]`."""
-        return F.softplus(self.s_) + 1
+        return SoftplusScale(self.s_).value()
 
-    def _head(self):
+    def _head(self) -> dict[str, Any]:
         return {
             "kappa": self.kappa,
             "scale": SoftplusScale(self.s_),
@@ -118,7 +125,7 @@ class TvMFLoss(nn.Module):
             "prior": self.prior,
         }
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features `[N, D]` and labels `[N]`; see `tvmf_cross_entropy`."""
         return tvmf_cross_entropy(
             input,
@@ -131,12 +138,13 @@ class TvMFLoss(nn.Module):
             **self._head(),
         )
 
-    def logits(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, C]` for inference; `softmax` of them are the class probabilities."""
+    def logits(self, input: Tensor) -> Tensor:
+        """The logits `[N, C]`, for inference. Their `softmax` are the class probabilities."""
         return tvmf_logits(input, self.weight, **self._head())
 
-    def row_statistics(self, input: torch.Tensor, target: torch.Tensor) -> RowStatistics:
-        """`lse, target, sum, rank` of each row: the loss's parts, and the training error free."""
+    def row_statistics(self, input: Tensor, target: Tensor) -> RowStatistics:
+        """`lse, target, sum, rank` of each row: they make the loss and, at no cost, the training
+        error."""
         return row_statistics(
             input,
             self.weight,
@@ -146,8 +154,8 @@ class TvMFLoss(nn.Module):
             **self._head(),
         )
 
-    def loss(self, statistics: RowStatistics, target: torch.Tensor) -> torch.Tensor:
-        """What `forward` returns, from statistics that are there already."""
+    def loss(self, statistics: RowStatistics, target: Tensor) -> Tensor:
+        """The loss that `forward` returns, made of row statistics."""
         return cross_entropy_from_statistics(
             statistics,
             target,
@@ -158,8 +166,10 @@ class TvMFLoss(nn.Module):
             label_smoothing=self.label_smoothing,
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # The paper's cosine head stores no kappa: it is this head at kappa 0.
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # The paper's cosine head stores no kappa. It is this head with a kappa of 0.
         if prefix + "weight" in state_dict and not self.kappa.is_meta and not self.kappa.any():
             state_dict.setdefault(prefix + "kappa", self.kappa.detach().clone())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,14 +1,15 @@
 """The operators: loads the library, and gives them fake implementations and gradients.
 
-`torch.ops.tvmf_ext.row_statistics` and `torch.ops.tvmf_ext.cross_entropy` are what
-`tvmf_ext.functional` calls; csrc/torch/bind.cpp holds their schemas and checks their arguments.
+`row_statistics` and `cross_entropy` of this module are the operators with their gradients, which
+`tvmf_ext.functional` calls. csrc/torch/bind.cpp holds their schemas and checks their arguments.
 """
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import library
+from torch import Tensor, library
 
 try:
     import tvmf_ext._C  # noqa: F401  (its import registers the operators)
@@ -26,16 +27,19 @@ _cross_entropy_backward = torch.ops.tvmf_ext.cross_entropy_backward.default
 
 
 class Head(NamedTuple):
-    """The arguments that come first in every operator, in the order of csrc/torch/schema.h."""
+    """The arguments that come first in every operator, in the order of csrc/torch/schema.h.
 
-    input: torch.Tensor
-    weight: torch.Tensor
-    target: torch.Tensor
-    kappa: torch.Tensor | None
-    scale: torch.Tensor | None
-    bias: torch.Tensor | None
-    prior: torch.Tensor | None
-    class_weight: torch.Tensor | None
+    The tensors come before the rest. `class_weight` is what the public functions call `weight`.
+    """
+
+    input: Tensor
+    weight: Tensor
+    target: Tensor
+    kappa: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+    prior: Tensor | None
+    class_weight: Tensor | None
     kappa_value: float
     scale_value: float
     softplus_scale: bool
@@ -43,10 +47,12 @@ class Head(NamedTuple):
     allow_tf32: bool
 
 
+# The arguments that have a gradient. The backward operators return the gradients in this order, and
+# make gradient i if bit i of their argument `wanted` is set.
+DIFFERENTIABLE = ("input", "weight", "kappa", "scale", "bias")
+
 _COUNT = len(Head._fields)
 _TENSORS = Head._fields.index("kappa_value")  # the first _TENSORS arguments are tensors or None
-# The backward operators return these gradients in this order; gradient i has bit i of `wanted`.
-DIFFERENTIABLE = ("input", "weight", "kappa", "scale", "bias")
 _GRADIENTS = tuple(
     (Head._fields.index(name), 1 << bit, bit) for bit, name in enumerate(DIFFERENTIABLE)
 )
@@ -57,12 +63,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Whether this build has CUDA kernels, wherever it runs now.
-HAS_CUDA = "cuda_archs=;" not in torch.ops.tvmf_ext.build_info()
+# Whether this build has CUDA kernels, even if the machine it runs on has no GPU.
+HAS_CUDA: bool = "cuda_archs=;" not in torch.ops.tvmf_ext.build_info()
 
 
-def _no_cuda_kernels(*args):
-    device = next(a.device for a in args if isinstance(a, torch.Tensor) and a.is_cuda)
+def _no_cuda_kernels(*args: Any) -> Any:
+    device = next(a.device for a in args if isinstance(a, Tensor) and a.is_cuda)
     raise NotImplementedError(
         f"this build of tvmf_ext has no CUDA kernels, got a tensor on {device}. Rebuild it where "
         "nvcc is found (TVMF_CUDA=1 demands it), move the head's tensors to the CPU, or use the "
@@ -75,23 +81,27 @@ if not HAS_CUDA:
         library.register_kernel(f"tvmf_ext::{_name}", "cuda")(_no_cuda_kernels)
 
 
-def _check_device(input, *others):
+# Fake implementations: the shapes and dtypes of the results, for torch.compile and fake tensors.
+
+
+def _check_device(input: Tensor, *others: Any) -> None:
     for other in others:
-        if isinstance(other, torch.Tensor) and other.device != input.device:
+        if isinstance(other, Tensor) and other.device != input.device:
             raise ValueError(
                 f"all tensors must be on the input's device, {input.device}, got {other.device}"
             )
 
 
-def _fake_saved(input, weight, kept):
-    """Its size is that of SavedLayout (csrc/problem.h)."""
+def _fake_saved(input: Tensor, weight: Tensor, kept: int) -> Tensor:
+    # SavedLayout (csrc/problem.h) has the size. It is repeated here because torch.compile needs it
+    # as an expression in N and C, which may be symbols.
     N, C = input.shape[0], weight.shape[0]
     size = (4 * N + C + 15) // 16 * 16 + N * kept
     return input.new_empty(size, dtype=compute_dtype(input.dtype))
 
 
 @library.register_fake("tvmf_ext::row_statistics")
-def _(input, weight, target, *args):
+def _(input: Tensor, weight: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
     _check_device(input, weight, target, *args)
     with_sum, kept = args[-2:]
     N, dtype = input.shape[0], compute_dtype(input.dtype)
@@ -102,7 +112,7 @@ def _(input, weight, target, *args):
 
 
 @library.register_fake("tvmf_ext::cross_entropy")
-def _(input, weight, target, *args):
+def _(input: Tensor, weight: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
     _check_device(input, weight, target, *args)
     _, reduction, kept = args[-3:]
     shape = (input.shape[0],) if reduction == 0 else ()
@@ -110,7 +120,7 @@ def _(input, weight, target, *args):
     return loss, _fake_saved(input, weight, kept)
 
 
-def _fake_gradients(head, wanted):
+def _fake_gradients(head: tuple[Any, ...], wanted: int) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty_like(head[position], memory_format=torch.contiguous_format)
         if wanted & bit
@@ -120,12 +130,12 @@ def _fake_gradients(head, wanted):
 
 
 @library.register_fake("tvmf_ext::row_statistics_backward")
-def _(grad_lse, grad_target, grad_sum, *args):
+def _(grad_lse: Any, grad_target: Any, grad_sum: Any, *args: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(args[:_COUNT], args[-1])
 
 
 @library.register_fake("tvmf_ext::cross_entropy_backward")
-def _(grad_loss, *args):
+def _(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(args[:_COUNT], args[-1])
 
 
@@ -133,35 +143,35 @@ class _OnceDifferentiable(torch.autograd.Function):
     """A backward operator under `create_graph=True`, whose own gradient is refused."""
 
     @staticmethod
-    def forward(ctx, backward_operator, *args):
+    def forward(ctx: Any, backward_operator: Callable[..., Any], *args: Any) -> Any:
         return backward_operator(*args)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
             "tvmf_ext: the t-vMF head is differentiable once; for second derivatives use the eager "
             "functions of tvmf_ext.reference"
         )
 
 
-def _call_once(backward_operator, *args):
+def _call_once(backward_operator: Callable[..., Any], *args: Any) -> Any:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _OnceDifferentiable.apply(backward_operator, *args)
     return backward_operator(*args)
 
 
 class _Function(torch.autograd.Function):
-    """One operator and its gradient. The gradient is not registered with the operator, because its
-    way through the dispatcher takes longer than the whole of a small head."""
+    """What the two operators share in their gradients. These are not registered with the operators,
+    because the way through the dispatcher takes longer than the whole of a small head."""
 
     @staticmethod
-    def save(ctx, head, saved):
+    def save(ctx: Any, head: tuple[Any, ...], saved: Tensor) -> None:
         ctx.constants = head[_TENSORS:]
         ctx.save_for_backward(*head[:_TENSORS], saved)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward_arguments(ctx):
+    def backward_arguments(ctx: Any) -> tuple[tuple[Any, ...], Tensor, int]:
         """The head's arguments as the forward operator had them, `saved`, and `wanted`."""
         *tensors, saved = ctx.saved_tensors
         needs, wanted = ctx.needs_input_grad, 0
@@ -171,9 +181,9 @@ class _Function(torch.autograd.Function):
         return (*tensors, *ctx.constants), saved, wanted
 
     @staticmethod
-    def input_gradients(gradients, wanted):
+    def input_gradients(gradients: tuple[Tensor, ...], wanted: int) -> list[Tensor | None]:
         """The gradients in the order of the head's arguments."""
-        out = [None] * _COUNT
+        out: list[Tensor | None] = [None] * _COUNT
         for position, bit, index in _GRADIENTS:
             if wanted & bit:
                 out[position] = gradients[index]
@@ -182,7 +192,7 @@ class _Function(torch.autograd.Function):
 
 class _RowStatistics(_Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         output = _row_statistics(*args)
         ctx.kept = args[-1]
         _Function.save(ctx, args[:_COUNT], output[-1])
@@ -190,7 +200,7 @@ class _RowStatistics(_Function):
         return output[:-1]
 
     @staticmethod
-    def backward(ctx, grad_lse, grad_target, grad_sum, *_):
+    def backward(ctx: Any, grad_lse: Any, grad_target: Any, grad_sum: Any, *_: Any) -> Any:
         head, saved, wanted = _Function.backward_arguments(ctx)
         grads = (grad_lse, grad_target, grad_sum)
         args = (*grads, *head, ctx.kept, saved, wanted)
@@ -200,21 +210,27 @@ class _RowStatistics(_Function):
 
 class _CrossEntropy(_Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor]:
         loss, saved = _cross_entropy(*args)
         ctx.options = args[_COUNT:]
         _Function.save(ctx, args[:_COUNT], saved)
         return (loss,)
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor | None) -> Any:
         if grad_loss is None:
-            return (None,) * (_COUNT + 3)
+            return (None,) * len(ctx.needs_input_grad)
         head, saved, wanted = _Function.backward_arguments(ctx)
         args = (grad_loss, *head, *ctx.options, saved, wanted)
         gradients = _call_once(_cross_entropy_backward, *args)
         return *_Function.input_gradients(gradients, wanted), None, None, None
 
 
-row_statistics = _RowStatistics.apply
-cross_entropy = _CrossEntropy.apply
+def row_statistics(head: Head, with_sum: bool, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`lse`, `target`, `sum` (`[0]` unless `with_sum`) and `rank` of each row, each `[N]`."""
+    return _RowStatistics.apply(*head, with_sum, kept)
+
+
+def cross_entropy(head: Head, label_smoothing: float, reduction: int, kept: int) -> Tensor:
+    """The loss, by the numbers of the enum Reduction (csrc/problem.h)."""
+    return _CrossEntropy.apply(*head, label_smoothing, reduction, kept)[0]

@@ -5,13 +5,16 @@ The numbers come from the library, from the function that the kernels themselves
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
 from . import ops
 from .functional import cuda_allows_tf32, products_to_keep
 
+_Kind = TypeVar("_Kind")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -52,13 +55,13 @@ class _Problem:
     saved: int
     """bytes that the forward pass keeps in all"""
 
-    def _title(self, device):
+    def _title(self, device: str) -> str:
         return (
             f"[N, C, D] = [{self.N}, {self.C}, {self.D}], {_name(self.dtype)} features, "
             f"{_name(self.weight_dtype)} weight, on {device}"
         )
 
-    def _saved_line(self):
+    def _saved_line(self) -> str:
         kept = min(self.kept, self.C)
         products = "all products" if kept == self.C else f"products of {kept} classes"
         return f"kept for backward  {_bytes(self.saved)}, {products if kept else 'no products'}"
@@ -176,7 +179,7 @@ class Sm90Plan:
     def name(self) -> str:
         return "Hopper"
 
-    def _tiles(self, blocks, classes):
+    def _tiles(self, blocks: int, classes: int) -> str:
         tiles = -(-classes // self.tile_classes)
         return (
             f"tile {self.tile_rows} rows x {self.tile_classes} classes, grid {self.row_blocks} x "
@@ -261,7 +264,7 @@ class CudaPlan(_Problem):
         times = self.times(which)
         return max(times, key=lambda part: times[part])
 
-    def _pass(self, which):
+    def _pass(self, which: str) -> list[str]:
         seconds = getattr(self, f"{which}_seconds")
         parts = ", ".join(f"{name} {_time(t)}" for name, t in self.times(which).items())
         return [
@@ -274,7 +277,7 @@ class CudaPlan(_Problem):
             f"  workspace        {_bytes(getattr(self, f'{which}_workspace'))}",
         ]
 
-    def _path(self):
+    def _path(self) -> str:
         chunks, classes = self.variant.chunks, min(self.variant.chunk, self.C)
         count = "one chunk" if chunks == 1 else f"{chunks} chunks"
         return f"{self.variant.name}: {count} of {classes} classes"
@@ -295,25 +298,25 @@ class CudaPlan(_Problem):
         return "\n".join(lines)
 
 
-def _read(kind, values, **given):
+def _read(kind: type[_Kind], values: dict[str, str], **given: Any) -> _Kind:
     """A `kind` whose fields are `given`, or else read from text values of the same names."""
-    convert = {int: int, float: float, str: str, bool: lambda text: text == "1"}
+    convert: dict[Any, Callable[[str], Any]] = {int: int, float: float, str: str, bool: lambda text: text == "1"}
     read = {
         field.name: convert[field.type](values[field.name])
-        for field in dataclasses.fields(kind)
+        for field in dataclasses.fields(kind)  # type: ignore[arg-type]
         if field.name not in given
     }
     return kind(**given, **read)
 
 
-def _check_size(name, value):
+def _check_size(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _device_name(device):
+def _device_name(device: str | torch.device | None) -> str:
     """`"cpu"`, `"cuda:0"` for a GPU that is here, or a GPU's name."""
     if device is None:
         device = "cuda" if ops.HAS_CUDA and torch.cuda.is_available() else "cpu"
@@ -355,8 +358,8 @@ def plan(
     Raises:
         ValueError: a size below 1, a dtype without kernels, an unknown device.
     """
-    for name, value in (("N", N), ("C", C), ("D", D)):
-        _check_size(name, value)
+    for name, size in (("N", N), ("C", C), ("D", D)):
+        _check_size(name, size)
     weight_dtype = weight_dtype or dtype
     for name, value in (("dtype", dtype), ("weight_dtype", weight_dtype)):
         if value not in _DTYPES:
