@@ -300,7 +300,12 @@ class CudaPlan(_Problem):
 
 def _read(kind: type[_Kind], values: dict[str, str], **given: Any) -> _Kind:
     """A `kind` whose fields are `given`, or else read from text values of the same names."""
-    convert: dict[Any, Callable[[str], Any]] = {int: int, float: float, str: str, bool: lambda text: text == "1"}
+    convert: dict[Any, Callable[[str], Any]] = {
+        int: int,
+        float: float,
+        str: str,
+        bool: lambda text: text == "1",
+    }
     read = {
         field.name: convert[field.type](values[field.name])
         for field in dataclasses.fields(kind)  # type: ignore[arg-type]
