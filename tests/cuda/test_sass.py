@@ -498,8 +498,8 @@ def test_what_must_not_be_is_found_on_hopper(change, text):
 
 def test_what_must_not_be_is_found_in_a_dump():
     symbol = (
-        "_ZN4tvmf44_GLOBAL__N__952700ee_11_backward_cu_bceae2d214input_gradientILNS_4MathE1Ef"
-        r"NS\d?_4TileILi128ELi128ELi2ELi4EEEEEvNS0_14BackwardParamsINS_10MathTraitsI"
+        "_ZN4tvmf4sm8054_GLOBAL__N__8be7058d_17_input_gradient_cu_1fd631c1_59114input_gradientILNS_4Mat"
+        "hE1EfNS0_4TileILi128ELi128ELi2ELi4EEEEEvNS0_19InputGradientParamsINS_10MathTraitsIXT_EE3AccEEE"
     )
     assert instance(symbol) == ("input_gradient", "bf16-fp32", 128)
     prefix = "_ZN4tvmf4sm9049_GLOBAL__N__8825d9c4_16_backward_sm90_cu_60869e71"

@@ -64,7 +64,7 @@ struct LaneSums {
 template <class K>
 __device__ __forceinline__ void store_sums(const typename K::Params& p, unsigned char* smem,
                                            const Lane& lane, const LaneSums<typename K::T>& lanes,
-                                           typename K::T scale, bool first, int64_t total_slot) {
+                                           typename K::T scale) {
   using T = typename K::T;
   auto& tail = K::tail(smem);
 #pragma unroll
@@ -92,8 +92,10 @@ __device__ __forceinline__ void store_sums(const typename K::Params& p, unsigned
   }
   const double block_scale = block_sum(double(lanes.scale), tail.sums);
   total_kappa = block_sum(total_kappa, tail.sums) * double(scale);
-  if (first && threadIdx.x == 0) {
-    double* totals = p.sums.totals + 2 * total_slot;
+  const bool both = p.work.gradient && p.work.weight;
+  if ((!both || blockIdx.y == 0) && threadIdx.x == 0) {
+    const int64_t slot = both ? blockIdx.x : blockIdx.x * p.work.row_groups + blockIdx.y;
+    double* totals = p.sums.totals + 2 * slot;
     totals[0] = p.chunk.begin == 0 ? block_scale : totals[0] + block_scale;
     totals[1] = p.chunk.begin == 0 ? total_kappa : totals[1] + total_kappa;
   }
@@ -223,7 +225,7 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
     const int steps = int((head.D + K::kDepth - 1) / K::kDepth);
     pipeline<K::kPipeline>(tiles, steps, load, [](int) {}, multiply, finish);
   }
-  store_sums<K>(p, smem, lane, sums, scale, first, blockIdx.x * groups + (both ? 0 : blockIdx.y));
+  store_sums<K>(p, smem, lane, sums, scale);
   __syncthreads();
 }
 
