@@ -132,6 +132,11 @@ def _number(name: str, value: Any) -> float:
     raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
 
 
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def _check_constant(name: str, value: Any) -> None:
     """Checks `weight` or `prior`. The operator checks their shape and dtype."""
     if not isinstance(value, Tensor):
@@ -152,12 +157,13 @@ def _head(
     ignore_index: int,
 ) -> tuple[ops.Head, int]:
     """The arguments that the operators share, and the number of classes to keep."""
-    for name, value in (("input", input), ("linear_weight", linear_weight), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    for name, constant in (("weight", class_weight), ("prior", prior)):
-        if constant is not None:
-            _check_constant(name, constant)
+    _check_tensor("input", input)
+    _check_tensor("linear_weight", linear_weight)
+    _check_tensor("target", target)
+    if class_weight is not None:
+        _check_constant("weight", class_weight)
+    if prior is not None:
+        _check_constant("prior", prior)
     if (
         input.dtype == torch.float32
         and (input.is_cpu or input.is_cuda)  # other devices may not know of autocast
@@ -165,23 +171,26 @@ def _head(
     ):
         input = input.to(torch.get_autocast_dtype(input.device.type))
     softplus_scale = isinstance(scale, SoftplusScale)
-    scale_given = scale.s if isinstance(scale, SoftplusScale) else scale
+    if isinstance(scale, SoftplusScale):
+        scale = scale.s
     kappa_tensor = kappa if isinstance(kappa, Tensor) else None
-    scale_tensor = scale_given if isinstance(scale_given, Tensor) else None
+    scale_tensor = scale if isinstance(scale, Tensor) else None
+    allow_tf32 = input.is_cuda and input.dtype == torch.float32 and cuda_allows_tf32()
+    # The arguments are given by position, because keywords take a small head a noticeable time.
     head = ops.Head(
-        input=input,
-        weight=linear_weight,
-        target=target,
-        kappa=kappa_tensor,
-        scale=scale_tensor,
-        bias=linear_bias,
-        prior=prior,
-        class_weight=class_weight,
-        kappa_value=0.0 if kappa_tensor is not None else _number("kappa", kappa),
-        scale_value=1.0 if scale_tensor is not None else _number("scale", scale_given),
-        softplus_scale=softplus_scale,
-        ignore_index=ignore_index,
-        allow_tf32=input.is_cuda and input.dtype == torch.float32 and cuda_allows_tf32(),
+        input,
+        linear_weight,
+        target,
+        kappa_tensor,
+        scale_tensor,
+        linear_bias,
+        prior,
+        class_weight,
+        0.0 if kappa_tensor is not None else _number("kappa", kappa),
+        1.0 if scale_tensor is not None else _number("scale", scale),
+        softplus_scale,
+        ignore_index,
+        allow_tf32,
     )
     return head, _kept(input, linear_weight, kappa_tensor, scale_tensor, linear_bias)
 
@@ -207,7 +216,7 @@ def row_statistics(
     head, kept = _head(
         input, linear_weight, target, kappa, scale, linear_bias, prior, weight, ignore_index
     )
-    return RowStatistics(*ops.row_statistics(head, True, kept))
+    return RowStatistics(*ops.row_statistics(*head, True, kept))
 
 
 def tvmf_cross_entropy(
@@ -265,7 +274,7 @@ def tvmf_cross_entropy(
     head, kept = _head(
         input, linear_weight, target, kappa, scale, linear_bias, prior, weight, ignore_index
     )
-    return ops.cross_entropy(head, float(label_smoothing), _REDUCTIONS[reduction], kept)
+    return ops.cross_entropy(*head, float(label_smoothing), _REDUCTIONS[reduction], kept)[0]
 
 
 def cross_entropy_from_statistics(

@@ -165,72 +165,59 @@ class _Function(torch.autograd.Function):
     because the way through the dispatcher takes longer than the whole of a small head."""
 
     @staticmethod
-    def save(ctx: Any, head: tuple[Any, ...], saved: Tensor) -> None:
-        ctx.constants = head[_TENSORS:]
-        ctx.save_for_backward(*head[:_TENSORS], saved)
+    def save(ctx: Any, args: tuple[Any, ...], saved: Tensor, options: tuple[Any, ...]) -> None:
+        """Keeps what the backward operator takes between its gradients and `wanted`: the head, of
+        the operator's arguments, then `options` and `saved`."""
+        ctx.save_for_backward(*args[:_TENSORS], saved)
+        ctx.constants = args[_TENSORS:_COUNT] + options
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward_arguments(ctx: Any) -> tuple[tuple[Any, ...], Tensor, int]:
-        """The head's arguments as the forward operator had them, `saved`, and `wanted`."""
-        *tensors, saved = ctx.saved_tensors
+    def gradients(ctx: Any, backward_operator: Callable[..., Any], *upstream: Any) -> Any:
+        """A gradient, or None, for each argument of the operator."""
         needs, wanted = ctx.needs_input_grad, 0
         for position, bit, _ in _GRADIENTS:
             if needs[position]:
                 wanted |= bit
-        return (*tensors, *ctx.constants), saved, wanted
-
-    @staticmethod
-    def input_gradients(gradients: tuple[Tensor, ...], wanted: int) -> list[Tensor | None]:
-        """The gradients in the order of the head's arguments."""
-        out: list[Tensor | None] = [None] * _COUNT
+        *tensors, saved = ctx.saved_tensors
+        args = (*upstream, *tensors, *ctx.constants, saved, wanted)
+        gradients = _call_once(backward_operator, *args)
+        out: list[Tensor | None] = [None] * len(needs)
         for position, bit, index in _GRADIENTS:
             if wanted & bit:
                 out[position] = gradients[index]
-        return out
+        return tuple(out)
 
 
 class _RowStatistics(_Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         output = _row_statistics(*args)
-        ctx.kept = args[-1]
-        _Function.save(ctx, args[:_COUNT], output[-1])
+        _Function.save(ctx, args, output[-1], args[-1:])
         ctx.mark_non_differentiable(output[-2])
         return output[:-1]
 
     @staticmethod
     def backward(ctx: Any, grad_lse: Any, grad_target: Any, grad_sum: Any, *_: Any) -> Any:
-        head, saved, wanted = _Function.backward_arguments(ctx)
-        grads = (grad_lse, grad_target, grad_sum)
-        args = (*grads, *head, ctx.kept, saved, wanted)
-        gradients = _call_once(_row_statistics_backward, *args)
-        return *_Function.input_gradients(gradients, wanted), None, None
+        upstream = (grad_lse, grad_target, grad_sum)
+        return _Function.gradients(ctx, _row_statistics_backward, *upstream)
 
 
 class _CrossEntropy(_Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor]:
         loss, saved = _cross_entropy(*args)
-        ctx.options = args[_COUNT:]
-        _Function.save(ctx, args[:_COUNT], saved)
+        _Function.save(ctx, args, saved, args[_COUNT:])
         return (loss,)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> Any:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        head, saved, wanted = _Function.backward_arguments(ctx)
-        args = (grad_loss, *head, *ctx.options, saved, wanted)
-        gradients = _call_once(_cross_entropy_backward, *args)
-        return *_Function.input_gradients(gradients, wanted), None, None, None
+        return _Function.gradients(ctx, _cross_entropy_backward, grad_loss)
 
 
-def row_statistics(head: Head, with_sum: bool, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`lse`, `target`, `sum` (`[0]` unless `with_sum`) and `rank` of each row, each `[N]`."""
-    return _RowStatistics.apply(*head, with_sum, kept)
-
-
-def cross_entropy(head: Head, label_smoothing: float, reduction: int, kept: int) -> Tensor:
-    """The loss, by the numbers of the enum Reduction (csrc/problem.h)."""
-    return _CrossEntropy.apply(*head, label_smoothing, reduction, kept)[0]
+# Both take a Head's arguments one by one, because autograd looks for tensors in no other place, and
+# then those of the operator.
+row_statistics: Callable[..., tuple[Tensor, ...]] = _RowStatistics.apply
+cross_entropy: Callable[..., tuple[Tensor]] = _CrossEntropy.apply
