@@ -1,6 +1,6 @@
-// t-vMF similarity (Kobayashi, CVPR 2021) and its derivatives, the only copy of the mathematics.
-//   phi(c) = (1 + c) / (1 + kappa (1 - c)) - 1 = (1 - u (1 + kappa)) / d,  u = 1 - c,  d = 1 +
-//   kappa u
+// t-vMF similarity (Kobayashi, CVPR 2021) and its derivatives, for all kernels.
+//   phi(c) = (1 + c) / (1 + kappa (1 - c)) - 1 = (1 - u (1 + kappa)) / d
+//   with u = 1 - c and d = 1 + kappa u
 // V is float, double, or a SIMD vector of either.
 #pragma once
 

@@ -14,7 +14,6 @@ constexpr int kThreads = kWarpgroup * (1 + kConsumers);
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
 constexpr int kLine = 128;  // bytes of a line of a stage, within which the swizzle permutes
-constexpr int kAtom = 64;   // 16-bit elements of a line
 // An atom of a transposed operand: 64 lines of 64 elements.
 constexpr int kAtomBytes = kDepth * kLine;
 

@@ -10,6 +10,7 @@ namespace tvmf::sm90 {
 constexpr int kCosineRows = 256;                        // rows of a tile of cosines
 constexpr int kSmallClasses = 64, kLargeClasses = 128;  // its classes
 constexpr int kProductRows = 128, kProductCols = 256;   // a tile of dw or of dx
+constexpr int kAtom = 64;   // 16-bit elements of a line of 128 bytes, within which copies swizzle
 constexpr int kDepth = 64;  // elements of a row in one step of the main loops
 
 struct Plan {

@@ -7,8 +7,6 @@
 namespace tvmf::sm90 {
 namespace {
 
-constexpr int kAtom = 64;  // 16-bit elements of a line of a box
-
 // Matrices as tensor maps. A map that cannot be made leaves its error in `error`.
 class MapMaker {
  public:
