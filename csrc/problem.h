@@ -23,7 +23,9 @@ struct LossOptions {
   Reduction reduction;
 };
 
-// One buffer in the compute dtype: a single allocation, and a single tensor for autograd to hold.
+// The buffer that the forward pass saves for the backward pass, in the compute dtype: offsets of
+// its parts, in elements. It is one buffer, so that it costs a single allocation and autograd holds
+// a single tensor. tvmf_ext/ops.py computes `size` too.
 struct SavedLayout {
   SavedLayout(int64_t N, int64_t C, int64_t kept)
       : sum_exp(N),
@@ -32,14 +34,32 @@ struct SavedLayout {
         weight_rnorm(4 * N),
         product(round_up(4 * N + C, kPad)),
         size(product + N * kept) {}
-  int64_t max = 0;         // [N]  largest logit, or on Hopper what exponentials are relative to
-  int64_t sum_exp;         // [N]  sum exp(logit - max): lse itself would lose the small losses
-  int64_t target_product;  // [N]  <x_n, w_y>
-  int64_t x_rnorm;         // [N]
-  int64_t weight_rnorm;    // [C], then zeros
-  int64_t product;  // [N * kept]  <x_n, w_c> of the first classes: on the CPU tile after tile, on a
-                    // GPU [N, kept] and of all classes or none
+  int64_t max = 0, sum_exp, target_product, x_rnorm, weight_rnorm, product;
   int64_t size;
+};
+
+// The parts of that buffer.
+template <class T>
+struct Saved {
+  T* max;             // [N]  the largest logit, or on Hopper the reference of the exponentials
+  T* sum_exp;         // [N]  sum_c exp(logit - max); lse alone would lose the small losses
+  T* target_product;  // [N]  <x_n, w_y>
+  T* x_rnorm;         // [N]  1 / |x_n|
+  T* weight_rnorm;    // [C]  1 / |w_c|, then zeros
+  T* product;         // <x_n, w_c> of the first `kept` classes: [N, kept] on a GPU, and on the CPU
+                      // one tile after another
+  int64_t kept;       // on a GPU C or more, or 0 where no products are kept
+
+  static Saved of(T* buffer, int64_t N, int64_t C, int64_t kept) {
+    const SavedLayout at(N, C, kept);
+    return {.max = buffer + at.max,
+            .sum_exp = buffer + at.sum_exp,
+            .target_product = buffer + at.target_product,
+            .x_rnorm = buffer + at.x_rnorm,
+            .weight_rnorm = buffer + at.weight_rnorm,
+            .product = buffer + at.product,
+            .kept = kept};
+  }
 };
 
 enum class DType : int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };

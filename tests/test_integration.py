@@ -90,7 +90,8 @@ def test_python_lists_the_head_as_the_schemas_do(operator):
         arguments = schema.arguments[first : first + len(fields)]
         assert {a.name: SCHEMA_TYPES[str(a.type)] for a in arguments} == fields
         assert tuple(a.name for a in arguments) == ops.Head._fields
-    assert len(schema.returns) == len(ops.DIFFERENTIABLE)
+    returned = [r.name for r in schema.returns]
+    assert returned == [f"grad_{name}" for name in ops.DIFFERENTIABLE]
 
 
 def test_the_public_functions_and_the_module_have_the_same_arguments_and_defaults():

@@ -1,169 +1,221 @@
-// The gradients of the head's tensors from those of the row statistics, a block of classes at a
-// time.
-#include "cpu/passes.h"
+#include "cpu/backward.h"
+
+#include "cpu/isa.h"
 #include "similarity.h"
 
-namespace tvmf {
+namespace tvmf::cpu {
 namespace {
 
-// A gradient that is still to be filled: of the size of its tensor, or [0] where it is not wanted.
-Tensor empty_gradient(const Head& head, const std::optional<Tensor>& of, bool wanted,
-                      ScalarType dtype) {
-  if (!wanted) return empty({0}, head.input.scalar_type());
-  return empty(of->sizes(), dtype);
+// Uninitialised, of the sizes of its tensor, or [0] where it is not wanted.
+Tensor empty_gradient(const Head& head, const OptionalTensor& of, bool wanted, ScalarType dtype) {
+  return wanted ? empty(of->sizes(), dtype) : empty({0}, head.input.scalar_type());
 }
 
-// Converts each wanted gradient to the dtype of its tensor; that of the weight has it already.
-Gradients in_own_dtypes(const Head& head, Gradients out, int64_t wanted) {
-  if (wanted & kInput) out.input = to_dtype(out.input, head.input.scalar_type());
-  if (wanted & kKappa) out.kappa = to_dtype(out.kappa, head.kappa->scalar_type());
-  if (wanted & kScale) out.scale = to_dtype(out.scale, head.scale->scalar_type());
-  if (wanted & kBias) out.bias = to_dtype(out.bias, head.bias->scalar_type());
-  return out;
+// The weight's gradient is made in the weight's dtype, a block at a time; the others are made in
+// the compute dtype.
+template <class T>
+Gradients empty_gradients(const Head& head, int64_t wanted) {
+  const ScalarType weight_dtype = head.weight.scalar_type();
+  return {
+      .input = empty_gradient(head, head.input, wanted & kInput, kDtype<T>),
+      .weight = populated(empty_gradient(head, head.weight, wanted & kWeight, weight_dtype)),
+      .kappa = empty_gradient(head, head.kappa, wanted & kKappa, kDtype<T>),
+      .scale = empty_gradient(head, head.scale, wanted & kScale, kDtype<T>),
+      .bias = empty_gradient(head, head.bias, wanted & kBias, kDtype<T>),
+  };
 }
+
+Gradients in_own_dtypes(const Head& head, Gradients gradients, int64_t wanted) {
+  if (wanted & kInput) gradients.input = to_dtype(gradients.input, head.input.scalar_type());
+  if (wanted & kKappa) gradients.kappa = to_dtype(gradients.kappa, head.kappa->scalar_type());
+  if (wanted & kScale) gradients.scale = to_dtype(gradients.scale, head.scale->scalar_type());
+  if (wanted & kBias) gradients.bias = to_dtype(gradients.bias, head.bias->scalar_type());
+  return gradients;
+}
+
+// The factor of the row v in the projection of its gradient, dot / |v|^2, with its sign. A row
+// shorter than eps is divided by a constant, and so has no projection.
+template <class T>
+T projection(T dot, T rnorm) {
+  return rnorm < T(1 / kEps) ? -dot * rnorm * rnorm : T(0);
+}
+
+template <class T>
+class BackwardPass {
+ public:
+  BackwardPass(const Call<T>& call, const Saved<const T>& saved, const Upstream<T>& upstream,
+               int64_t wanted, const Gradients& out)
+      : call_(call),
+        saved_(saved),
+        upstream_(upstream),
+        wanted_(wanted),
+        out_(out),
+        weight_(call.head.weight, call.plan.class_block),
+        input_(call.head.input, call.N),
+        x_(input_.block(0, call.N)),
+        groups_(ceil_div(call.N, call.plan.row_group)),
+        width_(call.plan.class_block),
+        class_sums_(wanted & (kBias | kKappa)),
+        block_terms_(call.terms, width_, upstream.with_sum),
+        column_(call.N),
+        row_dot_(call.N),
+        part_row_dot_(ceil_div(width_, call.plan.stripe) * call.N),
+        part_row_scale_(part_row_dot_.size()),
+        col_dot_(groups_ * width_),
+        col_bias_(class_sums_ ? col_dot_.size() : 0),
+        col_kappa_(col_bias_.size()),
+        factor_(width_),
+        grad_tile_(empty({call.N * width_}, kDtype<T>)),
+        grad_(data<T>(grad_tile_)) {}
+
+  void run() {
+    for (const Block& block : blocks_of(call_.C, saved_.kept, width_)) {
+      const Matrix<T> w = weight_.block(block.begin, block.count);
+      differentiate(block, w);
+      add_up(block);
+      const Matrix<T> tile{grad_, call_.N, block.count, block.stride};
+      if (wanted_ & kWeight) weight_gradient(block, w, tile);
+      if (wanted_ & kInput)
+        matmul<T>({data<T>(out_.input), call_.N, call_.D, call_.D}, tile, w, block.begin > 0);
+    }
+    if (wanted_ & kInput) project_input();
+    if ((wanted_ & kKappa) && call_.terms.kappa.size() == 1)
+      data<T>(out_.kappa)[0] = T(total_kappa_);
+    if (wanted_ & kScale) data<T>(out_.scale)[0] = T(total_scale_ * call_.terms.scale_derivative);
+  }
+
+ private:
+  // Makes the block's gradient tile t_nc r_n q_c, and its sums along rows and columns. Products
+  // that the forward pass did not keep are computed again, in the memory of the tile.
+  void differentiate(const Block& block, const Matrix<T>& w) {
+    const int64_t N = call_.N;
+    block_columns(call_.label, block, column_.data());
+    if (!block.kept) block_product(x_, w, block, column_.data(), saved_.target_product, grad_);
+    std::fill(col_dot_.begin(), col_dot_.end(), T(0));
+    std::fill(col_bias_.begin(), col_bias_.end(), T(0));
+    std::fill(col_kappa_.begin(), col_kappa_.end(), T(0));
+    const T* product = block.kept ? saved_.product + N * block.begin : grad_;
+    const ClassTerms<T> class_terms =
+        block_terms_.fill(block.begin, block.count, block.stride, saved_.weight_rnorm);
+    Tasks(N, block.stride, call_.plan)
+        .run([&](int64_t group, int64_t stripe, Range rows, Range cols) {
+          const int64_t col = group * width_;
+          kernels_.backward({.product = product,
+                             .grad = grad_,
+                             .stride = block.stride,
+                             .x_rnorm = saved_.x_rnorm,
+                             .column = column_.data(),
+                             .max = saved_.max,
+                             .sum_exp = saved_.sum_exp,
+                             .grad_lse = upstream_.lse.data(),
+                             .grad_target = upstream_.target.data(),
+                             .grad_sum = upstream_.sum.data(),
+                             .terms = class_terms,
+                             .scale = call_.terms.scale,
+                             .row_dot = &part_row_dot_[stripe * N],
+                             .row_scale = &part_row_scale_[stripe * N],
+                             .col_dot = &col_dot_[col],
+                             .col_bias = class_sums_ ? &col_bias_[col] : nullptr,
+                             .col_kappa = class_sums_ ? &col_kappa_[col] : nullptr},
+                            rows, cols);
+        });
+  }
+
+  // Adds up what the tasks of a block summed, always in the same order, and writes the gradients of
+  // its classes' kappa and bias.
+  void add_up(const Block& block) {
+    const int64_t N = call_.N, stripes = ceil_div(block.stride, call_.plan.stripe);
+    for (int64_t stripe = 0; stripe < stripes; ++stripe) {
+      for (int64_t n = 0; n < N; ++n) {
+        row_dot_[n] += part_row_dot_[stripe * N + n];
+        total_scale_ += part_row_scale_[stripe * N + n];
+      }
+    }
+    for (int64_t group = 1; group < groups_; ++group) {
+      const int64_t col = group * width_;
+      kernels_.add(&col_dot_[col], block.count, col_dot_.data());
+      if (class_sums_) {
+        kernels_.add(&col_bias_[col], block.count, col_bias_.data());
+        kernels_.add(&col_kappa_[col], block.count, col_kappa_.data());
+      }
+    }
+    if (!class_sums_) return;
+    const T scale = call_.terms.scale;
+    const bool kappa_per_class = (wanted_ & kKappa) && call_.terms.kappa.size() > 1;
+    for (int64_t i = 0; i < block.count; ++i) {
+      total_kappa_ += double(scale) * col_kappa_[i];
+      if (wanted_ & kBias) data<T>(out_.bias)[block.begin + i] = scale * col_bias_[i];
+      if (kappa_per_class) data<T>(out_.kappa)[block.begin + i] = scale * col_kappa_[i];
+    }
+  }
+
+  // Writes the projection of the block's rows, and adds the product of tile and features to it.
+  void weight_gradient(const Block& block, const Matrix<T>& w, const Matrix<T>& tile) {
+    const int64_t D = call_.D;
+    const bool direct = out_.weight.scalar_type() == kDtype<T>;
+    if (!direct && !weight_part_) weight_part_ = empty({width_, D}, kDtype<T>);
+    T* to = direct ? data<T>(out_.weight) + block.begin * D : data<T>(*weight_part_);
+    for (int64_t i = 0; i < block.count; ++i)
+      factor_[i] = projection(col_dot_[i], saved_.weight_rnorm[block.begin + i]);
+    parallel_rows(block.count, D, [&](int64_t begin, int64_t end) {
+      kernels_.multiply(w.data + begin * w.row_stride, w.row_stride, &factor_[begin], end - begin,
+                        D, to + begin * D);
+    });
+    matmul<T>({to, block.count, D, D}, tile.transposed(), x_, true);
+    if (direct) return;
+    Tensor rows = torch::stable::narrow(out_.weight, 0, block.begin, block.count);
+    torch::stable::copy_(rows, torch::stable::narrow(*weight_part_, 0, 0, block.count));
+  }
+
+  void project_input() {
+    const int64_t N = call_.N, D = call_.D;
+    for (int64_t n = 0; n < N; ++n) row_dot_[n] = projection(row_dot_[n], saved_.x_rnorm[n]);
+    T* to = data<T>(out_.input);
+    parallel_rows(N, D, [&](int64_t begin, int64_t end) {
+      kernels_.multiply_add(x_.data + begin * x_.row_stride, x_.row_stride, &row_dot_[begin],
+                            end - begin, D, to + begin * D);
+    });
+  }
+
+  const TileKernels<T>& kernels_ = tile_kernels<T>();
+  const Call<T>& call_;
+  const Saved<const T> saved_;
+  const Upstream<T>& upstream_;
+  const int64_t wanted_;
+  Gradients out_;
+  Rows<T> weight_, input_;
+  const Matrix<T> x_;
+  const int64_t groups_, width_;  // groups of rows, and the most classes of a block
+  const bool class_sums_;         // whether gradients of kappa or bias are wanted
+  BlockTerms<T> block_terms_;
+  std::vector<int64_t> column_;                    // [N]
+  std::vector<T> row_dot_;                         // [N]  over all blocks
+  std::vector<T> part_row_dot_, part_row_scale_;   // [stripes, N]  of one block
+  std::vector<T> col_dot_, col_bias_, col_kappa_;  // [groups, width]  of one block
+  std::vector<T> factor_;                          // [width]
+  double total_kappa_ = 0, total_scale_ = 0;
+  const Tensor grad_tile_;  // [N, width]
+  T* const grad_;
+  std::optional<Tensor> weight_part_;  // [width, D]  a block's gradient in the compute dtype
+};
 
 }  // namespace
 
 template <class T>
-Gradients make_gradients(const Problem<T>& problem, const T* saved, int64_t kept,
-                         const RowUpstream<T>& upstream, bool with_sum, int64_t wanted) {
-  const auto& k = tile_kernels<T>();
-  const int64_t N = problem.N, C = problem.C, D = problem.D;
-  const Head& head = problem.head;
-  const CpuPlan& plan = problem.plan;
-  const Terms<T>& terms = problem.terms;
-  const std::vector<int64_t>& label = problem.label;
-  const SavedLayout layout(N, C, kept);
-  const T *target_product = saved + layout.target_product, *x_rnorm = saved + layout.x_rnorm;
-  const T* weight_rnorm = saved + layout.weight_rnorm;
-  const bool class_sums = (wanted & kBias) || (wanted & kKappa);
-  const ScalarType weight_dtype = head.weight.scalar_type();
-  const bool weight_direct = weight_dtype == kDtype<T>;
-  const T scale = terms.scale;
-
-  Gradients out{empty_gradient(head, head.input, wanted & kInput, kDtype<T>),
-                populated(empty_gradient(head, head.weight, wanted & kWeight, weight_dtype)),
-                empty_gradient(head, head.kappa, wanted & kKappa, kDtype<T>),
-                empty_gradient(head, head.scale, wanted & kScale, kDtype<T>),
-                empty_gradient(head, head.bias, wanted & kBias, kDtype<T>)};
-  if (N == 0) {
+Gradients backward(const Call<T>& call, const Saved<const T>& saved, const Upstream<T>& upstream,
+                   int64_t wanted) {
+  Gradients out = empty_gradients<T>(call.head, wanted);
+  if (call.N > 0)
+    BackwardPass<T>(call, saved, upstream, wanted, out).run();
+  else
     for (Tensor* gradient : {&out.weight, &out.kappa, &out.scale, &out.bias})
       torch::stable::zero_(*gradient);
-    return in_own_dtypes(head, out, wanted);
-  }
-  T *grad_input = data<T>(out.input), *grad_kappa = data<T>(out.kappa);
-  T* grad_bias = data<T>(out.bias);
-  double total_kappa = 0, total_scale = 0;
-
-  Rows<T> input(head.input, N), weight(head.weight, plan.class_block);
-  const Matrix<T> x = input.block(0, N);
-  const int64_t groups = ceil_div(N, plan.row_group);
-  const int64_t stripes = ceil_div(plan.class_block, plan.stripe);
-
-  std::vector<int64_t> column(N);
-  std::vector<T> row_dot(N), part_row_dot(stripes * N), part_row_scale(stripes * N);
-  std::vector<T> col_dot(groups * plan.class_block), factor(plan.class_block);
-  std::vector<T> col_bias(class_sums ? groups * plan.class_block : 0), col_kappa(col_bias.size());
-  BlockTerms<T> block_terms(terms, plan.class_block, with_sum);
-  const Tensor grad_tile = empty({N * plan.class_block}, kDtype<T>);
-  T* grad = data<T>(grad_tile);
-  std::optional<Tensor> weight_part;
-
-  for (const Block& block : blocks_of(C, kept, plan.class_block)) {
-    // Multiply again where the forward pass did not keep the products.
-    const Matrix<T> w = weight.block(block.begin, block.count);
-    const T* product = block.kept ? saved + layout.product + N * block.begin : grad;
-    block_labels(label, block, column.data());
-    if (!block.kept) block_product(x, w, block, column.data(), target_product, grad);
-
-    // Differentiate: make the tile t_nc r_n q_c, and its sums along rows and columns.
-    std::fill(col_dot.begin(), col_dot.end(), T(0));
-    std::fill(col_bias.begin(), col_bias.end(), T(0));
-    std::fill(col_kappa.begin(), col_kappa.end(), T(0));
-    const ClassTerms<T> class_terms =
-        block_terms.fill(block.begin, block.count, block.ld, weight_rnorm);
-    const Tasks tasks{N, block.ld, plan};
-    tasks.run([&](int64_t group, int64_t stripe, Range rows, Range cols) {
-      const int64_t col = group * plan.class_block;
-      k.backward({.product = product,
-                  .grad = grad,
-                  .ld = block.ld,
-                  .x_rnorm = x_rnorm,
-                  .label = column.data(),
-                  .max = saved + layout.max,
-                  .sum_exp = saved + layout.sum_exp,
-                  .grad_lse = upstream.lse.data(),
-                  .grad_target = upstream.target.data(),
-                  .grad_sum = upstream.sum.data(),
-                  .terms = class_terms,
-                  .scale = scale,
-                  .row_dot = &part_row_dot[stripe * N],
-                  .row_scale = &part_row_scale[stripe * N],
-                  .col_dot = &col_dot[col],
-                  .col_bias = class_sums ? &col_bias[col] : nullptr,
-                  .col_kappa = class_sums ? &col_kappa[col] : nullptr},
-                 rows, cols);
-    });
-    for (int64_t stripe = 0; stripe < tasks.stripes; ++stripe) {
-      for (int64_t n = 0; n < N; ++n) {
-        row_dot[n] += part_row_dot[stripe * N + n];
-        total_scale += part_row_scale[stripe * N + n];
-      }
-    }
-    for (int64_t group = 1; group < groups; ++group) {
-      const int64_t col = group * plan.class_block;
-      k.add(&col_dot[col], block.count, col_dot.data());
-      if (class_sums) {
-        k.add(&col_bias[col], block.count, col_bias.data());
-        k.add(&col_kappa[col], block.count, col_kappa.data());
-      }
-    }
-    for (int64_t i = 0; class_sums && i < block.count; ++i) {
-      total_kappa += double(scale) * col_kappa[i];
-      if (wanted & kBias) grad_bias[block.begin + i] = scale * col_bias[i];
-      if ((wanted & kKappa) && terms.kappa.size() > 1)
-        grad_kappa[block.begin + i] = scale * col_kappa[i];
-    }
-
-    // Multiply. The weight gradient of the block is added to its projection, and the block's part
-    // of the input gradient to those of the blocks before.
-    const Matrix<T> tile{grad, N, block.count, block.ld};
-    if (wanted & kWeight) {
-      if (!weight_direct && !weight_part) weight_part = empty({plan.class_block, D}, kDtype<T>);
-      T* to = weight_direct ? data<T>(out.weight) + block.begin * D : data<T>(*weight_part);
-      for (int64_t i = 0; i < block.count; ++i) {
-        const T q = weight_rnorm[block.begin + i];
-        factor[i] = q < T(1 / kEps) ? -col_dot[i] * q * q : T(0);
-      }
-      parallel_rows(block.count, D, [&](int64_t begin, int64_t end) {
-        k.multiply(w.data + begin * w.row_stride, w.row_stride, &factor[begin], end - begin, D,
-                   to + begin * D);
-      });
-      matmul<T>({to, block.count, D, D}, tile.transposed(), x, true);
-      if (!weight_direct) {
-        Tensor rows = torch::stable::narrow(out.weight, 0, block.begin, block.count);
-        torch::stable::copy_(rows, torch::stable::narrow(*weight_part, 0, 0, block.count));
-      }
-    }
-    if (wanted & kInput) matmul<T>({grad_input, N, D, D}, tile, w, block.begin > 0);
-  }
-
-  if (wanted & kInput) {
-    for (int64_t n = 0; n < N; ++n)
-      row_dot[n] = x_rnorm[n] < T(1 / kEps) ? -row_dot[n] * x_rnorm[n] * x_rnorm[n] : T(0);
-    parallel_rows(N, D, [&](int64_t begin, int64_t end) {
-      k.multiply_add(x.data + begin * x.row_stride, x.row_stride, &row_dot[begin], end - begin, D,
-                     grad_input + begin * D);
-    });
-  }
-  if ((wanted & kKappa) && terms.kappa.size() == 1) grad_kappa[0] = T(total_kappa);
-  if (wanted & kScale) data<T>(out.scale)[0] = T(total_scale * terms.dscale);
-  return in_own_dtypes(head, out, wanted);
+  return in_own_dtypes(call.head, out, wanted);
 }
 
-template Gradients make_gradients(const Problem<float>&, const float*, int64_t,
-                                  const RowUpstream<float>&, bool, int64_t);
-template Gradients make_gradients(const Problem<double>&, const double*, int64_t,
-                                  const RowUpstream<double>&, bool, int64_t);
+template Gradients backward(const Call<float>&, const Saved<const float>&, const Upstream<float>&,
+                            int64_t);
+template Gradients backward(const Call<double>&, const Saved<const double>&,
+                            const Upstream<double>&, int64_t);
 
-}  // namespace tvmf
+}  // namespace tvmf::cpu

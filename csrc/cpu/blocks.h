@@ -1,22 +1,24 @@
-// Blocks of classes and their products, and the tasks that threads share.
+// How the work of a call is cut: the classes into blocks, one matrix product each, and the tile of
+// a block into tasks of some rows and some columns, which run on all threads.
 #pragma once
+
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "cpu/plan.h"
-#include "cpu/tensor.h"
 #include "cpu/tile.h"
 
-namespace tvmf {
+namespace tvmf::cpu {
 
-// A run of classes that is multiplied at once.
 struct Block {
-  int64_t begin, count, ld;
-  bool kept;  // whether its products stay for the backward pass
+  int64_t begin, count;
+  int64_t stride;  // of the tile's rows: count, rounded up to whole vectors
+  bool kept;       // whether the forward pass keeps its products
 };
 
-// The kept classes first, then the others, each in blocks.
+// The classes whose products are kept come first. No block mixes them with the others.
 inline std::vector<Block> blocks_of(int64_t C, int64_t kept, int64_t class_block) {
   std::vector<Block> blocks;
   const int64_t kept_classes = std::min(kept, C);
@@ -29,61 +31,40 @@ inline std::vector<Block> blocks_of(int64_t C, int64_t kept, int64_t class_block
   return blocks;
 }
 
-// The column of each row's target in the block, or -1.
-inline void block_labels(const std::vector<int64_t>& label, const Block& block, int64_t* out) {
-  for (size_t n = 0; n < label.size(); ++n) {
-    const int64_t column = label[n] - block.begin;
-    out[n] = column >= 0 && column < block.count ? column : -1;
-  }
-}
-
-// The products of the rows and a block's classes: product[n, i] = <x_n, w_{begin + i}>, and 0 in
-// the padding. The product of the target is replaced by the one that its score was made of, in both
-// passes: the loss of a row with a probability near 1 consists of its rounding errors alone.
-template <class T>
-void block_product(const Matrix<T>& x, const Matrix<T>& weight, const Block& block,
-                   const int64_t* column, const T* target_product, T* product) {
-  matmul<T>({product, x.rows, block.count, block.ld}, x, weight.transposed());
-  for (int64_t n = 0; n < x.rows; ++n) {
-    T* row = product + n * block.ld;
-    std::fill(row + block.count, row + block.ld, T(0));
-    if (column[n] >= 0) row[column[n]] = target_product[n];
-  }
-}
-
-// The partition of a tile into tasks, by rows and by columns.
+// The tasks of one tile: `groups` runs of rows times `stripes` runs of columns.
 struct Tasks {
-  int64_t N, ld;
-  CpuPlan plan;
-  int64_t groups = ceil_div(N, plan.row_group), stripes = ceil_div(ld, plan.stripe);
+  Tasks(int64_t N, int64_t stride, const CpuPlan& plan)
+      : N(N),
+        stride(stride),
+        plan(plan),
+        groups(ceil_div(N, plan.row_group)),
+        stripes(ceil_div(stride, plan.stripe)) {}
 
+  // Calls task(group, stripe, rows, columns).
   template <class F>
   void run(const F& task) const {
-    // With fewer than about 8 thousand elements, another thread costs more than it saves.
-    const int64_t elements = std::min(N, plan.row_group) * std::min(ld, plan.stripe);
-    parallel_for(0, groups * stripes, ceil_div(8192, elements), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t group = i / stripes, stripe = i % stripes;
-        task(group, stripe,
-             Range{group * plan.row_group, std::min(N, (group + 1) * plan.row_group)},
-             Range{stripe * plan.stripe, std::min(ld, (stripe + 1) * plan.stripe)});
-      }
-    });
+    // With fewer than some 8 thousand elements a thread costs more time than it saves.
+    const int64_t elements = std::min(N, plan.row_group) * std::min(stride, plan.stripe);
+    torch::stable::parallel_for(
+        0, groups * stripes, ceil_div(8192, elements), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t group = i / stripes, stripe = i % stripes;
+            task(group, stripe,
+                 Range{group * plan.row_group, std::min(N, (group + 1) * plan.row_group)},
+                 Range{stripe * plan.stripe, std::min(stride, (stripe + 1) * plan.stripe)});
+          }
+        });
   }
+
+  int64_t N, stride;
+  CpuPlan plan;
+  int64_t groups, stripes;
 };
 
-// Work on whole rows of D features: at least 16 thousand elements a thread.
+// Calls task(begin, end) for runs of rows of D features, each of at least 16 thousand elements.
 template <class F>
 void parallel_rows(int64_t rows, int64_t D, const F& task) {
-  parallel_for(0, rows, ceil_div(16384, D), task);
+  torch::stable::parallel_for(0, rows, ceil_div(16384, D), task);
 }
 
-template <class T>
-void rnorm(const Matrix<T>& rows, T* out) {
-  parallel_rows(rows.rows, rows.cols, [&](int64_t begin, int64_t end) {
-    tile_kernels<T>().rnorm(rows.data + begin * rows.row_stride, rows.row_stride, end - begin,
-                            rows.cols, out + begin);
-  });
-}
-
-}  // namespace tvmf
+}  // namespace tvmf::cpu

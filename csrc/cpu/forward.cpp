@@ -1,143 +1,139 @@
-// Products of blocks of classes become statistics of the rows.
-#include "cpu/passes.h"
+#include "cpu/forward.h"
 
-namespace tvmf {
+#include <cmath>
+#include <limits>
+
+#include "cpu/isa.h"
+
+namespace tvmf::cpu {
 namespace {
 
-// Makes each row's product with the weight of its target, and the target's score phi + bias. They
-// are known before the blocks are multiplied, so that one pass over the blocks can count ranks.
+// For each row the product with its target's weight and the target's score phi + bias. They come
+// before the blocks of classes, so that the rank is counted in the same pass as the other
+// statistics.
 template <class T>
-void target_scores(const Problem<T>& problem, const Matrix<T>& x, Rows<T>& weight, const T* x_rnorm,
+void target_scores(const Call<T>& call, const Matrix<T>& x, Rows<T>& weight, const T* x_rnorm,
                    T* product, T* score) {
-  constexpr int64_t kGather = 256;
-  const auto& k = tile_kernels<T>();
-  const int64_t N = problem.N, C = problem.C, D = problem.D;
-  const Head& head = problem.head;
-  const Terms<T>& terms = problem.terms;
-  const std::vector<int64_t>& label = problem.label;
-  std::vector<int64_t> row(N);
-  for (int64_t begin = 0; begin < N; begin += kGather) {
-    const int64_t count = std::min(kGather, N - begin);
+  constexpr int64_t kGathered = 256;  // rows of the weight that are converted together
+  const auto& kernels = tile_kernels<T>();
+  const int64_t N = call.N, D = call.D;
+  std::vector<int64_t> row(N);  // of the target's weight, in the matrix `w`
+  for (int64_t begin = 0; begin < N; begin += kGathered) {
+    const int64_t count = std::min(kGathered, N - begin);
     Matrix<T> w;
     Tensor gathered;
-    for (int64_t n = begin; n < begin + count; ++n) row[n] = std::max<int64_t>(label[n], 0);
+    for (int64_t n = begin; n < begin + count; ++n) row[n] = std::max<int64_t>(call.label[n], 0);
     if (weight.direct()) {
-      w = weight.block(0, C);
+      w = weight.block(0, call.C);
     } else {
-      const std::array<int64_t, 1> sizes{count}, strides{1};
-      const Tensor index = torch::stable::from_blob(
-          row.data() + begin, sizes, strides,
-          torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Long);
-      gathered = to_dtype(call_dispatcher("aten::index_select", "", head.weight, int64_t(0), index),
-                          kDtype<T>);
+      gathered = weight.gathered(row.data() + begin, count);
       w = {data<T>(gathered), count, D, D};
       for (int64_t i = 0; i < count; ++i) row[begin + i] = i;
     }
     parallel_rows(count, D, [&](int64_t first, int64_t last) {
       for (int64_t n = begin + first; n < begin + last; ++n) {
-        const int64_t c = std::max<int64_t>(label[n], 0);
-        const T kappa = terms.kappa[c], bias = terms.bias[c];
-        T w_rnorm;
-        k.rnorm(w.data + row[n] * w.row_stride, w.row_stride, 1, D, &w_rnorm);
-        k.dot(x.data + n * x.row_stride, x.row_stride, w.data, w.row_stride, &row[n], 1, D,
-              &product[n]);
-        k.score(&product[n], &x_rnorm[n], &w_rnorm, &kappa, &bias, 1, &score[n]);
+        const int64_t c = std::max<int64_t>(call.label[n], 0);
+        const T* target_weight = w.data + row[n] * w.row_stride;
+        T weight_rnorm;
+        kernels.rnorm(target_weight, w.row_stride, 1, D, &weight_rnorm);
+        product[n] = kernels.dot(x.data + n * x.row_stride, target_weight, D);
+        score[n] = kernels.score(product[n], x_rnorm[n], weight_rnorm, call.terms.kappa[c],
+                                 call.terms.bias[c]);
       }
     });
   }
 }
+
+// The statistics of each stripe of a block's columns, [stripes, N] each.
+template <class T>
+struct StripeStatistics {
+  StripeStatistics(int64_t stripes, int64_t N)
+      : N(N), max(stripes * N), sum_exp(stripes * N), sum(stripes * N), rank(stripes * N) {}
+
+  // Adds the stripes of one block to the statistics of the row, always in the order of classes.
+  void merge_into(const Statistics<T>& out, int64_t stripes) const {
+    for (int64_t stripe = 0; stripe < stripes; ++stripe) {
+      for (int64_t n = 0; n < N; ++n) {
+        const int64_t at = stripe * N + n;
+        const T old = out.saved.max[n], largest = std::max(old, max[at]);
+        const T keep_old = old == largest ? T(1) : std::exp(old - largest);
+        const T keep_new = max[at] == largest ? T(1) : std::exp(max[at] - largest);
+        out.saved.max[n] = largest;
+        out.saved.sum_exp[n] = out.saved.sum_exp[n] * keep_old + sum_exp[at] * keep_new;
+        out.rank[n] += rank[at];
+        if (out.sum) out.sum[n] += sum[at];
+      }
+    }
+  }
+
+  int64_t N;
+  std::vector<T> max, sum_exp, sum;
+  std::vector<int64_t> rank;
+};
 
 }  // namespace
 
 template <class T>
-void make_statistics(const Problem<T>& problem, bool with_sum, int64_t kept, T* saved, T* target,
-                     T* sum, int64_t* rank) {
-  const auto& k = tile_kernels<T>();
-  const int64_t N = problem.N, C = problem.C;
-  const Head& head = problem.head;
-  const CpuPlan& plan = problem.plan;
-  const Terms<T>& terms = problem.terms;
-  const std::vector<int64_t>& label = problem.label;
-  const SavedLayout layout(N, C, kept);
-  T *saved_max = saved + layout.max, *saved_sum_exp = saved + layout.sum_exp;
-  T *target_product = saved + layout.target_product, *x_rnorm = saved + layout.x_rnorm;
-  T* weight_rnorm = saved + layout.weight_rnorm;
+void forward(const Call<T>& call, const Statistics<T>& out) {
+  const int64_t N = call.N, C = call.C;
+  const CpuPlan& plan = call.plan;
+  const Saved<T>& saved = out.saved;
   if (N == 0) {
-    std::fill(saved, saved + layout.size, T(0));
+    std::fill(saved.weight_rnorm, saved.product, T(0));
     return;
   }
+  std::fill(saved.weight_rnorm + C, saved.product, T(0));  // the padding
 
-  Rows<T> input(head.input, N), weight(head.weight, plan.class_block);
+  Rows<T> input(call.head.input, N), weight(call.head.weight, plan.class_block);
   const Matrix<T> x = input.block(0, N);
-  rnorm(x, x_rnorm);
-
-  const int64_t stripes = ceil_div(plan.class_block, plan.stripe);
-  std::fill(weight_rnorm + C, saved + layout.product, T(0));
+  rnorm(x, saved.x_rnorm);
   std::vector<T> target_score(N);
-  std::vector<T> running_max(N, -std::numeric_limits<T>::infinity()), running_sum_exp(N);
-  std::vector<T> part_max(stripes * N), part_sum_exp(stripes * N), part_sum(stripes * N);
-  std::vector<int64_t> part_rank(stripes * N), column(N);
-  target_scores(problem, x, weight, x_rnorm, target_product, target_score.data());
-  std::fill(target, target + N, T(0));
-  std::fill(sum, sum + (with_sum ? N : 0), T(0));
-  std::fill(rank, rank + N, 0);
+  target_scores(call, x, weight, saved.x_rnorm, saved.target_product, target_score.data());
+  std::fill(saved.max, saved.max + N, -std::numeric_limits<T>::infinity());
+  std::fill(saved.sum_exp, saved.sum_exp + N, T(0));
+  std::fill(out.target, out.target + N, T(0));
+  std::fill(out.rank, out.rank + N, 0);
+  if (out.sum) std::fill(out.sum, out.sum + N, T(0));
 
-  BlockTerms<T> block_terms(terms, plan.class_block, with_sum);
-  std::optional<Tensor> scratch;
-  for (const Block& block : blocks_of(C, kept, plan.class_block)) {
-    // Multiply. The products are kept for the backward pass, or else go to the one scratch tile.
+  StripeStatistics<T> stripes(ceil_div(plan.class_block, plan.stripe), N);
+  BlockTerms<T> block_terms(call.terms, plan.class_block, out.sum);
+  std::vector<int64_t> column(N);
+  std::optional<Tensor> scratch;  // the products of a block that keeps none
+  for (const Block& block : blocks_of(C, saved.kept, plan.class_block)) {
     const Matrix<T> w = weight.block(block.begin, block.count);
-    rnorm(w, weight_rnorm + block.begin);
+    rnorm(w, saved.weight_rnorm + block.begin);
     if (!block.kept && !scratch) scratch = empty({N * plan.class_block}, kDtype<T>);
-    T* product = block.kept ? saved + layout.product + N * block.begin : data<T>(*scratch);
-    block_labels(label, block, column.data());
-    block_product(x, w, block, column.data(), target_product, product);
+    T* product = block.kept ? saved.product + N * block.begin : data<T>(*scratch);
+    block_columns(call.label, block, column.data());
+    block_product(x, w, block, column.data(), saved.target_product, product);
 
-    // Reduce each stripe of columns to partial statistics.
     const ClassTerms<T> class_terms =
-        block_terms.fill(block.begin, block.count, block.ld, weight_rnorm);
-    const Tasks tasks{N, block.ld, plan};
+        block_terms.fill(block.begin, block.count, block.stride, saved.weight_rnorm);
+    const Tasks tasks(N, block.stride, plan);
     tasks.run([&](int64_t, int64_t stripe, Range rows, Range cols) {
-      k.forward({.product = product,
-                 .ld = block.ld,
-                 .count = block.count,
-                 .x_rnorm = x_rnorm,
-                 .label = column.data(),
-                 .target_score = target_score.data(),
-                 .terms = class_terms,
-                 .scale = terms.scale,
-                 .max = &part_max[stripe * N],
-                 .sum_exp = &part_sum_exp[stripe * N],
-                 .sum = &part_sum[stripe * N],
-                 .rank = &part_rank[stripe * N],
-                 .target = target},
-                rows, cols);
+      tile_kernels<T>().forward({.product = product,
+                                 .stride = block.stride,
+                                 .count = block.count,
+                                 .x_rnorm = saved.x_rnorm,
+                                 .column = column.data(),
+                                 .target_score = target_score.data(),
+                                 .terms = class_terms,
+                                 .scale = call.terms.scale,
+                                 .max = &stripes.max[stripe * N],
+                                 .sum_exp = &stripes.sum_exp[stripe * N],
+                                 .sum = &stripes.sum[stripe * N],
+                                 .rank = &stripes.rank[stripe * N],
+                                 .target = out.target},
+                                rows, cols);
     });
-
-    // Merge the stripes into the running statistics, always in the order of classes.
-    for (int64_t stripe = 0; stripe < tasks.stripes; ++stripe) {
-      for (int64_t n = 0; n < N; ++n) {
-        const T part = part_max[stripe * N + n], old = running_max[n], max = std::max(old, part);
-        const T keep_old = old == max ? T(1) : std::exp(old - max);
-        const T keep_part = part == max ? T(1) : std::exp(part - max);
-        running_max[n] = max;
-        running_sum_exp[n] =
-            running_sum_exp[n] * keep_old + part_sum_exp[stripe * N + n] * keep_part;
-        rank[n] += part_rank[stripe * N + n];
-        if (with_sum) sum[n] += part_sum[stripe * N + n];
-      }
-    }
+    stripes.merge_into(out, tasks.stripes);
   }
-  for (int64_t n = 0; n < N; ++n) {
-    saved_max[n] = running_max[n];
-    saved_sum_exp[n] = running_sum_exp[n];
-    rank[n] = label[n] < 0 ? -1 : std::min(rank[n], C - 1);
-  }
+  // No class of a NaN row compares at or below its target, so that all C were counted there.
+  for (int64_t n = 0; n < N; ++n)
+    out.rank[n] = call.label[n] < 0 ? -1 : std::min(out.rank[n], C - 1);
 }
 
-template void make_statistics(const Problem<float>&, bool, int64_t, float*, float*, float*,
-                              int64_t*);
-template void make_statistics(const Problem<double>&, bool, int64_t, double*, double*, double*,
-                              int64_t*);
+template void forward(const Call<float>&, const Statistics<float>&);
+template void forward(const Call<double>&, const Statistics<double>&);
 
-}  // namespace tvmf
+}  // namespace tvmf::cpu

@@ -1,10 +1,9 @@
-// The choice of the instruction set, once a process: tile.cpp is compiled for each.
+#include "cpu/isa.h"
+
 #include <cstdlib>
 #include <string>
 
-#include "cpu/tile.h"
-
-namespace tvmf {
+namespace tvmf::cpu {
 
 #define TVMF_DECLARE_ISA(isa)               \
   namespace isa {                           \
@@ -21,8 +20,8 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  const TileKernels<float>* f32;
-  const TileKernels<double>* f64;
+  const TileKernels<float>* float_kernels;
+  const TileKernels<double>* double_kernels;
 };
 
 InstructionSet choose() {
@@ -40,20 +39,21 @@ InstructionSet choose() {
 }
 
 const InstructionSet& chosen() {
-  static const InstructionSet instruction_set = choose();
-  return instruction_set;
+  static const InstructionSet chosen = choose();
+  return chosen;
 }
 
 }  // namespace
 
-const char* cpu_capability() { return chosen().name; }
+const char* capability() { return chosen().name; }
+
 template <>
 const TileKernels<float>& tile_kernels<float>() {
-  return *chosen().f32;
+  return *chosen().float_kernels;
 }
 template <>
 const TileKernels<double>& tile_kernels<double>() {
-  return *chosen().f64;
+  return *chosen().double_kernels;
 }
 
-}  // namespace tvmf
+}  // namespace tvmf::cpu

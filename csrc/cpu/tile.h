@@ -1,90 +1,92 @@
-// Plain structs that carry tensors to the kernels: the shape stands beside each pointer.
-// N rows (samples), C classes, D features; a block is a run of classes whose tile stays in cache.
+// The tile kernels of the CPU path: everything that is done with the product of N rows and one
+// block of classes. Plain structs carry the arguments, each shape beside its pointer. N rows, C
+// classes, D features; `stride` is a block's number of classes rounded up to whole vectors.
 #pragma once
 
 #include <cstdint>
 
-namespace tvmf {
+namespace tvmf::cpu {
 
-// Per-class terms of one block. `ld` is the block's width rounded up to whole vectors; the padding
-// holds offset -inf, which no exponential sees, and else 0.
+// The most columns that one call of `forward` takes. Their logits lie on the stack between the
+// search for the maximum and the exponentials, and with their class terms they stay in the
+// first-level cache.
+constexpr int64_t kStripe = 512;
+
+// The terms of a block's classes. Beyond the last class the offset is -inf, so that the exponential
+// of such a logit is 0, and the other terms are 0.
 template <class T>
 struct ClassTerms {
-  const T* weight_rnorm;  // [ld]  q_c = 1 / max(|w_c|, eps)
-  const T* kappa;         // [ld]
-  const T* bias;          // [ld]
-  const T* offset;        // [ld]  scale * bias_c + prior_c
-  const T* omega;         // [ld]  class weight, or null where `sum` is not wanted
+  const T* weight_rnorm;  // [stride]  q_c = 1 / max(|w_c|, eps)
+  const T* kappa;         // [stride]
+  const T* bias;          // [stride]
+  const T* offset;        // [stride]  scale * bias_c + prior_c
+  const T* class_weight;  // [stride]  null where the sum over classes is not wanted
 };
 
-// One tile of the forward pass: partial statistics over a Range of its columns.
+// The forward pass of one tile: statistics of each row over a range of columns.
 template <class T>
 struct ForwardTile {
-  const T* product;  // [N, ld]  <x_n, w_c>
-  int64_t ld;
-  int64_t count;          // classes, the columns before the padding
+  const T* product;  // [N, stride]  <x_n, w_c>
+  int64_t stride;
+  int64_t count;          // columns that hold a class; the rest is padding
   const T* x_rnorm;       // [N]
-  const int64_t* label;   // [N]  column of the target in this block; outside [0, ld) if not here
+  const int64_t* column;  // [N]  of the row's target, or -1 where it is not in this block
   const T* target_score;  // [N]  phi + bias of the target
   ClassTerms<T> terms;
   T scale;
-  T* max;         // [N]  largest logit of the columns
-  T* sum_exp;     // [N]  sum exp(logit - max)
-  T* sum;         // [N]  sum omega * logit; written if terms.omega
+  T* max;         // [N]  largest logit of the range
+  T* sum_exp;     // [N]  sum of exp(logit - max)
+  T* sum;         // [N]  sum of class_weight * logit; written if terms.class_weight
   int64_t* rank;  // [N]  columns that do not score at or below the target
-  T* target;      // [N]  logit of the target; written where its column is
+  T* target;      // [N]  logit of the target; written where its column is in the range
 };
 
-// One tile of the backward pass: the gradient that both products use, and its row and column sums.
+// The backward pass of one tile: the gradient that both products take, and its sums along rows and
+// columns. g = dL/dlogit, t = dL/dcosine.
 template <class T>
 struct BackwardTile {
-  const T* product;  // [N, ld]
-  T* grad;           // [N, ld]  t_nc r_n q_c; may be `product` itself
-  int64_t ld;
-  const T* x_rnorm;      // [N]
-  const int64_t* label;  // [N]
-  const T* max;          // [N]  largest logit
-  const T* sum_exp;      // [N]  sum exp(logit - max)
-  const T* grad_lse;     // [N]
-  const T* grad_target;  // [N]
-  const T* grad_sum;     // [N]; read if terms.omega
+  const T* product;  // [N, stride]
+  T* grad;           // [N, stride]  t_nc r_n q_c; may be the memory of `product`
+  int64_t stride;
+  const T* x_rnorm;       // [N]
+  const int64_t* column;  // [N]
+  const T* max;           // [N]  largest logit of all classes
+  const T* sum_exp;       // [N]  sum of exp(logit - max) over all classes
+  const T* grad_lse;      // [N]
+  const T* grad_target;   // [N]
+  const T* grad_sum;      // [N]  read if terms.class_weight
   ClassTerms<T> terms;
   T scale;
-  T* row_dot;    // [N]  sum_c t c over the columns
-  T* row_scale;  // [N]  sum_c g (phi + bias) over the columns
-  T* col_dot;    // [ld]  sum_n t c over the rows, added to
-  T* col_bias;   // [ld]  sum_n g, or null
-  T* col_kappa;  // [ld]  sum_n g dphi/dkappa; null if col_bias is
+  T* row_dot;    // [N]  sum over the range's columns of t c
+  T* row_scale;  // [N]  sum over the range's columns of g (phi + bias)
+  T* col_dot;    // [stride]  the sum over the range's rows of t c is added to it
+  T* col_bias;   // [stride]  so is that of g; null where it is not wanted
+  T* col_kappa;  // [stride]  so is that of g dphi/dkappa; null where col_bias is
 };
 
 struct Range {
   int64_t begin, end;
 };
 
-// The CPU kernels of one instruction set; cpu_tile.cpp is compiled once for each.
+// The kernels of one instruction set. tile.cpp is compiled once for each.
 template <class T>
 struct TileKernels {
-  // out[i] = 1 / max(|rows_i|, eps), rows [count, D] with row stride ld
-  void (*rnorm)(const T* rows, int64_t ld, int64_t count, int64_t D, T* out);
-  // out[i] = <x_i, w_i>, both [count, D]; w_i starts at w + row[i] * ld_w
-  void (*dot)(const T* x, int64_t ld_x, const T* w, int64_t ld_w, const int64_t* row, int64_t count,
-              int64_t D, T* out);
-  // out[i] = phi(x_rnorm[i] w_rnorm[i] product[i]; kappa[i]) + bias[i]
-  void (*score)(const T* product, const T* x_rnorm, const T* w_rnorm, const T* kappa, const T* bias,
-                int64_t count, T* out);
+  // out[i] = 1 / max(|rows_i|, eps), rows [count, D] with the given row stride
+  void (*rnorm)(const T* rows, int64_t row_stride, int64_t count, int64_t D, T* out);
+  // <x, w>, both [D]
+  T (*dot)(const T* x, const T* w, int64_t D);
+  // phi + bias of one class, from its product with one row
+  T (*score)(T product, T x_rnorm, T weight_rnorm, T kappa, T bias);
   void (*forward)(const ForwardTile<T>& tile, Range rows, Range cols);
   void (*backward)(const BackwardTile<T>& tile, Range rows, Range cols);
-  // out_i = factor[i] rows_i, or added to it; rows [count, D] with row stride ld, out [count, D]
-  void (*multiply)(const T* rows, int64_t ld, const T* factor, int64_t count, int64_t D, T* out);
-  void (*multiply_add)(const T* rows, int64_t ld, const T* factor, int64_t count, int64_t D,
+  // out_i = factor[i] rows_i; rows [count, D] with the given row stride, out [count, D]
+  void (*multiply)(const T* rows, int64_t row_stride, const T* factor, int64_t count, int64_t D,
+                   T* out);
+  // out_i += factor[i] rows_i
+  void (*multiply_add)(const T* rows, int64_t row_stride, const T* factor, int64_t count, int64_t D,
                        T* out);
   // out += in
   void (*add)(const T* in, int64_t count, T* out);
 };
 
-// The best instruction set that this machine has and this build carries.
-const char* cpu_capability();
-template <class T>
-const TileKernels<T>& tile_kernels();
-
-}  // namespace tvmf
+}  // namespace tvmf::cpu

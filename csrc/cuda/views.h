@@ -6,29 +6,6 @@
 
 namespace tvmf {
 
-// The parts of the buffer that the forward pass saves for the backward pass (SavedLayout).
-template <class T>
-struct Saved {
-  T* max;             // [N]  the largest logit, or on Hopper the reference of the exponentials
-  T* sum_exp;         // [N]  sum_c exp(logit - max)
-  T* target_product;  // [N]  <x_n, w_y>
-  T* x_rnorm;         // [N]  1 / |x_n|
-  T* weight_rnorm;    // [C]  1 / |w_c|
-  T* product;         // [N, kept]  <x_n, w_c>
-  int64_t kept;       // C or more, or 0 where no products are kept
-
-  static Saved of(T* buffer, int64_t N, int64_t C, int64_t kept) {
-    const SavedLayout at(N, C, kept);
-    return {.max = buffer + at.max,
-            .sum_exp = buffer + at.sum_exp,
-            .target_product = buffer + at.target_product,
-            .x_rnorm = buffer + at.x_rnorm,
-            .weight_rnorm = buffer + at.weight_rnorm,
-            .product = buffer + at.product,
-            .kept = kept};
-  }
-};
-
 template <class T>
 struct RowTargets {
   int64_t* label;  // [N]  -1: the row is ignored; -2: its label names no class

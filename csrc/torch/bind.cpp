@@ -1,27 +1,24 @@
-// Operator schemas, argument checks and registration through PyTorch's stable ABI, and the empty
-// Python module whose import loads them.
+// The operators: their schemas, the checks of their arguments, and their registration through
+// PyTorch's stable ABI; and the empty Python module whose import loads them.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <sstream>
-#include <stdexcept>
 #include <tuple>
+#include <utility>
 
-#include "cpu/tile.h"
+#include "cpu/isa.h"
 #include "cuda/archs.h"
-#include "similarity.h"
 #include "torch/check.h"
+#include "torch/dtypes.h"
 #include "torch/ops.h"
 #include "torch/plan_text.h"
+#include "torch/tensor.h"
 
 namespace tvmf {
-
 namespace {
-
-using torch::headeronly::ScalarType;
-using OptionalTensor = std::optional<Tensor>;
 
 std::string shape(const Tensor& tensor) {
   std::ostringstream text;
@@ -37,8 +34,9 @@ std::string device(const Tensor& tensor) {
   return "another device";
 }
 
-// As Python spells it, for what is likely to be passed by mistake.
-const char* dtype(const Tensor& tensor) {
+// Python's name of the dtype; torch's own, such as ComplexFloat, for what is seldom passed.
+std::string dtype(const Tensor& tensor) {
+  if (const DTypeEntry* entry = find_dtype(tensor.scalar_type())) return entry->name;
   switch (tensor.scalar_type()) {
     case ScalarType::Bool: return "bool";
     case ScalarType::Byte: return "uint8";
@@ -46,35 +44,36 @@ const char* dtype(const Tensor& tensor) {
     case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
     default: return torch::headeronly::toString(tensor.scalar_type());
   }
 }
 
-void check_tensor(const char* name, const Tensor& tensor, const Tensor& input) {
-  const ScalarType type = tensor.scalar_type();
-  TVMF_CHECK(type == ScalarType::Float || type == ScalarType::Double ||
-                 type == ScalarType::BFloat16 || type == ScalarType::Half,
-             name, " must be float16, bfloat16, float32 or float64, got ", dtype(tensor));
+void check_device(const char* name, const Tensor& tensor, const Tensor& input) {
   TVMF_CHECK(tensor.is_cpu() == input.is_cpu() && tensor.get_device() == input.get_device(), name,
              " must be on the input's device, ", device(input), ", got ", device(tensor));
 }
 
-// An argument of one value per class, or of one for all where `or_one`.
+void check_tensor(const char* name, const Tensor& tensor, const Tensor& input) {
+  TVMF_CHECK(find_dtype(tensor.scalar_type()), name, " must be ", kDTypeNames, ", got ",
+             dtype(tensor));
+  check_device(name, tensor, input);
+}
+
+bool is_one_value(const Tensor& tensor) {
+  return tensor.dim() == 0 || (tensor.dim() == 1 && tensor.size(0) == 1);
+}
+
+// One value per class, or with `or_one` also one value for all classes.
 void check_per_class(const char* name, const OptionalTensor& tensor, const Tensor& input, int64_t C,
                      bool or_one) {
   if (!tensor) return;
   check_tensor(name, *tensor, input);
-  const bool one = tensor->dim() == 0 || (tensor->dim() == 1 && tensor->size(0) == 1);
-  TVMF_CHECK((or_one && one) || (tensor->dim() == 1 && tensor->size(0) == C), name,
-             " must have shape ", or_one ? "[], [1] or " : "", "[C] = [", C, "], got ",
+  TVMF_CHECK((or_one && is_one_value(*tensor)) || (tensor->dim() == 1 && tensor->size(0) == C),
+             name, " must have shape ", or_one ? "[], [1] or " : "", "[C] = [", C, "], got ",
              shape(*tensor));
 }
 
-// Checks the arguments that all operators share.
+// The messages name the arguments as the Python functions do.
 void check_head(const Head& head) {
   const Tensor &input = head.input, &weight = head.weight, &target = head.target;
   TVMF_CHECK(input.dim() == 2, "input must have shape [N, D], got ", shape(input));
@@ -83,8 +82,7 @@ void check_head(const Head& head) {
   check_tensor("input", input, input);
   check_tensor("linear_weight", weight, input);
   TVMF_CHECK(target.scalar_type() == ScalarType::Long, "target must be int64, got ", dtype(target));
-  TVMF_CHECK(target.is_cpu() == input.is_cpu() && target.get_device() == input.get_device(),
-             "target must be on the input's device, ", device(input), ", got ", device(target));
+  check_device("target", target, input);
   TVMF_CHECK(input.size(1) == weight.size(1),
              "input [N, D] and linear_weight [C, D] must agree in D, got ", shape(input), " and ",
              shape(weight));
@@ -98,10 +96,10 @@ void check_head(const Head& head) {
   check_per_class("linear_bias", head.bias, input, C, false);
   check_per_class("prior", head.prior, input, C, false);
   check_per_class("weight", head.class_weight, input, C, false);
-  if (const OptionalTensor& scale = head.scale) {
-    check_tensor("scale", *scale, input);
-    TVMF_CHECK(scale->dim() == 0 || (scale->dim() == 1 && scale->size(0) == 1),
-               "scale must have shape [] or [1], got ", shape(*scale));
+  if (head.scale) {
+    check_tensor("scale", *head.scale, input);
+    TVMF_CHECK(is_one_value(*head.scale), "scale must have shape [] or [1], got ",
+               shape(*head.scale));
   }
   TVMF_CHECK(head.kappa || (head.kappa_value > -0.5 && std::isfinite(head.kappa_value)),
              "kappa must be finite and > -1/2, got ", head.kappa_value);
@@ -109,67 +107,9 @@ void check_head(const Head& head) {
              "scale must be finite and > 0, got ", head.scale_value);
 }
 
-using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Five in_order(const Gradients& out) {
-  return {out.input, out.weight, out.kappa, out.scale, out.bias};
-}
-
-// A direct caller's mistakes; autograd passes what the forward pass returned.
-void check_backward(const Head& head, const Tensor& saved, int64_t kept,
-                    std::initializer_list<std::pair<const char*, const OptionalTensor*>> grads,
-                    bool reduced) {
-  check_tensor("saved", saved, head.input);
-  const int64_t N = head.input.size(0), C = head.weight.size(0);
-  const ScalarType wanted =
-      head.input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  TVMF_CHECK(saved.numel() == SavedLayout(N, C, kept).size && saved.scalar_type() == wanted &&
-                 (saved.numel() < 2 || saved.stride(0) == 1),
-             "saved must be what the forward pass returned, [", SavedLayout(N, C, kept).size,
-             "], got ", shape(saved), " of ", dtype(saved));
-  for (const auto& grad : grads) {
-    if (!*grad.second) continue;
-    check_tensor(grad.first, **grad.second, head.input);
-    TVMF_CHECK(reduced ? (*grad.second)->dim() == 0
-                       : (*grad.second)->dim() == 1 && (*grad.second)->size(0) == N,
-               grad.first, " must have shape ", reduced ? "[]" : "[N]", ", got ",
-               shape(**grad.second));
-  }
-}
-
-// The kernels of one device.
-struct Backend {
-  decltype(&cpu_row_statistics) row_statistics;
-  decltype(&cpu_row_statistics_backward) row_statistics_backward;
-  decltype(&cpu_cross_entropy) cross_entropy;
-  decltype(&cpu_cross_entropy_backward) cross_entropy_backward;
-};
-constexpr Backend kCpu{cpu_row_statistics, cpu_row_statistics_backward, cpu_cross_entropy,
-                       cpu_cross_entropy_backward};
-#ifdef TVMF_WITH_CUDA
-constexpr Backend kCuda{cuda_row_statistics, cuda_row_statistics_backward, cuda_cross_entropy,
-                        cuda_cross_entropy_backward};
-#endif
-
-template <const Backend& kBackend>
-Five row_statistics(TVMF_HEAD_PARAMETERS bool with_sum, int64_t kept) {
-  const Head head{TVMF_HEAD(TVMF_AS_ARGUMENT)};
+Head checked(Head head) {
   check_head(head);
-  const auto out = kBackend.row_statistics(head, with_sum, kept);
-  return {out.lse, out.target, out.sum, out.rank, out.saved};
-}
-
-template <const Backend& kBackend>
-Five row_statistics_backward(OptionalTensor grad_lse, OptionalTensor grad_target,
-                             OptionalTensor grad_sum, TVMF_HEAD_PARAMETERS int64_t kept,
-                             Tensor saved, int64_t wanted) {
-  const Head head{TVMF_HEAD(TVMF_AS_ARGUMENT)};
-  check_head(head);
-  check_backward(head, saved, kept,
-                 {{"grad_lse", &grad_lse}, {"grad_target", &grad_target}, {"grad_sum", &grad_sum}},
-                 false);
-  return in_order(
-      kBackend.row_statistics_backward(head, saved, kept, grad_lse, grad_target, grad_sum, wanted));
+  return head;
 }
 
 LossOptions checked_loss(double label_smoothing, int64_t reduction) {
@@ -178,24 +118,68 @@ LossOptions checked_loss(double label_smoothing, int64_t reduction) {
   return {label_smoothing, static_cast<Reduction>(reduction)};
 }
 
+// Autograd passes what the forward pass returned; these two catch the mistakes of a direct caller.
+void check_saved(const Head& head, int64_t kept, const Tensor& saved) {
+  check_tensor("saved", saved, head.input);
+  const int64_t size = SavedLayout(head.input.size(0), head.weight.size(0), kept).size;
+  TVMF_CHECK(saved.numel() == size && saved.scalar_type() == compute_dtype(head.input) &&
+                 (size < 2 || saved.stride(0) == 1),
+             "saved must be what the forward pass returned, [", size, "], got ", shape(saved),
+             " of ", dtype(saved));
+}
+
+void check_upstream(const char* name, const OptionalTensor& gradient, const Head& head,
+                    bool reduced) {
+  if (!gradient) return;
+  check_tensor(name, *gradient, head.input);
+  TVMF_CHECK(reduced ? gradient->dim() == 0
+                     : gradient->dim() == 1 && gradient->size(0) == head.input.size(0),
+             name, " must have shape ", reduced ? "[]" : "[N]", ", got ", shape(*gradient));
+}
+
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Five in_order(const Gradients& gradients) {
+  return {gradients.input, gradients.weight, gradients.kappa, gradients.scale, gradients.bias};
+}
+
+#define TVMF_CHECKED_HEAD checked({TVMF_HEAD(TVMF_AS_ARGUMENT)})
+
+template <const Backend& kBackend>
+Five row_statistics(TVMF_HEAD_PARAMETERS bool with_sum, int64_t kept) {
+  const RowStatistics out = kBackend.row_statistics(TVMF_CHECKED_HEAD, with_sum, kept);
+  return {out.lse, out.target, out.sum, out.rank, out.saved};
+}
+
+template <const Backend& kBackend>
+Five row_statistics_backward(OptionalTensor grad_lse, OptionalTensor grad_target,
+                             OptionalTensor grad_sum, TVMF_HEAD_PARAMETERS int64_t kept,
+                             Tensor saved, int64_t wanted) {
+  const Head head = TVMF_CHECKED_HEAD;
+  check_saved(head, kept, saved);
+  check_upstream("grad_lse", grad_lse, head, false);
+  check_upstream("grad_target", grad_target, head, false);
+  check_upstream("grad_sum", grad_sum, head, false);
+  return in_order(kBackend.row_statistics_backward(head, {grad_lse, grad_target, grad_sum}, kept,
+                                                   saved, wanted));
+}
+
 template <const Backend& kBackend>
 std::tuple<Tensor, Tensor> cross_entropy(TVMF_HEAD_PARAMETERS double label_smoothing,
                                          int64_t reduction, int64_t kept) {
-  const Head head{TVMF_HEAD(TVMF_AS_ARGUMENT)};
-  check_head(head);
-  const auto out = kBackend.cross_entropy(head, checked_loss(label_smoothing, reduction), kept);
+  const Head head = TVMF_CHECKED_HEAD;
+  const Loss out = kBackend.cross_entropy(head, checked_loss(label_smoothing, reduction), kept);
   return {out.loss, out.saved};
 }
 
 template <const Backend& kBackend>
 Five cross_entropy_backward(Tensor grad_loss, TVMF_HEAD_PARAMETERS double label_smoothing,
                             int64_t reduction, int64_t kept, Tensor saved, int64_t wanted) {
-  const Head head{TVMF_HEAD(TVMF_AS_ARGUMENT)};
-  check_head(head);
+  const Head head = TVMF_CHECKED_HEAD;
   const LossOptions options = checked_loss(label_smoothing, reduction);
-  const OptionalTensor grad = grad_loss;
-  check_backward(head, saved, kept, {{"grad_loss", &grad}}, options.reduction != Reduction::kNone);
-  return in_order(kBackend.cross_entropy_backward(head, options, saved, kept, grad_loss, wanted));
+  check_saved(head, kept, saved);
+  check_upstream("grad_loss", grad_loss, head, options.reduction != Reduction::kNone);
+  return in_order(kBackend.cross_entropy_backward(head, options, grad_loss, kept, saved, wanted));
 }
 
 template <const Backend& kBackend, class Library>
@@ -206,9 +190,11 @@ void implement(Library& m) {
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward<kBackend>));
 }
 
+// "key=value;...": the instruction set, the compute capabilities that nvcc compiled for or the
+// reason why it did not run, and the oldest torch that the binary runs with.
 std::string build_info() {
   std::ostringstream text;
-  text << "cpu=" << cpu_capability() << ";cuda_archs=";
+  text << "cpu=" << cpu::capability() << ";cuda_archs=";
 #ifdef TVMF_WITH_CUDA
   text << cuda_archs();
 #endif
@@ -220,21 +206,22 @@ std::string build_info() {
   return text.str();
 }
 
+#define TVMF_GRADIENTS_SCHEMA                                                          \
+  " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_kappa, Tensor grad_scale, " \
+  "Tensor grad_bias)"
+
 STABLE_TORCH_LIBRARY(tvmf_ext, m) {
   m.def("row_statistics(" TVMF_HEAD_SCHEMA
         "bool with_sum, SymInt kept)"
         " -> (Tensor lse, Tensor target_logit, Tensor sum, Tensor rank, Tensor saved)");
   m.def(
       "row_statistics_backward(Tensor? grad_lse, Tensor? grad_target, Tensor? "
-      "grad_sum, " TVMF_HEAD_SCHEMA
-      "SymInt kept, Tensor saved, int wanted)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "grad_sum, " TVMF_HEAD_SCHEMA "SymInt kept, Tensor saved, int wanted)" TVMF_GRADIENTS_SCHEMA);
   m.def("cross_entropy(" TVMF_HEAD_SCHEMA
-        "float label_smoothing, int reduction, SymInt kept)"
-        " -> (Tensor loss, Tensor saved)");
+        "float label_smoothing, int reduction, SymInt kept) -> (Tensor loss, Tensor saved)");
   m.def("cross_entropy_backward(Tensor grad_loss, " TVMF_HEAD_SCHEMA
-        "float label_smoothing, int reduction, SymInt kept, Tensor saved, int wanted)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "float label_smoothing, int reduction, SymInt kept, Tensor saved, int "
+        "wanted)" TVMF_GRADIENTS_SCHEMA);
   m.def("build_info() -> str");
   m.def(
       "plan(int N, int C, int D, str dtype, str weight_dtype, bool allow_tf32, int kept, "
@@ -244,9 +231,9 @@ STABLE_TORCH_LIBRARY(tvmf_ext, m) {
       "bool aligned, str device) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CPU, m) { implement<kCpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CPU, m) { implement<kCpuBackend>(m); }
 #ifdef TVMF_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CUDA, m) { implement<kCuda>(m); }
+STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CUDA, m) { implement<kCudaBackend>(m); }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CompositeExplicitAutograd, m) {

@@ -13,7 +13,10 @@
 
 #include "cuda/archs.h"
 #include "cuda/dispatch.h"
+#include "torch/dtypes.h"
 #include "torch/ops.h"
+#include "torch/plan_text.h"
+#include "torch/tensor.h"
 
 // The symbol is weak because the same library loads into a CPU-only torch, which lacks it.
 extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
@@ -22,8 +25,6 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 namespace tvmf {
 
 namespace {
-
-using torch::headeronly::ScalarType;
 
 // Writes nvcc's "800,900" as "8.0, 9.0".
 std::string compute_capabilities() {
@@ -151,29 +152,11 @@ const Device& device_at(int index) {
   return found->second;
 }
 
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Float: return DType::kFloat32;
-    default: return DType::kFloat64;
-  }
-}
-
-ScalarType torch_dtype(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat16: return ScalarType::Half;
-    case DType::kBFloat16: return ScalarType::BFloat16;
-    case DType::kFloat32: return ScalarType::Float;
-    default: return ScalarType::Double;
-  }
-}
-
 MatrixRef matrix(const Tensor& tensor) {
   return {tensor.data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(1)};
 }
 
-VectorRef vector(const std::optional<Tensor>& tensor, double otherwise = 0) {
+VectorRef vector(const OptionalTensor& tensor, double otherwise = 0) {
   if (!tensor) return {nullptr, DType::kFloat32, 0, otherwise};
   return {tensor->data_ptr(), dtype_of(*tensor), tensor->numel() > 1 ? tensor->stride(0) : 0, 0};
 }
@@ -210,8 +193,7 @@ class Call {
         N(head.input.size(0)),
         C(head.weight.size(0)),
         D(head.input.size(1)),
-        accumulator(head.input.scalar_type() == ScalarType::Double ? ScalarType::Double
-                                                                   : ScalarType::Float) {
+        accumulator(compute_dtype(head.input)) {
     // Tiles reach beyond the last row, by less than the largest tile has.
     if (N > std::numeric_limits<int32_t>::max() - 128)
       throw std::invalid_argument("input must have fewer than 2^31 - 128 rows on CUDA, got " +
@@ -258,7 +240,7 @@ class Call {
 
   Gradients backward(const LossOptions& options, bool with_sum, int64_t kept,
                      const CudaUpstream& upstream, const Tensor& saved, int64_t wanted) const {
-    const auto make = [&](const std::optional<Tensor>& of, int64_t bit) {
+    const auto make = [&](const OptionalTensor& of, int64_t bit) {
       return wanted & bit ? empty(of->sizes(), of->scalar_type())
                           : empty({0}, head_.input.scalar_type());
     };
@@ -318,7 +300,7 @@ class Call {
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   Tensor weight_;
-  std::optional<Tensor> kappa_;
+  OptionalTensor kappa_;
   const Device* device_;
   cudaStream_t stream_;
 
@@ -331,43 +313,51 @@ void* data_or_null(const Tensor& tensor) {
   return tensor.numel() > 0 ? tensor.data_ptr() : nullptr;
 }
 
-}  // namespace
-
-const Gpu& cuda_gpu(int32_t device) { return device_at(device).gpu; }
-
-RowStatistics cuda_row_statistics(const Head& head, bool with_sum, int64_t kept) {
+RowStatistics row_statistics(const Head& head, bool with_sum, int64_t kept) {
   const Call call(head);
   const int64_t N = call.N;
   const ScalarType dtype = call.accumulator;
-  const RowStatistics out{call.empty({N}, dtype), call.empty({N}, dtype),
-                          call.empty({with_sum ? N : 0}, dtype), call.empty({N}, ScalarType::Long),
-                          call.saved(kept)};
+  const RowStatistics out{.lse = call.empty({N}, dtype),
+                          .target = call.empty({N}, dtype),
+                          .sum = call.empty({with_sum ? N : 0}, dtype),
+                          .rank = call.empty({N}, ScalarType::Long),
+                          .saved = call.saved(kept)};
   if (N > 0)
     call.forward({0, Reduction::kNone}, with_sum, kept,
-                 {out.lse.data_ptr(), out.target.data_ptr(), data_or_null(out.sum),
-                  static_cast<int64_t*>(out.rank.data_ptr()), nullptr},
+                 {.lse = out.lse.data_ptr(),
+                  .target = out.target.data_ptr(),
+                  .sum = data_or_null(out.sum),
+                  .rank = static_cast<int64_t*>(out.rank.data_ptr()),
+                  .loss = nullptr},
                  out.saved);
   return out;
 }
 
-Gradients cuda_row_statistics_backward(const Head& head, const Tensor& saved, int64_t kept,
-                                       const std::optional<Tensor>& grad_lse,
-                                       const std::optional<Tensor>& grad_target,
-                                       const std::optional<Tensor>& grad_sum, int64_t wanted) {
+Gradients row_statistics_backward(const Head& head, const StatisticsGradients& gradients,
+                                  int64_t kept, const Tensor& saved, int64_t wanted) {
   const Call call(head);
-  return call.backward({0, Reduction::kNone}, grad_sum.has_value(), kept,
-                       {vector({}), vector(grad_lse), vector(grad_target), vector(grad_sum)}, saved,
-                       wanted);
+  return call.backward({0, Reduction::kNone}, gradients.sum.has_value(), kept,
+                       {.loss = vector({}),
+                        .lse = vector(gradients.lse),
+                        .target = vector(gradients.target),
+                        .sum = vector(gradients.sum)},
+                       saved, wanted);
 }
 
-Loss cuda_cross_entropy(const Head& head, const LossOptions& options, int64_t kept) {
+Loss cross_entropy(const Head& head, const LossOptions& options, int64_t kept) {
   const Call call(head);
   const bool reduced = options.reduction != Reduction::kNone;
-  Loss out{reduced ? call.empty({}, call.accumulator) : call.empty({call.N}, call.accumulator),
-           call.saved(kept)};
+  Loss out{
+      .loss = reduced ? call.empty({}, call.accumulator) : call.empty({call.N}, call.accumulator),
+      .saved = call.saved(kept)};
   if (call.N > 0) {
     call.forward(options, options.label_smoothing > 0, kept,
-                 {nullptr, nullptr, nullptr, nullptr, out.loss.data_ptr()}, out.saved);
+                 {.lse = nullptr,
+                  .target = nullptr,
+                  .sum = nullptr,
+                  .rank = nullptr,
+                  .loss = out.loss.data_ptr()},
+                 out.saved);
   } else if (reduced) {
     const bool mean = options.reduction == Reduction::kMean;
     torch::stable::fill_(out.loss, mean ? std::numeric_limits<double>::quiet_NaN() : 0.0);
@@ -375,12 +365,23 @@ Loss cuda_cross_entropy(const Head& head, const LossOptions& options, int64_t ke
   return out;
 }
 
-Gradients cuda_cross_entropy_backward(const Head& head, const LossOptions& options,
-                                      const Tensor& saved, int64_t kept, const Tensor& grad_loss,
-                                      int64_t wanted) {
+Gradients cross_entropy_backward(const Head& head, const LossOptions& options,
+                                 const Tensor& grad_loss, int64_t kept, const Tensor& saved,
+                                 int64_t wanted) {
   const Call call(head);
-  return call.backward(options, options.label_smoothing > 0, kept,
-                       {vector(grad_loss), vector({}), vector({}), vector({})}, saved, wanted);
+  return call.backward(
+      options, options.label_smoothing > 0, kept,
+      {.loss = vector(grad_loss), .lse = vector({}), .target = vector({}), .sum = vector({})},
+      saved, wanted);
 }
+
+}  // namespace
+
+const Backend kCudaBackend{.row_statistics = row_statistics,
+                           .row_statistics_backward = row_statistics_backward,
+                           .cross_entropy = cross_entropy,
+                           .cross_entropy_backward = cross_entropy_backward};
+
+const Gpu& cuda_gpu(int32_t device) { return device_at(device).gpu; }
 
 }  // namespace tvmf

@@ -1,22 +1,20 @@
-// The operators as bind.cpp, which checks their arguments, calls them on the CPU and on CUDA.
+// The four operators as bind.cpp calls them after its checks: one implementation for each device.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <cstdint>
 #include <optional>
 
-#include "cuda/gpus.h"
 #include "problem.h"
 #include "torch/schema.h"
 
 namespace tvmf {
 
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
-// z_nc = scale (phi(cosine(x_n, w_c); kappa_c) + bias_c) + prior_c
+// The logits are z_nc = scale (phi(cosine(x_n, w_c); kappa_c) + bias_c) + prior_c.
 struct Head {
   TVMF_HEAD(TVMF_AS_FIELD)
 };
@@ -24,58 +22,40 @@ struct Head {
 struct RowStatistics {
   Tensor lse;     // [N]
   Tensor target;  // [N]
-  Tensor sum;     // [N], or [0] where not wanted
+  Tensor sum;     // [N], or [0] where it is not wanted
   Tensor rank;    // [N] int64
-  Tensor saved;   // for the backward pass: SavedLayout
+  Tensor saved;   // the buffer that SavedLayout describes, for the backward pass
+};
+
+// Gradients of the row statistics; an absent one is zero.
+struct StatisticsGradients {
+  OptionalTensor lse, target, sum;  // [N]
 };
 
 struct Loss {
-  Tensor loss;  // [] or, unreduced, [N]
-  Tensor saved;
+  Tensor loss;   // [], or [N] where it is not reduced
+  Tensor saved;  // as in RowStatistics
 };
 
+// Gradients by the head's arguments, each [0] where it is not wanted.
+struct Gradients {
+  Tensor input, weight, kappa, scale, bias;
+};
+
+// The bits of `wanted`: one for each field of Gradients, in the same order.
 enum GradBits : int64_t { kInput = 1, kWeight = 2, kKappa = 4, kScale = 8, kBias = 16 };
 
-struct Gradients {
-  Tensor input, weight, kappa, scale, bias;  // [0] where not wanted
+// `kept` classes have their products in `saved` (SavedLayout).
+struct Backend {
+  RowStatistics (*row_statistics)(const Head&, bool with_sum, int64_t kept);
+  Gradients (*row_statistics_backward)(const Head&, const StatisticsGradients&, int64_t kept,
+                                       const Tensor& saved, int64_t wanted);
+  Loss (*cross_entropy)(const Head&, const LossOptions&, int64_t kept);
+  Gradients (*cross_entropy_backward)(const Head&, const LossOptions&, const Tensor& grad_loss,
+                                      int64_t kept, const Tensor& saved, int64_t wanted);
 };
 
-// The four operators of a device. `kept`: classes whose products the forward pass keeps; `wanted`:
-// GradBits of the gradients to be made.
-#define TVMF_OPERATORS(device)                                                                    \
-  RowStatistics device##_row_statistics(const Head& head, bool with_sum, int64_t kept);           \
-  Gradients device##_row_statistics_backward(                                                     \
-      const Head& head, const Tensor& saved, int64_t kept, const std::optional<Tensor>& grad_lse, \
-      const std::optional<Tensor>& grad_target, const std::optional<Tensor>& grad_sum,            \
-      int64_t wanted);                                                                            \
-  Loss device##_cross_entropy(const Head& head, const LossOptions& options, int64_t kept);        \
-  Gradients device##_cross_entropy_backward(const Head& head, const LossOptions& options,         \
-                                            const Tensor& saved, int64_t kept,                    \
-                                            const Tensor& grad_loss, int64_t wanted);
-TVMF_OPERATORS(cpu)
-TVMF_OPERATORS(cuda)
-#undef TVMF_OPERATORS
-
-// The description of a device. Throws for one on which the kernels do not run.
-const Gpu& cuda_gpu(int32_t device);
-
-inline Tensor to_dtype(const Tensor& tensor, torch::headeronly::ScalarType dtype) {
-  if (tensor.scalar_type() == dtype) return tensor;
-  return torch::stable::to(tensor, dtype);
-}
-
-// A contiguous tensor. The shim itself: the dispatcher's route costs more than a small head.
-inline Tensor empty_on(int32_t device_type, int32_t device_index,
-                       torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                       torch::headeronly::ScalarType dtype) {
-  std::array<int64_t, 2> strides{1, 1};
-  if (sizes.size() == 2) strides[0] = std::max<int64_t>(sizes[1], 1);
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      device_index, &handle));
-  return Tensor(handle);
-}
+extern const Backend kCpuBackend;   // cpu_call.cpp
+extern const Backend kCudaBackend;  // cuda_call.cpp, in builds with CUDA
 
 }  // namespace tvmf

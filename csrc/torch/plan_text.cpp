@@ -3,17 +3,15 @@
 #include "cpu/plan.h"
 #include "cuda/plan_fields.h"
 #include "torch/check.h"
-#include "torch/ops.h"
+#include "torch/dtypes.h"
 
 namespace tvmf {
 namespace {
 
 DType dtype_named(const std::string& name) {
-  if (name == "float16") return DType::kFloat16;
-  if (name == "bfloat16") return DType::kBFloat16;
-  if (name == "float32") return DType::kFloat32;
-  TVMF_CHECK(name == "float64", "dtype must be float16, bfloat16, float32 or float64, got ", name);
-  return DType::kFloat64;
+  const DTypeEntry* entry = find_dtype(name);
+  TVMF_CHECK(entry, "dtype must be ", kDTypeNames, ", got ", name);
+  return entry->dtype;
 }
 
 // "cuda:0" names a device of this machine, everything else a GPU of the table.

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "cuda/gpus.h"
+
 namespace tvmf {
 
 // The fields of a plan as "key=value;...". A field that belongs to one architecture appears with
@@ -16,5 +18,9 @@ std::string plan_text(int64_t N, int64_t C, int64_t D, std::string dtype, std::s
 // products that the forward pass kept. Strides are in elements.
 bool keeps_products(int64_t C, int64_t D, std::string dtype, std::string weight_dtype,
                     int64_t row_stride, int64_t col_stride, bool aligned, std::string device);
+
+// The description of a device of this machine, in builds with CUDA (cuda_call.cpp). Throws for one
+// on which the kernels do not run.
+const Gpu& cuda_gpu(int32_t device);
 
 }  // namespace tvmf

@@ -5,24 +5,24 @@
 
 // X(type in C++, type in the schema, name). Tensors come first, so that autograd saves them as they
 // stand.
-#define TVMF_HEAD(X)                                                                       \
-  X(Tensor, "Tensor", input)                        /* [N, D] */                           \
-  X(Tensor, "Tensor", weight)                       /* [C, D] */                           \
-  X(Tensor, "Tensor", target)                       /* [N] int64 */                        \
-  X(std::optional<Tensor>, "Tensor?", kappa)        /* [] or [1] or [C] */                 \
-  X(std::optional<Tensor>, "Tensor?", scale)        /* [] or [1] */                        \
-  X(std::optional<Tensor>, "Tensor?", bias)         /* [C] */                              \
-  X(std::optional<Tensor>, "Tensor?", prior)        /* [C] */                              \
-  X(std::optional<Tensor>, "Tensor?", class_weight) /* [C] */                              \
-  X(double, "float", kappa_value)                   /* where kappa is absent */            \
-  X(double, "float", scale_value)                   /* where scale is absent */            \
-  X(bool, "bool", softplus_scale)                   /* the scale is softplus(scale) + 1 */ \
-  X(int64_t, "int", ignore_index)                                                          \
+#define TVMF_HEAD(X)                                                                \
+  X(Tensor, "Tensor", input)                 /* [N, D] */                           \
+  X(Tensor, "Tensor", weight)                /* [C, D] */                           \
+  X(Tensor, "Tensor", target)                /* [N] int64 */                        \
+  X(OptionalTensor, "Tensor?", kappa)        /* [] or [1] or [C] */                 \
+  X(OptionalTensor, "Tensor?", scale)        /* [] or [1] */                        \
+  X(OptionalTensor, "Tensor?", bias)         /* [C] */                              \
+  X(OptionalTensor, "Tensor?", prior)        /* [C] */                              \
+  X(OptionalTensor, "Tensor?", class_weight) /* [C] */                              \
+  X(double, "float", kappa_value)            /* where kappa is absent */            \
+  X(double, "float", scale_value)            /* where scale is absent */            \
+  X(bool, "bool", softplus_scale)            /* the scale is softplus(scale) + 1 */ \
+  X(int64_t, "int", ignore_index)                                                   \
   X(bool, "bool", allow_tf32) /* CUDA may round float32 products to TF32 */
 
 #define TVMF_AS_FIELD(type, schema, name) type name;
 #define TVMF_AS_PARAMETER(type, schema, name) type name,
-#define TVMF_AS_ARGUMENT(type, schema, name) name,
+#define TVMF_AS_ARGUMENT(type, schema, name) std::move(name),
 #define TVMF_AS_SCHEMA(type, schema, name) schema " " #name ", "
 
 // Each ends in a comma: an operator's own arguments follow.
