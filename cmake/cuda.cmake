@@ -1,6 +1,8 @@
 # Two functions that decide whether and for which GPUs CUDA sources are compiled. They need no
 # project, so that tests/test_build.py runs them in CMake's script mode.
 
+set(tvmf_cuda_sources ${CMAKE_CURRENT_LIST_DIR}/../csrc/cuda)
+
 # Finds nvcc and compiles an empty program with it, because a compiler may be there and still fail,
 # for example where it does not support the C++ compiler. Sets `nvcc` to its path, or to "" and
 # `problem` to the reason.
@@ -62,8 +64,10 @@ endfunction()
 
 # Reads TORCH_CUDA_ARCH_LIST as torch does, such as "8.0;9.0+PTX", and sets `archs` to a value for
 # CMAKE_CUDA_ARCHITECTURES. Three rules differ from torch's:
-# - 9.0 is compiled as 9.0a, which every GPU of compute capability 9.0 runs and which alone has
-#   Hopper's own instructions. A second binary for plain 9.0 might be chosen in its place.
+# - A capability that has a folder of kernels of its own, such as csrc/cuda/sm90, is compiled as its
+#   "a" target, 9.0a: every GPU of that capability runs it, and it alone has the chip's own
+#   instructions. A second binary for the plain target might be chosen in its place. The portable
+#   kernels of sm80 need no such target.
 # - PTX is always of the plain target: newer GPUs cannot load PTX of an "a" or "f" target.
 # - Capabilities below 8.0, which the kernels do not support, are left out.
 function(tvmf_cuda_archs archs nvcc)
@@ -90,7 +94,7 @@ function(tvmf_cuda_archs archs nvcc)
       message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: got '${entry}', for which ${nvcc} cannot compile; "
         "leave it out, or use a newer CUDA toolkit")
     endif()
-    if(plain EQUAL 90)
+    if(plain GREATER 80 AND IS_DIRECTORY ${tvmf_cuda_sources}/sm${plain})
       set(variant a)
     endif()
     list(APPEND values ${plain}${variant}-real)

@@ -34,9 +34,9 @@ EMULATED_GPUS = (
     {},
     {"sms": 2},
     {"sms": 4, "l2": 60_000, "shared_per_block": 60_000},
-    {"wgmma": True},
-    {"wgmma": True, "sms": 2},
-    {"wgmma": True, "sms": 2, "l2": 1 << 15},
+    {"capability": 90},
+    {"capability": 90, "sms": 2},
+    {"capability": 90, "sms": 2, "l2": 1 << 15},
 )
 COUNTS = ("threads", "shared_bytes", "mma", "wgmma", "load_matrix", "barriers")
 COUNTS += ("global_read_sectors", "global_write_sectors", "shared_wavefronts", "tensor_copies")

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/gpus.h"
+#include "cuda/plan_fields.h"
 #include "problem.h"
 
 namespace tvmf {

@@ -15,6 +15,7 @@ constexpr int64_t kMiB = int64_t(1) << 20;
 constexpr Gpu kGpus[] = {
     {
         .name = "A100",
+        .capability = 80,
         .sms = 108,
         .shared_per_block = 166912,
         .shared_per_sm = 167936,
@@ -26,6 +27,7 @@ constexpr Gpu kGpus[] = {
     },
     {
         .name = "L40S",
+        .capability = 89,
         .sms = 142,
         .shared_per_block = 101376,
         .shared_per_sm = 102400,
@@ -37,6 +39,7 @@ constexpr Gpu kGpus[] = {
     },
     {
         .name = "H100",
+        .capability = 90,
         .sms = 132,
         .shared_per_block = 232448,
         .shared_per_sm = 233472,
@@ -45,12 +48,12 @@ constexpr Gpu kGpus[] = {
         .l2_rate = 5.5e12,
         .flop_rate = {90e12, 90e12, 45e12, 45e12, 25e12},
         .launch_seconds = 3e-6,
-        .wgmma = true,
-        .wgmma_flop_rate = 650e12,
-        .wgmma_l2_rate = 8e12,
+        .own_flop_rate = 650e12,
+        .own_l2_rate = 8e12,
     },
     {
         .name = "H200",
+        .capability = 90,
         .sms = 132,
         .shared_per_block = 232448,
         .shared_per_sm = 233472,
@@ -59,12 +62,12 @@ constexpr Gpu kGpus[] = {
         .l2_rate = 5.5e12,
         .flop_rate = {90e12, 90e12, 45e12, 45e12, 25e12},
         .launch_seconds = 3e-6,
-        .wgmma = true,
-        .wgmma_flop_rate = 650e12,
-        .wgmma_l2_rate = 8e12,
+        .own_flop_rate = 650e12,
+        .own_l2_rate = 8e12,
     },
     {
         .name = "B200",
+        .capability = 100,
         .sms = 148,
         .shared_per_block = 232448,
         .shared_per_sm = 233472,

@@ -9,18 +9,21 @@ namespace tvmf {
 
 struct Gpu {
   const char* name;
+  // The compute capability whose instructions kernels may use here, 90 for 9.0. On a device of this
+  // machine it is 80 where the build has no code for the device's own.
+  int capability;
   int64_t sms;               // streaming multiprocessors
   int64_t shared_per_block;  // bytes of shared memory that one block can have
   int64_t shared_per_sm;     // bytes
   int64_t l2;                // bytes
   double hbm_rate;           // bytes/s
-  double l2_rate;            // bytes/s
-  double flop_rate[5];       // operations/s, indexed by Math
+  double l2_rate;            // bytes/s, by the portable kernels
+  double flop_rate[5];       // operations/s of the portable kernels, indexed by Math
   double launch_seconds;     // time of a kernel that has nothing to do
 
-  bool wgmma = false;  // whether Hopper's own kernels run here, and the rates that they reach
-  double wgmma_flop_rate = 0;
-  double wgmma_l2_rate = 0;
+  // The rates that kernels written for this capability reach, and 0 where there are none.
+  double own_flop_rate = 0;  // operations/s of 16-bit products
+  double own_l2_rate = 0;    // bytes/s
 };
 
 // The GPU of this name ("H200", "H100", "A100", ...), or null.

@@ -19,4 +19,7 @@ struct CudaPlan {
 // The one place that decides which architecture's kernels serve a problem.
 CudaPlan plan_cuda(const CudaProblem& problem, const Gpu& gpu);
 
+// The plan's numbers by name: those that every architecture has, then those of the variant.
+std::vector<PlanField> fields_of(const CudaPlan& plan);
+
 }  // namespace tvmf

@@ -4,12 +4,14 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <limits>
 #include <map>
 #include <mutex>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda/archs.h"
 #include "cuda/dispatch.h"
@@ -26,13 +28,20 @@ namespace tvmf {
 
 namespace {
 
-// Writes nvcc's "800,900" as "8.0, 9.0".
-std::string compute_capabilities() {
+// The compute capabilities that nvcc compiled for, 90 for 9.0.
+std::vector<int> compiled_capabilities() {
   std::istringstream archs(cuda_archs());
+  std::vector<int> capabilities;
+  for (int arch; archs >> arch; archs.ignore()) capabilities.push_back(arch / 10);
+  return capabilities;
+}
+
+// The same as text, "8.0, 9.0".
+std::string compute_capabilities() {
   std::string text;
-  for (int arch; archs >> arch; archs.ignore())
-    text += (text.empty() ? "" : ", ") + std::to_string(arch / 100) + "." +
-            std::to_string(arch % 100 / 10);
+  for (int capability : compiled_capabilities())
+    text += (text.empty() ? "" : ", ") + std::to_string(capability / 10) + "." +
+            std::to_string(capability % 10);
   return text;
 }
 
@@ -91,30 +100,28 @@ int attribute(cudaDeviceAttr which, int index) {
 // The sizes are the device's own. The rates, on which no plan depends, are those of the table where
 // it has one of the words of the name. Otherwise they are those of the largest chip of the
 // generation, scaled by the number of multiprocessors.
-Gpu describe(const std::string& name, int major, int index) {
+Gpu describe(const std::string& name, int capability, int index) {
   const Gpu* known = nullptr;
   std::istringstream words(name);
   for (std::string word; !known && words >> word;) known = find_gpu(word.substr(0, word.find('-')));
-  Gpu gpu = known ? *known : *find_gpu(major == 8 ? "A100" : "H100");
+  Gpu gpu = known ? *known : *find_gpu(capability < 90 ? "A100" : "H100");
   const int sms = attribute(cudaDevAttrMultiProcessorCount, index);
   if (!known) {
     const double share = double(sms) / double(gpu.sms);
     gpu.hbm_rate *= share;
     gpu.l2_rate *= share;
     for (double& rate : gpu.flop_rate) rate *= share;
-    gpu.wgmma_flop_rate *= share;
-    gpu.wgmma_l2_rate *= share;
+    gpu.own_flop_rate *= share;
+    gpu.own_l2_rate *= share;
   }
   gpu.sms = sms;
   gpu.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   gpu.shared_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   gpu.l2 = attribute(cudaDevAttrL2CacheSize, index);
-  // Only code for compute capability 9.0a has Hopper's own instructions.
-#ifdef TVMF_SM90A
-  gpu.wgmma = major == 9;
-#else
-  gpu.wgmma = false;
-#endif
+  // Without code for its own capability the device runs that of an older one.
+  const std::vector<int> compiled = compiled_capabilities();
+  const bool own = std::find(compiled.begin(), compiled.end(), capability) != compiled.end();
+  gpu.capability = own ? capability : 80;
   return gpu;
 }
 
@@ -138,7 +145,8 @@ Device open(int index) {
   cudaThreadExchangeStreamCaptureMode(&mode);
   check(error, "cudaHostAlloc");
   *static_cast<int*>(here) = 0;
-  return {name, describe(name, major, index), static_cast<int*>(here), static_cast<int*>(there)};
+  return {name, describe(name, 10 * major + minor, index), static_cast<int*>(here),
+          static_cast<int*>(there)};
 }
 
 // A device is opened at its first use and never closed: a captured graph may hold the address of

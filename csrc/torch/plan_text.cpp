@@ -1,7 +1,7 @@
 #include "torch/plan_text.h"
 
 #include "cpu/plan.h"
-#include "cuda/plan_fields.h"
+#include "cuda/plan.h"
 #include "torch/check.h"
 #include "torch/dtypes.h"
 
@@ -80,7 +80,8 @@ std::string plan_text(int64_t N, int64_t C, int64_t D, std::string dtype, std::s
   fields.put("hbm_rate", gpu.hbm_rate);
   fields.put("launch_seconds", gpu.launch_seconds);
   fields.put("weight_copy", problem.weight() == weight ? 0 : C * D * size_of(problem.weight()));
-  put_fields(plan, [&](const std::string& key, const auto& value) { fields.put(key, value); });
+  for (const PlanField& field : fields_of(plan))
+    std::visit([&](const auto& value) { fields.put(field.name, value); }, field.value);
   return fields.text();
 }
 

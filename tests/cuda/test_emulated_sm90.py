@@ -15,9 +15,9 @@ from tests.cuda.test_emulated import OPTIONS, check, checks, make, module  # noq
 MIXES = ("bf16-fp32", "fp16-fp32")
 # GPUs with so many multiprocessors that tiles are small, with so few that they are large, and with
 # an L2 that holds few classes.
-SMALL = {"wgmma": True}
-LARGE = {"wgmma": True, "sms": 1}
-CHUNKED = {"wgmma": True, "sms": 2, "l2": 90_000}
+SMALL = {"capability": 90}
+LARGE = {"capability": 90, "sms": 1}
+CHUNKED = {"capability": 90, "sms": 2, "l2": 90_000}
 PATHS = pytest.mark.parametrize(
     "path", [SMALL, LARGE, CHUNKED], ids=["small tiles", "large tiles", "chunks"]
 )
@@ -73,7 +73,7 @@ def test_several_blocks_of_rows(path):
 
 def test_chunks_of_an_odd_number_of_small_tiles():
     """A block of the weight gradient has two of them: the last one's second is the next chunk's."""
-    path = {"wgmma": True, "sms": 6, "l2": 70_000}
+    path = {"capability": 90, "sms": 6, "l2": 70_000}
     plan = check(hopper(70, 640, 68, "bf16-fp32", kappa="[C]", bias=True), **path)["plan"]
     assert plan["tile_classes"] == 64 and plan["chunks"] > 1 and plan["chunk"] // 64 % 2
 
@@ -301,11 +301,11 @@ def test_under_address_and_undefined_behaviour_sanitizers():
 
 
 def test_command_line():
-    flags = "--n 20 --c 70 --d 24 --bias --weight-dtype fp32 --wgmma --counts"
+    flags = "--n 20 --c 70 --d 24 --bias --weight-dtype fp32 --capability 90 --counts"
     done = subprocess.run(
         [sys.executable, "-m", "tests.simt", *flags.split()],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "Hopper's path" in done.stdout and "weight_gradient" in done.stdout
+    assert "path of sm90" in done.stdout and "weight_gradient" in done.stdout

@@ -103,7 +103,8 @@ def step(
         tf32: whether float32 products may be TF32.
         module: one of the emulator's modules, by default `simt_hooks`.
         gpu: properties in which the planned GPU differs from an H200: `sms`, `l2`,
-            `shared_per_block`, `shared_per_sm`, and `wgmma`, which is False by default.
+            `shared_per_block`, `shared_per_sm`, and `capability`, 80 by default and 90 for Hopper's
+            own kernels.
 
     Returns:
         The outputs by name, the gradients by name, and a dict of the plan and `bad_label`.

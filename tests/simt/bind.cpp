@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include "cuda/dispatch.h"
-#include "cuda/plan_fields.h"
 #include "simt.h"
 
 namespace py = pybind11;
@@ -81,7 +80,7 @@ Gpu gpu_of(const py::dict& args) {
     gpu.shared_per_block = args["shared_per_block"].cast<int64_t>();
   if (args.contains("l2")) gpu.l2 = args["l2"].cast<int64_t>();
   if (args.contains("shared_per_sm")) gpu.shared_per_sm = args["shared_per_sm"].cast<int64_t>();
-  gpu.wgmma = args.contains("wgmma") && args["wgmma"].cast<bool>();
+  gpu.capability = args.contains("capability") ? args["capability"].cast<int>() : 80;
   return gpu;
 }
 
@@ -205,8 +204,7 @@ py::dict step(const py::dict& args) {
   out["gradients"] = by_name;
 
   py::dict planned;
-  put_fields(plan,
-             [&](const std::string& key, const auto& value) { planned[key.c_str()] = value; });
+  for (const PlanField& field : fields_of(plan)) planned[field.name.c_str()] = field.value;
   out["plan"] = planned;
   return out;
 }

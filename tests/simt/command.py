@@ -50,7 +50,7 @@ def parse():
     add("--strided", action="store_true", help="use features and weight that are not contiguous")
     add("--sms", type=int, default=132, help="multiprocessors of the GPU to plan for")
     add("--l2", type=int, default=50 << 20, help="bytes of L2 of the GPU to plan for")
-    add("--wgmma", action="store_true", help="plan for a GPU that has Hopper's wgmma")
+    add("--capability", type=int, default=80, help="of the GPU to plan for: 90 takes Hopper's path")
     add(
         "--seed",
         type=int,
@@ -120,15 +120,14 @@ def main():
         tf32=args.tf32,
         sms=args.sms,
         l2=args.l2,
-        wgmma=args.wgmma,
+        capability=args.capability,
     )
     seconds = time.perf_counter() - start
     plan = rest["plan"]
-    portable = "latency" if plan.get("latency") else "throughput"
-    path = "Hopper's" if plan["architecture"] == "sm90" else portable
+    form = {True: "latency ", False: "throughput ", None: ""}[plan.get("latency")]
     print(
         f"N {args.n}, C {args.c}, D {args.d}, {args.dtype} features: "
-        f"{path} path, {len(module.reports())} launches, "
+        f"{form}path of {plan['architecture']}, {len(module.reports())} launches, "
         f"{plan['chunks']} chunk(s) of classes, {seconds:.1f} s emulated"
     )
     print(f"{'':14}{'max error':>10}{'allowed':>10}")

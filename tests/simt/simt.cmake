@@ -5,14 +5,15 @@ execute_process(
   OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 find_package(pybind11 CONFIG REQUIRED)
 
-set(kernels
-  csrc/cuda/rows/prepare.cu csrc/cuda/rows/finish.cu
-  csrc/cuda/rows/prepare_gradient.cu csrc/cuda/rows/finish_gradient.cu
-  csrc/cuda/sm80/sm80.cu csrc/cuda/sm80/statistics.cu
-  csrc/cuda/sm80/class_gradient.cu csrc/cuda/sm80/input_gradient.cu
-  csrc/cuda/sm90/sm90.cu csrc/cuda/sm90/statistics.cu
-  csrc/cuda/sm90/gradient.cu csrc/cuda/sm90/products.cu
-  tests/simt/faults.cu tests/simt/faults_sm90.cu)
+# tests/simt/cuda holds the emulator's versions of some files of csrc/cuda, under the same names. Its
+# headers come first by include path. A .cpp file there replaces the .cu file of its name.
+file(GLOB replacements CONFIGURE_DEPENDS tests/simt/cuda/sm*/*.cpp)
+set(kernels ${cuda_kernel_files} tests/simt/faults.cu tests/simt/faults_sm90.cu)
+foreach(file IN LISTS replacements)
+  string(REPLACE ${CMAKE_SOURCE_DIR}/tests/simt/cuda/ ${CMAKE_SOURCE_DIR}/csrc/cuda/ file ${file})
+  string(REGEX REPLACE "cpp$" "cu" file ${file})
+  list(REMOVE_ITEM kernels ${file})
+endforeach()
 set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX)
 set(runtime scheduler memory races counts location collectives wgmma mbarrier copies launch)
 list(TRANSFORM runtime REPLACE "(.+)" "tests/simt/runtime/\\1.cpp")
@@ -31,8 +32,7 @@ set(asan_kernels -O1 -fsanitize=address,undefined -fno-sanitize-recover=all)
 set(asan_runtime -O2 -g1 -fsanitize=address)
 
 # The files that are the same in both modules are compiled once.
-add_library(simt_common OBJECT csrc/cuda/plan.cpp csrc/cuda/gpus.cpp csrc/cuda/sm80/plan.cpp
-  csrc/cuda/sm90/plan.cpp csrc/cuda/dispatch.cpp tests/simt/tensor_map.cpp
+add_library(simt_common OBJECT ${cuda_plan_files} ${replacements} csrc/cuda/dispatch.cpp
   tests/simt/bind_runtime.cpp)
 target_link_libraries(simt_common PRIVATE pybind11::module)
 target_compile_options(simt_common PRIVATE -O1)

@@ -173,4 +173,23 @@ Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu) {
   return cost;
 }
 
+std::vector<PlanField> fields_of(const Plan& plan) {
+  return {
+      {"architecture", "sm80"},
+      {"kept", plan.kept},
+      {"latency", plan.latency},
+      {"tile", plan.tile},
+      {"row_tiles", plan.row_tiles},
+      {"class_splits", plan.class_splits},
+      {"tiles_per_split", plan.tiles_per_split},
+      {"chunk", plan.chunk},
+      {"chunks", plan.chunks},
+      {"resident", plan.resident},
+      {"row_groups", plan.row_groups},
+      {"feature_splits", plan.feature_splits},
+      {"input_tile", plan.input_tile},
+      {"input_splits", plan.input_splits},
+  };
+}
+
 }  // namespace tvmf::sm80

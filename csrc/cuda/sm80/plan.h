@@ -61,5 +61,6 @@ struct BackwardWorkspace {
 constexpr bool serves(const CudaProblem&, const Gpu&) { return true; }
 Plan make_plan(const CudaProblem& problem, const Gpu& gpu);
 Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu);
+std::vector<PlanField> fields_of(const Plan& plan);
 
 }  // namespace tvmf::sm80

@@ -74,7 +74,7 @@ bool serves(const CudaProblem& p, const Gpu& gpu) {
   const bool copied_by_tensor_copies = layout.aligned && layout.col_stride == 1 &&
                                        layout.row_stride >= p.D && layout.row_stride % 4 == 0 &&
                                        p.D % 4 == 0;
-  return gpu.wgmma && size_of(p.x) == 2 && p.given_weight == DType::kFloat32 &&
+  return gpu.capability == 90 && size_of(p.x) == 2 && p.given_weight == DType::kFloat32 &&
          copied_by_tensor_copies && p.C < kMostClasses;
 }
 
@@ -142,14 +142,33 @@ Plan make_plan(const CudaProblem& p, const Gpu& gpu) {
 
 Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu) {
   Cost cost;
-  cost.flop_rate = gpu.wgmma_flop_rate;
-  cost.l2_rate = gpu.wgmma_l2_rate;
+  cost.flop_rate = gpu.own_flop_rate;
+  cost.l2_rate = gpu.own_l2_rate;
   cost.saved = SavedLayout(problem.N, problem.C, 0).size * 4;
   cost.forward = forward_cost(problem, plan);
   cost.backward = backward_cost(problem, plan, gpu);
   predict(cost.forward, cost, gpu);
   predict(cost.backward, cost, gpu);
   return cost;
+}
+
+std::vector<PlanField> fields_of(const Plan& plan) {
+  return {
+      {"architecture", "sm90"},
+      {"kept", 0},
+      {"tile_rows", kCosineRows},
+      {"tile_classes", plan.tile_classes()},
+      {"row_blocks", plan.row_blocks},
+      {"class_tiles", plan.class_tiles},
+      {"statistics_blocks", plan.statistics_blocks},
+      {"gradient_blocks", plan.gradient_blocks},
+      {"product_blocks", plan.blocks},
+      {"chunk", plan.chunk},
+      {"chunks", plan.chunks},
+      {"product_rows", kProductRows},
+      {"product_cols", kProductCols},
+      {"input_splits", plan.input_splits},
+  };
 }
 
 }  // namespace tvmf::sm90

@@ -62,5 +62,6 @@ struct BackwardWorkspace {
 bool serves(const CudaProblem& problem, const Gpu& gpu);
 Plan make_plan(const CudaProblem& problem, const Gpu& gpu);
 Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu);
+std::vector<PlanField> fields_of(const Plan& plan);
 
 }  // namespace tvmf::sm90
