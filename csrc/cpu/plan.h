@@ -7,8 +7,9 @@
 namespace tvmf {
 
 struct CpuPlan {
-  int64_t
-      class_block;    // classes per matrix product, a multiple of kPad; its N x block tile is in L2
+  // Classes per matrix product, a multiple of kPad. The N x class_block tile stays in the
+  // second-level cache.
+  int64_t class_block;
   int64_t row_group;  // rows per task
   int64_t stripe;     // classes per task
 };

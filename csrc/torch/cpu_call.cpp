@@ -3,7 +3,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
-#include "cpu/loss.h"
+#include "cpu/row_loss.h"
 #include "torch/ops.h"
 
 namespace tvmf {
@@ -11,7 +11,7 @@ namespace {
 
 using cpu::Call, cpu::data, cpu::empty, cpu::kDtype;
 
-// Calls function(float()) or function(double()).
+// Calls function(float()) or function(double()): the type of the argument is the compute dtype.
 template <class F>
 auto with_compute_dtype(const Head& head, const F& function) {
   return head.input.scalar_type() == ScalarType::Double ? function(double()) : function(float());
@@ -39,8 +39,7 @@ std::vector<T> read_vector(const OptionalTensor& tensor, int64_t N) {
 }
 
 RowStatistics row_statistics(const Head& head, bool with_sum, int64_t kept) {
-  return with_compute_dtype(head, [&](auto zero) {
-    using T = decltype(zero);
+  return with_compute_dtype(head, [&]<class T>(T) {
     const Call<T> call(head);
     const int64_t N = call.N;
     const RowStatistics out{.lse = empty({N}, kDtype<T>),
@@ -60,8 +59,7 @@ RowStatistics row_statistics(const Head& head, bool with_sum, int64_t kept) {
 
 Gradients row_statistics_backward(const Head& head, const StatisticsGradients& gradients,
                                   int64_t kept, const Tensor& saved, int64_t wanted) {
-  return with_compute_dtype(head, [&](auto zero) {
-    using T = decltype(zero);
+  return with_compute_dtype(head, [&]<class T>(T) {
     const Call<T> call(head);
     return cpu::backward<T>(call, saved_parts<const T>(call, saved, kept),
                             {.lse = read_vector<T>(gradients.lse, call.N),
@@ -73,8 +71,7 @@ Gradients row_statistics_backward(const Head& head, const StatisticsGradients& g
 }
 
 Loss cross_entropy(const Head& head, const LossOptions& options, int64_t kept) {
-  return with_compute_dtype(head, [&](auto zero) {
-    using T = decltype(zero);
+  return with_compute_dtype(head, [&]<class T>(T) {
     const Call<T> call(head);
     const cpu::RowLoss<T> row_loss(call, options);
     const int64_t N = call.N;
@@ -95,8 +92,7 @@ Loss cross_entropy(const Head& head, const LossOptions& options, int64_t kept) {
 Gradients cross_entropy_backward(const Head& head, const LossOptions& options,
                                  const Tensor& grad_loss, int64_t kept, const Tensor& saved,
                                  int64_t wanted) {
-  return with_compute_dtype(head, [&](auto zero) {
-    using T = decltype(zero);
+  return with_compute_dtype(head, [&]<class T>(T) {
     const Call<T> call(head);
     const cpu::RowLoss<T> row_loss(call, options);
     const std::vector<T> upstream = read_vector<T>(grad_loss, row_loss.reduced() ? 1 : call.N);
