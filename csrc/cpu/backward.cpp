@@ -40,6 +40,38 @@ T projection(T dot, T rnorm) {
   return rnorm < T(1 / kEps) ? -dot * rnorm * rnorm : T(0);
 }
 
+// What the tasks of one block sum: along rows for each stripe of columns, and along columns for
+// each group of rows.
+template <class T>
+struct BlockSums {
+  BlockSums(const Call<T>& call, bool of_classes)
+      : width(call.plan.class_block),
+        groups(ceil_div(call.N, call.plan.row_group)),
+        row_dot(ceil_div(width, call.plan.stripe) * call.N),
+        row_scale(row_dot.size()),
+        col_dot(groups * width),
+        col_bias(of_classes ? col_dot.size() : 0),
+        col_kappa(col_bias.size()) {}
+
+  // The tasks add to the sums along columns, and overwrite those along rows.
+  void clear_columns() {
+    for (auto* sums : {&col_dot, &col_bias, &col_kappa})
+      std::fill(sums->begin(), sums->end(), T(0));
+  }
+
+  // Adds the groups' sums along `count` columns to those of the first group, always in order.
+  void add_groups(int64_t count) {
+    for (auto* sums : {&col_dot, &col_bias, &col_kappa})
+      for (int64_t group = 1; !sums->empty() && group < groups; ++group)
+        tile_kernels<T>().add(sums->data() + group * width, count, sums->data());
+  }
+
+  int64_t width;                                // the most columns of a block
+  int64_t groups;                               // of rows
+  std::vector<T> row_dot, row_scale;            // [stripes, N]
+  std::vector<T> col_dot, col_bias, col_kappa;  // [groups, width]; the last two may be empty
+};
+
 template <class T>
 class BackwardPass {
  public:
@@ -53,17 +85,12 @@ class BackwardPass {
         weight_(call.head.weight, call.plan.class_block),
         input_(call.head.input, call.N),
         x_(input_.block(0, call.N)),
-        groups_(ceil_div(call.N, call.plan.row_group)),
         width_(call.plan.class_block),
-        class_sums_(wanted & (kBias | kKappa)),
+        of_classes_(wanted & (kBias | kKappa)),
         block_terms_(call.terms, width_, upstream.with_sum),
+        sums_(call, of_classes_),
         column_(call.N),
         row_dot_(call.N),
-        part_row_dot_(ceil_div(width_, call.plan.stripe) * call.N),
-        part_row_scale_(part_row_dot_.size()),
-        col_dot_(groups_ * width_),
-        col_bias_(class_sums_ ? col_dot_.size() : 0),
-        col_kappa_(col_bias_.size()),
         factor_(width_),
         grad_tile_(empty({call.N * width_}, kDtype<T>)),
         grad_(data<T>(grad_tile_)) {}
@@ -73,6 +100,7 @@ class BackwardPass {
       const Matrix<T> w = weight_.block(block.begin, block.count);
       differentiate(block, w);
       add_up(block);
+      if (of_classes_) class_gradients(block);
       const Matrix<T> tile{grad_, call_.N, block.count, block.stride};
       if (wanted_ & kWeight) weight_gradient(block, w, tile);
       if (wanted_ & kInput)
@@ -91,9 +119,7 @@ class BackwardPass {
     const int64_t N = call_.N;
     block_columns(call_.label, block, column_.data());
     if (!block.kept) block_product(x_, w, block, column_.data(), saved_.target_product, grad_);
-    std::fill(col_dot_.begin(), col_dot_.end(), T(0));
-    std::fill(col_bias_.begin(), col_bias_.end(), T(0));
-    std::fill(col_kappa_.begin(), col_kappa_.end(), T(0));
+    sums_.clear_columns();
     const T* product = block.kept ? saved_.product + N * block.begin : grad_;
     const ClassTerms<T> class_terms =
         block_terms_.fill(block.begin, block.count, block.stride, saved_.weight_rnorm);
@@ -112,40 +138,35 @@ class BackwardPass {
                              .grad_sum = upstream_.sum.data(),
                              .terms = class_terms,
                              .scale = call_.terms.scale,
-                             .row_dot = &part_row_dot_[stripe * N],
-                             .row_scale = &part_row_scale_[stripe * N],
-                             .col_dot = &col_dot_[col],
-                             .col_bias = class_sums_ ? &col_bias_[col] : nullptr,
-                             .col_kappa = class_sums_ ? &col_kappa_[col] : nullptr},
+                             .row_dot = &sums_.row_dot[stripe * N],
+                             .row_scale = &sums_.row_scale[stripe * N],
+                             .col_dot = &sums_.col_dot[col],
+                             .col_bias = of_classes_ ? &sums_.col_bias[col] : nullptr,
+                             .col_kappa = of_classes_ ? &sums_.col_kappa[col] : nullptr},
                             rows, cols);
         });
   }
 
-  // Adds up what the tasks of a block summed, always in the same order, and writes the gradients of
-  // its classes' kappa and bias.
+  // Adds up what the tasks of a block summed, always in the same order.
   void add_up(const Block& block) {
     const int64_t N = call_.N, stripes = ceil_div(block.stride, call_.plan.stripe);
     for (int64_t stripe = 0; stripe < stripes; ++stripe) {
       for (int64_t n = 0; n < N; ++n) {
-        row_dot_[n] += part_row_dot_[stripe * N + n];
-        total_scale_ += part_row_scale_[stripe * N + n];
+        row_dot_[n] += sums_.row_dot[stripe * N + n];
+        total_scale_ += sums_.row_scale[stripe * N + n];
       }
     }
-    for (int64_t group = 1; group < groups_; ++group) {
-      const int64_t col = group * width_;
-      kernels_.add(&col_dot_[col], block.count, col_dot_.data());
-      if (class_sums_) {
-        kernels_.add(&col_bias_[col], block.count, col_bias_.data());
-        kernels_.add(&col_kappa_[col], block.count, col_kappa_.data());
-      }
-    }
-    if (!class_sums_) return;
+    sums_.add_groups(block.count);
+  }
+
+  // Writes the gradients of the block's biases and kappas, and adds to that of one kappa for all.
+  void class_gradients(const Block& block) {
     const T scale = call_.terms.scale;
     const bool kappa_per_class = (wanted_ & kKappa) && call_.terms.kappa.size() > 1;
     for (int64_t i = 0; i < block.count; ++i) {
-      total_kappa_ += double(scale) * col_kappa_[i];
-      if (wanted_ & kBias) data<T>(out_.bias)[block.begin + i] = scale * col_bias_[i];
-      if (kappa_per_class) data<T>(out_.kappa)[block.begin + i] = scale * col_kappa_[i];
+      total_kappa_ += double(scale) * sums_.col_kappa[i];
+      if (wanted_ & kBias) data<T>(out_.bias)[block.begin + i] = scale * sums_.col_bias[i];
+      if (kappa_per_class) data<T>(out_.kappa)[block.begin + i] = scale * sums_.col_kappa[i];
     }
   }
 
@@ -156,7 +177,7 @@ class BackwardPass {
     if (!direct && !weight_part_) weight_part_ = empty({width_, D}, kDtype<T>);
     T* to = direct ? data<T>(out_.weight) + block.begin * D : data<T>(*weight_part_);
     for (int64_t i = 0; i < block.count; ++i)
-      factor_[i] = projection(col_dot_[i], saved_.weight_rnorm[block.begin + i]);
+      factor_[i] = projection(sums_.col_dot[i], saved_.weight_rnorm[block.begin + i]);
     parallel_rows(block.count, D, [&](int64_t begin, int64_t end) {
       kernels_.multiply(w.data + begin * w.row_stride, w.row_stride, &factor_[begin], end - begin,
                         D, to + begin * D);
@@ -185,14 +206,13 @@ class BackwardPass {
   Gradients out_;
   Rows<T> weight_, input_;
   const Matrix<T> x_;
-  const int64_t groups_, width_;  // groups of rows, and the most classes of a block
-  const bool class_sums_;         // whether gradients of kappa or bias are wanted
+  const int64_t width_;    // the most classes of a block
+  const bool of_classes_;  // whether gradients of kappa or bias are wanted
   BlockTerms<T> block_terms_;
-  std::vector<int64_t> column_;                    // [N]
-  std::vector<T> row_dot_;                         // [N]  over all blocks
-  std::vector<T> part_row_dot_, part_row_scale_;   // [stripes, N]  of one block
-  std::vector<T> col_dot_, col_bias_, col_kappa_;  // [groups, width]  of one block
-  std::vector<T> factor_;                          // [width]
+  BlockSums<T> sums_;
+  std::vector<int64_t> column_;  // [N]  of each row's target in the block, or -1
+  std::vector<T> row_dot_;       // [N]  over all blocks
+  std::vector<T> factor_;        // [width]
   double total_kappa_ = 0, total_scale_ = 0;
   const Tensor grad_tile_;  // [N, width]
   T* const grad_;
