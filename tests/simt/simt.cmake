@@ -8,15 +8,15 @@ find_package(pybind11 CONFIG REQUIRED)
 # tests/simt/cuda holds the emulator's versions of some files of csrc/cuda, under the same names. Its
 # headers come first by include path. A .cpp file there replaces the .cu file of its name.
 file(GLOB replacements CONFIGURE_DEPENDS tests/simt/cuda/sm*/*.cpp)
-set(kernels ${cuda_kernel_files} tests/simt/faults.cu tests/simt/faults_sm90.cu)
+file(GLOB faults CONFIGURE_DEPENDS tests/simt/faults*.cu)
+set(kernels ${cuda_kernel_files} ${faults})
 foreach(file IN LISTS replacements)
   string(REPLACE ${CMAKE_SOURCE_DIR}/tests/simt/cuda/ ${CMAKE_SOURCE_DIR}/csrc/cuda/ file ${file})
   string(REGEX REPLACE "cpp$" "cu" file ${file})
   list(REMOVE_ITEM kernels ${file})
 endforeach()
 set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX)
-set(runtime scheduler memory races counts location collectives wgmma mbarrier copies launch)
-list(TRANSFORM runtime REPLACE "(.+)" "tests/simt/runtime/\\1.cpp")
+file(GLOB runtime CONFIGURE_DEPENDS tests/simt/runtime/*.cpp)
 include_directories(tests/simt csrc)
 add_compile_options(-ffp-contract=off -Wall -Wextra -Wno-psabi)
 
