@@ -138,7 +138,7 @@ runpy.run_path({setup!r}, run_name="__main__")
 
 @pytest.fixture
 def setup(tmp_path):
-    """Runs a copy of setup.py where nothing but the needs of the build is there."""
+    """Runs a copy of setup.py in a place that has what the build needs and nothing else."""
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -220,12 +220,14 @@ if [ "$1" = --version ]; then echo cmake version 4.4.4; exit; fi
 echo "-- The CXX compiler identification is unknown"
 printf 'CMake Error at CMakeLists.txt:1 (message):\\n  Two lines\\n  of reason\\n\\n\\n' >&2
 exit 1"""
-    program(setup.folder, "cmake", cmake)
-    result = setup("build_ext")
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == (
-        "tvmf_ext: CMake cannot configure the build: Two lines of reason"
-    )
+    stack = r"\nCall Stack (most recent call first):\n  CMakeLists.txt:1 (f)\n\n\n"
+    for text in (cmake, cmake.replace(r"\n\n\n", r"\n" + stack)):
+        program(setup.folder, "cmake", text)
+        result = setup("build_ext")
+        assert result.returncode == 1
+        assert result.stderr.splitlines()[-1] == (
+            "tvmf_ext: CMake cannot configure the build: Two lines of reason"
+        )
     assert "Traceback" not in result.stderr
 
 
