@@ -58,6 +58,10 @@ _GRADIENTS = tuple(
 )
 
 
+# The dtypes of features, class weights and other floating-point arguments.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, losses and accumulations for features of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
