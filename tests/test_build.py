@@ -119,7 +119,7 @@ def test_importing_without_numpy_prints_nothing(tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, "tensor([1.])\n", "")
 
 
-# What setup.py says where something that the build needs is missing.
+# The messages of setup.py where something that the build needs is missing.
 
 
 SETUP = """
@@ -394,7 +394,7 @@ def test_the_library_knows_whether_it_has_hoppers_code(requested, hopper, tmp_pa
     assert ("sm_90a" in commands_of(tmp_path)) == hopper
 
 
-# What was built.
+# The library that was built.
 
 
 def test_one_binary_for_every_python():
