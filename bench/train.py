@@ -43,7 +43,7 @@ from train.splits import LongTailed, Split
 from train.stages import build_net, train
 from tvmf_ext import reference
 
-# As many as Fashion-MNIST, as iNaturalist 2018, and so many that the head takes most of the time.
+# Classes of Fashion-MNIST, of iNaturalist 2018, and so many that the head takes most of the time.
 CLASSES = (10, 8142, 100_000)
 BATCH = 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,9 +198,17 @@ def main(args=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=90, help="for each line of the table")
     parser.add_argument(
-        "--workers", type=int, default=min(12, os.cpu_count()), help="of the reference"
+        "--seconds",
+        type=float,
+        default=90,
+        help="how long each line of the table is measured (default 90)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(12, os.cpu_count()),
+        help="processes of the reference's DataLoader",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="torchvision's FashionMNIST")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
