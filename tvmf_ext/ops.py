@@ -165,8 +165,8 @@ def _call_once(backward_operator: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Function(torch.autograd.Function):
-    """What the two operators share in their gradients. These are not registered with the operators,
-    because the way through the dispatcher takes longer than the whole of a small head."""
+    """The code that the gradients of both operators share. The gradients are not registered with the
+    operators, because the way through the dispatcher takes longer than the whole of a small head."""
 
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], saved: Tensor, options: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What a call will run and what that costs, without running it: `plan(N, C, D, ...)`.
+"""Tells what a call would run and what that would cost, without running it: `plan(N, C, D, ...)`.
 
 The numbers come from the library, from the function that the kernels themselves ask
 (csrc/cpu/plan.cpp, csrc/cuda/plan.cpp).
@@ -347,7 +347,7 @@ def plan(
     allow_tf32: bool | None = None,
     backward: bool = True,
 ) -> CudaPlan | CpuPlan:
-    """What a call with features `[N, D]` and class weights `[C, D]` runs; nothing is run.
+    """Tells what a call with features `[N, D]` and class weights `[C, D]` would run.
 
     Args:
         N, C, D: rows, classes and features.
