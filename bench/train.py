@@ -50,7 +50,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def made_up(size, classes):
-    """Grey images of 28 x 28 pixels, noise over a pattern of their class; long-tailed."""
+    """A long-tailed set of grey images of 28 x 28 pixels, noise over a pattern of their class."""
     draw = torch.Generator().manual_seed(0)
     labels = (classes * torch.rand(size, generator=draw) ** 4).long()
     patterns = torch.rand(classes, 1, 7, 7, generator=draw)[labels]
@@ -212,7 +212,9 @@ def main(args=None):
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="torchvision's FashionMNIST")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
-    parser.add_argument("--quick", action="store_true", help="check that it runs; measures nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="only try that it runs; its times mean nothing"
+    )
     options = parser.parse_args(args)
     images, recipes = 50 * BATCH, [dataclasses.replace(load_recipe("digits"), epochs=15)]
     if options.data:

@@ -207,7 +207,7 @@ class Loader:
                 persistent_workers=workers > 0,
                 pin_memory=self.device.type == "cuda",
                 worker_init_fn=heed_only_the_parent,
-                generator=torch.Generator(),  # not the training's, of which it draws
+                generator=torch.Generator(),  # so that it draws nothing from torch's
             )
 
     def __call__(

@@ -165,8 +165,8 @@ def _call_once(backward_operator: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Function(torch.autograd.Function):
-    """The code that the gradients of both operators share. The gradients are not registered with the
-    operators, because the way through the dispatcher takes longer than the whole of a small head."""
+    """The code that the gradients of both operators share. They are not registered with PyTorch's
+    dispatcher, because the way through it takes longer than the whole of a small head."""
 
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], saved: Tensor, options: tuple[Any, ...]) -> None:
@@ -221,7 +221,7 @@ class _CrossEntropy(_Function):
         return _Function.gradients(ctx, _cross_entropy_backward, grad_loss)
 
 
-# Both take a Head's arguments one by one, because autograd looks for tensors in no other place, and
-# then those of the operator.
+# Both take the fields of a Head one by one, and then the operator's own arguments. They do not take
+# a Head, because autograd does not look for tensors inside a tuple.
 row_statistics: Callable[..., tuple[Tensor, ...]] = _RowStatistics.apply
 cross_entropy: Callable[..., tuple[Tensor]] = _CrossEntropy.apply

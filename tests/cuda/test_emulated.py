@@ -1,5 +1,6 @@
-"""The CUDA kernels on the emulator: every dtype, path and option against float64, under its checks
-for races and uninitialised memory; what they count against the plan; AddressSanitizer and UBSan."""
+"""Tests of the CUDA kernels on the emulator, under its checks for races and uninitialised memory:
+every dtype, path and option against float64; launches and counts against the plan. A few problems
+also run under AddressSanitizer and UBSan."""
 
 import subprocess
 import sys

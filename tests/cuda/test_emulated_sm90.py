@@ -1,5 +1,5 @@
-"""Hopper's own kernels on the emulator: both shapes of tiles and several chunks against float64,
-what is exact, what is not finite, the order of threads; what they count against the plan."""
+"""Tests of Hopper's own kernels on the emulator: both shapes of tiles and several chunks against
+float64, exact results, infinity and NaN, any order of threads; counts against the plan."""
 
 import subprocess
 import sys
