@@ -1,5 +1,5 @@
 // Products on Hopper: a producer warp's bulk tensor copies fill a ring of stages ahead of the wgmma
-// of two consumer warpgroups. Knows nothing of the loss.
+// of two consumer warpgroups. The code does not depend on the loss.
 #pragma once
 
 #include "cuda/math.cuh"
