@@ -124,7 +124,9 @@ def configure(command):
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     print(result.stderr, end="", file=sys.stderr, flush=True)
     if result.returncode:
-        error = re.search(r"^CMake Error.*?:\n(.*?)\n\n\n", result.stderr, re.DOTALL | re.MULTILINE)
+        # An error of a function is followed by the call stack, after one empty line.
+        end = r"\n\n(?:\n|Call Stack)"
+        error = re.search(rf"^CMake Error.*?:\n(.*?){end}", result.stderr, re.DOTALL | re.MULTILINE)
         text = " ".join(error[1].split()) if error else ""
         if not 0 < len(text) < 400:
             text = "the reason stands above"

@@ -62,10 +62,19 @@ def make_parser():
         dest="which",
         help="the pass that ratios are about (default full); fwd runs no backward pass",
     )
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the features")
-    add("--device", choices=("cpu", "cuda"))
-    add("--seconds", type=float, help="how long each case is measured")
-    add("--threads", type=int, default=torch.get_num_threads())
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the features (default: the suite's)",
+    )
+    add("--device", choices=("cpu", "cuda"), help="where to measure (default: the suite's)")
+    add("--seconds", type=float, help="how long to measure each case (default: the suite's)")
+    add(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="threads on the CPU (default %(default)s here)",
+    )
     add("--json", type=Path, metavar="PATH", help="write the figures there")
     add("--load", type=Path, metavar="PATH", help="show a file of --json, measure nothing")
     add("--plot", type=Path, metavar="PATH", help="draw the figures there (PNG, PDF, SVG)")

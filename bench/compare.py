@@ -43,7 +43,7 @@ def relative(case, name, by):
     low, middle, high = limits(own)
     if by == "time":
         return low, middle, high
-    if name == "fused":  # the ratios were taken turn by turn
+    if name == "fused":  # these ratios were taken turn by turn, others were not
         ends = limits(case["results"][by]["over_fused"])
         return tuple(1 / ratio for ratio in reversed(ends))
     return tuple(value / base["median"] for value in (low, middle, high))

@@ -1,8 +1,9 @@
 """`python -m bench.kernel_times`: how long each kernel of the fused head takes on a GPU.
 
-A pass is loss and gradients of bfloat16 features and a float32 weight. For each shape: the replay
-of a CUDA graph beside the plan's prediction; the pass and eager PyTorch's with all their launches,
-in turns, which at small shapes is the host's time; and each kernel by torch's profiler.
+A pass is loss and gradients of bfloat16 features and a float32 weight. For each shape it shows the
+time in which a CUDA graph of the pass replays, beside the plan's prediction; the time of the pass
+and of eager PyTorch's with all their launches, in turns, which at small shapes is the host's time;
+and the time of each kernel by torch's profiler.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def short(name):
 
 
 def by_kernel(events, passes):
-    """Launches a pass and mean time of each kernel, the longest first.
+    """The launches per pass and the mean time of each kernel, the longest first.
 
     On the portable path class_gradient runs twice for a chunk of classes; the second run makes the
     weight's gradient and has a line of its own.
@@ -112,7 +113,7 @@ def pass_table(run):
 
 
 def kernel_table(run):
-    """A row for each kernel and a column for each shape: launches a pass x mean time."""
+    """A row for each kernel and a column for each shape: launches per pass x mean time."""
     rows = []
     for name in dict.fromkeys(name for case in run["cases"] for name in case["kernels"]):
         row = {"kernel": name}
@@ -174,7 +175,7 @@ def parse(args):
     try:
         runs = json.loads(path.read_text()) if options.load or (path and path.exists()) else []
         for run in runs:
-            text_of(run)  # fails here, before anything is measured, if the file is another kind
+            text_of(run)  # raises if the file is of another kind, before anything is measured
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"got {error} in {path}, wanted a file of --json")
     return options, runs

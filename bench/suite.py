@@ -1,4 +1,4 @@
-"""What is measured: the cases of each suite, with its device, dtype and seconds for each case."""
+"""The cases that each suite measures, with its device, its dtype and the seconds for each case."""
 
 KAPPA = 16.0
 # ImageNet-LT, iNaturalist 2018, ImageNet-21k, and a million classes.

@@ -43,14 +43,14 @@ from train.splits import LongTailed, Split
 from train.stages import build_net, train
 from tvmf_ext import reference
 
-# As many as Fashion-MNIST, as iNaturalist 2018, and so many that the head takes most of the time.
+# Classes of Fashion-MNIST, of iNaturalist 2018, and so many that the head takes most of the time.
 CLASSES = (10, 8142, 100_000)
 BATCH = 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def made_up(size, classes):
-    """Grey images of 28 x 28 pixels, noise over a pattern of their class; long-tailed."""
+    """A long-tailed set of grey images of 28 x 28 pixels, noise over a pattern of their class."""
     draw = torch.Generator().manual_seed(0)
     labels = (classes * torch.rand(size, generator=draw) ** 4).long()
     patterns = torch.rand(classes, 1, 7, 7, generator=draw)[labels]
@@ -198,13 +198,23 @@ def main(args=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=90, help="for each line of the table")
     parser.add_argument(
-        "--workers", type=int, default=min(12, os.cpu_count()), help="of the reference"
+        "--seconds",
+        type=float,
+        default=90,
+        help="how long each line of the table is measured (default 90)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(12, os.cpu_count()),
+        help="processes of the reference's DataLoader",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="torchvision's FashionMNIST")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
-    parser.add_argument("--quick", action="store_true", help="check that it runs; measures nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="only try that it runs; its times mean nothing"
+    )
     options = parser.parse_args(args)
     images, recipes = 50 * BATCH, [dataclasses.replace(load_recipe("digits"), epochs=15)]
     if options.data:

@@ -1,4 +1,4 @@
-"""What is compared: the fused head, eager PyTorch, torch.compile, and other packages' heads.
+"""The variants that are compared: the fused head, eager PyTorch, torch.compile, other packages.
 
 The other packages (peers) have no t-vMF similarity and run at kappa = 0 alone. They do not
 normalise either, so their operands are normalised before the call. Where features are shorter than

@@ -22,7 +22,7 @@ TVMF_HOST_DEVICE V clamp_cosine(V cosine) {
   return cosine < -1 ? V{} - 1 : cosine;
 }
 
-// On a GPU in one instruction, with one rounding.
+// a b + c. A GPU computes it in one instruction, with one rounding.
 template <class V>
 TVMF_HOST_DEVICE V multiply_add(V a, V b, V c) {
 #ifdef __CUDA_ARCH__
@@ -32,7 +32,8 @@ TVMF_HOST_DEVICE V multiply_add(V a, V b, V c) {
 #endif
 }
 
-// On a GPU float32 takes the special-function unit's reciprocal: off by one rounding, not by half.
+// 1 / v. On a GPU float32 uses the special-function unit, whose result may be one unit in the last
+// place off, while a division would be at most half a unit off.
 template <class V>
 TVMF_HOST_DEVICE V reciprocal(V v) {
 #ifdef __CUDA_ARCH__
@@ -49,7 +50,8 @@ struct Similarity {
   V phi, dphi_dcosine, dphi_dkappa;
 };
 
-// Rounded as the phi of similarity_with_gradient is: both passes see the same logit.
+// phi, with the same roundings as in similarity_with_gradient, so that both passes see the same
+// logit.
 template <class V>
 TVMF_HOST_DEVICE V similarity(V cosine, V kappa) {
   const V u = 1 - cosine;

@@ -103,12 +103,18 @@ def same(a, b):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m tests.bits", description=__doc__.split("\n")[0])
     group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--save", metavar="FILE")
-    group.add_argument("--compare", metavar="FILE")
+    group.add_argument("--save", metavar="FILE", help="save the results there")
+    group.add_argument("--compare", metavar="FILE", help="a file of --save")
     parser.add_argument("--emulator", action="store_true", help="the CUDA kernels too: minutes")
     options = parser.parse_args()
+    before = {}
+    if options.compare:
+        try:
+            before = torch.load(options.compare, weights_only=False)
+        except OSError as error:
+            parser.error(f"--compare: got {error}, wanted a file of --save")
     results = dict(cpu_results())
     if options.emulator:
         results |= dict(emulated_results())
@@ -116,7 +122,6 @@ def main():
         torch.save(results, options.save)
         print(f"{len(results)} results saved")
         return 0
-    before = torch.load(options.compare, weights_only=False)
     wrong = [f"{key}: only on one side" for key in before.keys() ^ results.keys()]
     for key in before.keys() & results.keys():
         a, b = before[key], results[key]

@@ -242,8 +242,8 @@ def check(function, problem, upstream=None, rows=False, tolerance=None, eager_dt
 
 
 def conditioning(problem):
-    """By how much a problem enlarges a rounding of float64, which the oracle has too: that of a
-    cosine in its logit, or that of a probability in `1 - p_y`, small where a row fits its class."""
+    """The factor by which a problem enlarges roundings of float64, which the oracle has too: the
+    rounding of a cosine in its logit, or of p_y in `1 - p_y`, which is small in an easy row."""
     tensors = to_dtype({k: problem[k] for k in LOGITS if k in problem}, torch.float64)
     logits = eager(tvmf_ext.tvmf_logits)(**tensors).detach()
     scale = tensors["scale"]

@@ -119,7 +119,7 @@ def test_importing_without_numpy_prints_nothing(tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, "tensor([1.])\n", "")
 
 
-# What setup.py says where something that the build needs is missing.
+# The messages of setup.py where something that the build needs is missing.
 
 
 SETUP = """
@@ -138,7 +138,7 @@ runpy.run_path({setup!r}, run_name="__main__")
 
 @pytest.fixture
 def setup(tmp_path):
-    """Runs a copy of setup.py where nothing but the needs of the build is there."""
+    """Runs a copy of setup.py in a place that has what the build needs and nothing else."""
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -220,12 +220,14 @@ if [ "$1" = --version ]; then echo cmake version 4.4.4; exit; fi
 echo "-- The CXX compiler identification is unknown"
 printf 'CMake Error at CMakeLists.txt:1 (message):\\n  Two lines\\n  of reason\\n\\n\\n' >&2
 exit 1"""
-    program(setup.folder, "cmake", cmake)
-    result = setup("build_ext")
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == (
-        "tvmf_ext: CMake cannot configure the build: Two lines of reason"
-    )
+    stack = r"\nCall Stack (most recent call first):\n  CMakeLists.txt:1 (f)\n\n\n"
+    for text in (cmake, cmake.replace(r"\n\n\n", r"\n" + stack)):
+        program(setup.folder, "cmake", text)
+        result = setup("build_ext")
+        assert result.returncode == 1
+        assert result.stderr.splitlines()[-1] == (
+            "tvmf_ext: CMake cannot configure the build: Two lines of reason"
+        )
     assert "Traceback" not in result.stderr
 
 
@@ -391,7 +393,7 @@ def test_the_kernels_of_hopper_are_compiled_for_9_0a(requested, hopper, tmp_path
     assert ("sm_90a" in commands_of(tmp_path)) == hopper
 
 
-# What was built.
+# The library that was built.
 
 
 def test_one_binary_for_every_python():

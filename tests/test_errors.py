@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -228,11 +229,36 @@ def test_a_refused_call_leaves_the_next_one_unharmed():
     assert torch.equal(evaluate(tvmf_cross_entropy, problem)[0]["loss"], expected)
 
 
-@pytest.mark.parametrize("name", ["input", "linear_weight", "target", "kappa", "weight"])
+SHARED = ("input", "linear_weight", "kappa", "scale", "linear_bias", "prior")  # with the logits
+
+
+@pytest.mark.parametrize("name", [*SHARED, "target", "weight", "ignore_index", "label_smoothing"])
 def test_an_argument_of_another_type_is_refused_by_name_and_type(name):
     problem = {"input": zeros(N, D), "linear_weight": zeros(C, D), "target": torch.arange(N) % C}
     with pytest.raises(TypeError, match=rf"^{name} must be .*, got list$"):
         tvmf_cross_entropy(**(problem | {name: [1.0]}))
+    if name in SHARED:
+        del problem["target"]
+        with pytest.raises(TypeError, match=rf"^{name} must be .*, got list$"):
+            tvmf_logits(**(problem | {name: [1.0]}))
+    if name in ("weight", "prior", "label_smoothing"):
+        with pytest.raises(TypeError, match=rf"^{name} must be .*, got list$"):
+            TvMFLoss(D, C, **{name: [1.0]})
+
+
+def test_a_fraction_is_no_ignore_index():
+    problem = make_problem(N, C, D)
+    with pytest.raises(TypeError, match=r"^ignore_index must be an int, got float$"):
+        tvmf_cross_entropy(**problem | {"ignore_index": 1.5})
+
+
+def test_numpys_numbers_are_numbers():
+    problem = make_problem(N, C, D)
+    options = {"kappa": 4, "scale": 8, "label_smoothing": 0.5, "ignore_index": 1}
+    kinds = {"ignore_index": np.int64}
+    numpys = {name: kinds.get(name, np.float32)(value) for name, value in options.items()}
+    expected = tvmf_cross_entropy(**problem | options)
+    assert torch.equal(tvmf_cross_entropy(**problem | numpys), expected)
 
 
 @pytest.mark.parametrize(
@@ -252,12 +278,15 @@ def test_a_head_refuses_what_its_function_would_refuse_later(arguments, message)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kappa": -1.0}, "kappa must be > -1/2, got -1.0"),
-        ({"scale": -1.0}, "scale must be > 0, got -1.0"),
+        ({"kappa": -1.0}, "kappa must be finite and > -1/2, got -1.0"),
+        ({"kappa": math.inf}, "kappa must be finite and > -1/2, got inf"),
+        ({"scale": -1.0}, "scale must be finite and > 0, got -1.0"),
+        ({"scale": math.inf}, "scale must be finite and > 0, got inf"),
         ({"kappa": zeros(N, 1)}, "kappa must have shape .* got"),
         ({"linear_bias": zeros(N, 1)}, "linear_bias must have shape .* got"),
         ({"input": zeros(N, D, 1)}, "input must have shape .* got"),
         ({"input": zeros(N, D, dtype=torch.int64)}, "input must be float16.* got torch.int64"),
+        ({"input": zeros(N, D, dtype=torch.float8_e4m3fn)}, "input must be float16.* got"),
     ],
 )
 def test_logits_refuse_what_the_loss_refuses(arguments, message):

@@ -118,7 +118,8 @@ def test_whole_and_ragged_vectors_row_groups_stripes_and_blocks(operator, shape,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @OPERATORS
 def test_one_feature_leaves_cosines_of_one_and_no_gradient_to_it(operator, dtype):
-    """Eager PyTorch has such cosines exactly. Here they may be off by a rounding, times phi'."""
+    """Eager PyTorch has such cosines exactly. The operators may be off by a rounding, which phi'
+    multiplies."""
     problem = make_problem(20, 40, 1, dtype=dtype, kappa=1.0, scale="[]", bias=True)
     check(operator, problem, tolerance=4 * TOLERANCE[dtype])
 

@@ -147,7 +147,7 @@ class FileImages(TorchDataset):
         which batch norm should not see, unless fewer than the two that it needs were left."""
         messages = [message for _, _, message in items if message]
         if self.train:
-            items = sorted(items, key=lambda item: item[2] is not None)  # stable: bad ones last
+            items = sorted(items, key=lambda item: item[2] is not None)  # puts bad ones last
             items = items[: max(2, len(items) - len(messages))]
         images, labels, _ = zip(*items, strict=True)
         return torch.stack(images), torch.tensor(labels), messages
@@ -196,7 +196,7 @@ class Loader:
         if self.in_memory:
             self.images, self.labels = split.images.to(device), split.labels.to(device)
             self.mean, self.std = (s.view(-1, 1, 1).to(device) for s in statistics)
-            self.reach = max(1, round(image_size / 14))  # 2 pixels of MNIST's 28
+            self.reach = max(1, round(image_size / 14))  # 2 pixels for MNIST's 28
         else:
             files, self.sampler = FileImages(split, augment, image_size, train), []
             self.files = DataLoader(
@@ -207,7 +207,7 @@ class Loader:
                 persistent_workers=workers > 0,
                 pin_memory=self.device.type == "cuda",
                 worker_init_fn=heed_only_the_parent,
-                generator=torch.Generator(),  # else it would draw a seed from the training's
+                generator=torch.Generator(),  # so that it draws nothing from torch's
             )
 
     def __call__(

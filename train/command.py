@@ -1,4 +1,4 @@
-"""What the command does with its flags: makes a session, runs it, writes and prints the result."""
+"""Runs the command: makes a session from the flags, trains or tests, and reports the result."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def main(config: Config) -> None:
 
 
 def run(config: Config) -> None:
-    """Trains or tests as one of the processes that there are."""
+    """Trains or tests in one process of the run."""
     rank, world, device = distributed.start(config.device)
     data = load_data(config, quiet=rank > 0)
     if config.net == "auto":
@@ -49,8 +49,8 @@ def heed_signals(session: Session) -> None:
 
     def stop(number, frame):
         session.stopping = True
-        # A second Ctrl-C ends the process as usual. Not so a second SIGTERM: SLURM sends it to all
-        # processes, and torchrun then forwards its own.
+        # A second Ctrl-C ends the process as usual. A second SIGTERM does not, because SLURM sends
+        # one to all processes, and torchrun then forwards the one that it got itself.
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
@@ -59,7 +59,7 @@ def heed_signals(session: Session) -> None:
 
 
 def describe(session: Session) -> None:
-    """Prints what is trained on what."""
+    """Prints the data set, the net and the device."""
     config, data = session.config, session.data
     empty = int((data.counts == 0).sum())
     session.say(

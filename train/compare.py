@@ -55,7 +55,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="(default runs)")
     options, flags = parser.parse_known_args(args)
-    from train import report  # and the libraries that draw: --help need not wait for them
+    from train import report  # here, so that --help need not wait for the libraries that draw
 
     runs = {
         options.out / f"{head.replace(':', '')}-seed{seed}": (head, seed)

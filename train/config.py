@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # an error says enough without
+os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # the link adds nothing to an error
 
 import tyro
 from pydantic import Field, ValidationError

@@ -19,7 +19,8 @@ LOADERS = BUILTIN | {"imagenet": load_folder, "folder": load_folder}
 
 
 def load_data(config: Config, quiet: bool = False) -> LongTailed:
-    """The data set of a configuration, checked, thinned out, noised, and small images in memory.
+    """Loads a configuration's data set, checks it, applies --subset and --label-noise, and reads
+    small images into memory.
 
     Raises TrainError where something is missing or wrong, with file and line.
     """

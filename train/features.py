@@ -16,7 +16,8 @@ class Cached:
     def __init__(self, path: Path, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device):
         labels, sizes, self.device = [], [], device
         try:
-            # Written, not yet mapped: a full disk then raises OSError instead of a bus error.
+            # The file is written before it is mapped: a full disk then raises OSError, whereas a
+            # write to a mapping would end in a bus error.
             with open(path, "wb") as file:
                 for features, label in batches:
                     file.write(features.contiguous().cpu().view(torch.uint8).numpy().data)

@@ -131,12 +131,12 @@ class Fit:
 
     def check_finite(self, loss: float) -> None:
         if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
-            loss = math.nan  # the next step's loss would be
+            loss = math.nan  # as the loss of the next step would be
         if not math.isfinite(loss):
             raise TrainError(
                 f"--lr: got {self.session.config.lr}, with which the loss became {loss} in epoch "
-                f"{self.epoch + 1}; wanted a smaller one or --precision fp32. The checkpoint "
-                "before that is whole"
+                f"{self.epoch + 1}; wanted a smaller one or --precision fp32. The last "
+                "checkpoint was saved before that and is whole"
             )
 
     def run(self) -> dict[str, Any]:
@@ -241,7 +241,7 @@ class Fit:
         """Adds the errors after this epoch to its record, and saves a model that is chosen."""
         session, number = self.session, self.epoch + 1
         if not self.cached and (self.stage == 1 or session.config.bn == "batch"):
-            distributed.average_buffers(self.net)  # each process has those of its last step
+            distributed.average_buffers(self.net)  # they differ between processes
         try:
             rows = session.evaluate(self.evaluated, self.net, self.head, self.cached)
         except Stopped:
@@ -271,7 +271,7 @@ class Fit:
     def report(self) -> dict[str, Any]:
         """Loads the chosen model and tests it."""
         session = self.session
-        distributed.barrier()  # the model file is there
+        distributed.barrier()  # until the first process has written the file
         states = checkpoint.load_model(self.model_file)
         for module, state in zip((self.net, self.head), states, strict=True):
             module.load_state_dict(state)

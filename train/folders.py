@@ -8,7 +8,7 @@ from torchvision import datasets
 from train.config import Config, TrainError
 from train.splits import LongTailed, Split
 
-HELD_OUT = 0.2  # of each class's images, for the test, where there is no folder of test images
+HELD_OUT = 0.2  # share of each class's images that is tested if there is no folder of test images
 
 
 def subfolders(root: Path) -> list[str]:

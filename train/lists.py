@@ -91,7 +91,7 @@ def load_lists(config: Config) -> LongTailed:
     train = found["train"]
     largest, present = int(train.labels.max()), len(train.labels.unique())
     num_classes = PUBLISHED.get(config.dataset, [largest + 1])[0]
-    # A mistyped label would cost gigabytes of weights. Published sets are checked by their counts.
+    # A mistyped label could ask for gigabytes of weights. Published sets are checked elsewhere.
     if config.dataset not in PUBLISHED and num_classes > 10 * present:
         raise TrainError(
             f"{train.where[train.labels.argmax()]}: got class {largest} in a list of "

@@ -18,7 +18,7 @@ class Log:
     def __init__(self, session: Session, stage: int, first_epoch: int):
         self.session, self.writer = session, None
         if has_tensorboard():
-            from torch.utils.tensorboard import SummaryWriter  # seconds that --help should not take
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds; --help must not
 
             logs = session.config.out / "logs" / f"stage{stage}"
             self.writer = SummaryWriter(str(logs), purge_step=first_epoch)

@@ -34,7 +34,7 @@ def image_rows(head: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
     cosine = tvmf_logits(features, head.weight, kappa=0.0)
     at = labels.clamp(min=0)[:, None]
     loss = F.cross_entropy(logits, at[:, 0], reduction="none")
-    # The heads count alike: a class that ties with the target is no error, a NaN is one.
+    # As in both heads, a class that ties with the target is no error, and a NaN is one.
     rank = (~(logits <= logits.gather(1, at))).sum(1)
     confidence, predicted = logits.softmax(1).nan_to_num(0).max(1)
     own = cosine.gather(1, at)[:, 0]

@@ -23,8 +23,8 @@ import seaborn as sns
 from train.config import NO_RESULT, TrainError
 from train.metrics import FIGURES
 
-NOTE = """All is in % of the test set. Many, medium, few: error@1 of classes with more than 100,
-20 to 100, fewer than 20 training images. ±, whiskers: sample standard deviation over seeds."""
+NOTE = """All figures are in % of the test set. Many, medium, few: error@1 of classes with more than
+100, 20 to 100, fewer than 20 training images. ±, whiskers: sample standard deviation over seeds."""
 # Keys that a group's label does not name: they do not set experiments apart, or the label always
 # says them (head and kappa).
 APART = (*NO_RESULT, "seed", "head", "kappa")
@@ -35,13 +35,13 @@ FACETS = {"sharex": "col", "sharey": "row", "margin_titles": True}
 
 def load_run(path: Path) -> dict:
     """{"path": the directory, "epochs": the records of metrics.jsonl in order}, and the content of
-    result.json, or {"config": {}} for an unfinished run. TrainError if there is neither file, or
-    if result.json holds no result."""
+    result.json, or {"config": {}} for an unfinished run. Raises TrainError if there is neither
+    file, or if result.json holds no result."""
     log, file = path / "metrics.jsonl", path / "result.json"
     if not log.is_file() and not file.is_file():
         raise TrainError(f"RUN: got {path}, wanted a directory with metrics.jsonl or result.json")
     records, result = {}, {"config": {}}
-    # A killed run leaves half a record, and a resumed one writes on in the same line.
+    # A killed run may leave half a record, and the resumed run then writes on in the same line.
     for part in re.split(r'\n|(?={"stage")', log.read_text("latin-1") if log.is_file() else ""):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             record = json.loads(part)
@@ -58,8 +58,8 @@ def group_runs(runs: list[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Two tables: a row for each epoch of each run, and one for each stage of each finished run.
 
     Each row has the label of its group. Runs of one configuration, whatever their seed, are a
-    group; an unfinished run is one by itself. TrainError if a group has a seed twice, which would
-    look like agreement between seeds.
+    group; an unfinished run is one by itself. Raises TrainError if a group has a seed twice, which
+    would look like agreement between seeds.
     """
     configs = pd.DataFrame([run["config"] for run in runs if run["config"]])
     told = [k for k in configs if configs[k].nunique(dropna=False) > 1 or "test" in set(configs[k])]

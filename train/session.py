@@ -1,4 +1,4 @@
-"""What both stages of a run share: configuration, data, device, processes, terminal."""
+"""The state that both stages of a run share: configuration, data, device, processes, terminal."""
 
 from contextlib import AbstractContextManager
 
@@ -30,7 +30,7 @@ class Stopped(Exception):
 
 
 class Session:
-    """A run in one process, one of `world`; `rank` is its number.
+    """A run in one process, which is number `rank` of `world` processes.
 
     Setting `stopping` asks the run to save and leave.
     """

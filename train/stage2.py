@@ -13,7 +13,7 @@ from train.session import Session
 
 
 def freeze(net: nn.Module, bn: str) -> None:
-    """Evaluation mode, except for batch norm that normalises by the batch (--bn batch)."""
+    """Puts the net into evaluation mode. With --bn batch its batch norm stays in training mode."""
     net.eval()
     for module in net.modules():
         if isinstance(module, _BatchNorm):

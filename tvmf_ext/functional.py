@@ -1,7 +1,9 @@
 """Functions of the t-vMF head: row statistics, the losses made of them, and logits."""
 
 import functools
+import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -120,6 +122,8 @@ def cuda_allows_tf32() -> bool:
 
 
 def check_loss_options(reduction: str, label_smoothing: float) -> None:
+    if not isinstance(label_smoothing, (int, float, Real)):
+        raise TypeError(f"label_smoothing must be a number, got {type(label_smoothing).__name__}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
@@ -127,7 +131,7 @@ def check_loss_options(reduction: str, label_smoothing: float) -> None:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float, Real)):
         return float(value)
     raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
 
@@ -160,10 +164,14 @@ def _head(
     _check_tensor("input", input)
     _check_tensor("linear_weight", linear_weight)
     _check_tensor("target", target)
+    if linear_bias is not None:
+        _check_tensor("linear_bias", linear_bias)
     if class_weight is not None:
         _check_constant("weight", class_weight)
     if prior is not None:
         _check_constant("prior", prior)
+    if not isinstance(ignore_index, (int, Integral)):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if (
         input.dtype == torch.float32
         and (input.is_cpu or input.is_cuda)  # other devices may not know of autocast
@@ -323,9 +331,10 @@ def _check_logits(
         ("input", input, "[N, D]"),
         ("linear_weight", linear_weight, "[C, D]"),
     ):
+        _check_tensor(name, matrix)
         if matrix.dim() != 2:
             raise ValueError(f"{name} must have shape {shape}, got {list(matrix.shape)}")
-        if not matrix.is_floating_point():
+        if matrix.dtype not in ops.DTYPES:
             raise ValueError(
                 f"{name} must be float16, bfloat16, float32 or float64, got {matrix.dtype}"
             )
@@ -345,10 +354,13 @@ def _check_logits(
         if isinstance(value, Tensor) and tuple(value.shape) not in allowed:
             wanted = " or ".join(str(list(shape)) for shape in allowed)
             raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}")
-    if not isinstance(kappa, Tensor) and not kappa > -0.5:
-        raise ValueError(f"kappa must be > -1/2, got {kappa}")
-    if not isinstance(scale, Tensor) and not scale > 0:
-        raise ValueError(f"scale must be > 0, got {scale}")
+    for name, optional in (("linear_bias", linear_bias), ("prior", prior)):
+        if optional is not None:
+            _check_tensor(name, optional)
+    if not isinstance(kappa, Tensor) and not -0.5 < _number("kappa", kappa) < math.inf:
+        raise ValueError(f"kappa must be finite and > -1/2, got {kappa}")
+    if not isinstance(scale, Tensor) and not 0 < _number("scale", scale) < math.inf:
+        raise ValueError(f"scale must be finite and > 0, got {scale}")
 
 
 def tvmf_logits(
@@ -365,6 +377,7 @@ def tvmf_logits(
     The arguments are those of `tvmf_cross_entropy`. PyTorch's operators make the logits, with their
     gradients. The cosine is never rounded below float32, because `kappa` would multiply its error.
     """
+    _check_tensor("input", input)
     dtype = ops.compute_dtype(input.dtype)
     if isinstance(scale, SoftplusScale):
         scale = scale.value(dtype)  # the kernels do not compute it in a shorter dtype either

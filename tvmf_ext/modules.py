@@ -79,6 +79,8 @@ class TvMFLoss(nn.Module):
         for name, values in (("weight", weight), ("prior", prior)):
             if values is None:
                 continue
+            if not isinstance(values, Tensor):
+                raise TypeError(f"{name} must be a tensor or None, got {type(values).__name__}")
             if values.shape != (num_classes,):
                 raise ValueError(
                     f"{name} must have shape [C] = [{num_classes}], got {list(values.shape)}"

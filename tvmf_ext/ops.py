@@ -58,6 +58,10 @@ _GRADIENTS = tuple(
 )
 
 
+# The dtypes of features, class weights and other floating-point arguments.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, losses and accumulations for features of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -161,8 +165,8 @@ def _call_once(backward_operator: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Function(torch.autograd.Function):
-    """What the two operators share in their gradients. These are not registered with the operators,
-    because the way through the dispatcher takes longer than the whole of a small head."""
+    """The code that the gradients of both operators share. They are not registered with PyTorch's
+    dispatcher, because the way through it takes longer than the whole of a small head."""
 
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], saved: Tensor, options: tuple[Any, ...]) -> None:
@@ -217,7 +221,7 @@ class _CrossEntropy(_Function):
         return _Function.gradients(ctx, _cross_entropy_backward, grad_loss)
 
 
-# Both take a Head's arguments one by one, because autograd looks for tensors in no other place, and
-# then those of the operator.
+# Both take the fields of a Head one by one, and then the operator's own arguments. They do not take
+# a Head, because autograd does not look for tensors inside a tuple.
 row_statistics: Callable[..., tuple[Tensor, ...]] = _RowStatistics.apply
 cross_entropy: Callable[..., tuple[Tensor]] = _CrossEntropy.apply

@@ -1,4 +1,4 @@
-"""What a call will run and what that costs, without running it: `plan(N, C, D, ...)`.
+"""Tells what a call would run and what that would cost, without running it: `plan(N, C, D, ...)`.
 
 The numbers come from the library, from the function that the kernels themselves ask
 (csrc/cpu/plan.cpp, csrc/cuda/plan.cpp).
@@ -15,7 +15,7 @@ from . import ops
 from .functional import cuda_allows_tf32, products_to_keep
 
 _Kind = TypeVar("_Kind")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST = 2**53  # up to here the counts of a plan, which are doubles and int64, are exact
 
 
 def _bytes(count: float) -> str:
@@ -347,7 +347,7 @@ def plan(
     allow_tf32: bool | None = None,
     backward: bool = True,
 ) -> CudaPlan | CpuPlan:
-    """What a call with features `[N, D]` and class weights `[C, D]` runs; nothing is run.
+    """Tells what a call with features `[N, D]` and class weights `[C, D]` would run.
 
     Args:
         N, C, D: rows, classes and features.
@@ -361,13 +361,16 @@ def plan(
         A plan whose fields are the kernels' own numbers, and whose `str` is a report.
 
     Raises:
-        ValueError: a size below 1, a dtype without kernels, an unknown device.
+        ValueError: a size below 1 or a product of two above 2^53, a dtype without kernels, an
+            unknown device.
     """
     for name, size in (("N", N), ("C", C), ("D", D)):
         _check_size(name, size)
+    if max(N * C, N * D, C * D) > _MOST:
+        raise ValueError(f"N x C, N x D and C x D must be at most 2^53, got {N}, {C}, {D}")
     weight_dtype = weight_dtype or dtype
     for name, value in (("dtype", dtype), ("weight_dtype", weight_dtype)):
-        if value not in _DTYPES:
+        if value not in ops.DTYPES:
             raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {value}")
     device = _device_name(device)
     if allow_tf32 is None:

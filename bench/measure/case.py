@@ -43,9 +43,9 @@ def first_call(name, case, tensors, wanted, backward, dtype):
 def first_calls(case, names, tensors, backward, dtype):
     """The result of each variant's first call, and the variants that may be timed.
 
-    A variant that raised is refused. One is wrong, and not timed, whose error is larger than the
-    tolerance plus twice eager PyTorch's error; the fused head is held to three tolerances besides,
-    so that it may not be as far off as eager PyTorch is in 16 bits.
+    A variant that raised is refused. A variant whose error is larger than the tolerance plus twice
+    eager PyTorch's error is wrong, and is not timed. The error of the fused head may also be no
+    larger than three tolerances, because eager PyTorch in 16 bits is far off.
     """
     wanted = exact(tensors, case["kappa"])
     torch._dynamo.reset()  # torch.compile gives up after too many compilations of one function

@@ -1,4 +1,4 @@
-"""What a call launches, by torch's profiler."""
+"""Counts what a call launches, by torch's profiler."""
 
 import torch
 from torch.autograd import DeviceType

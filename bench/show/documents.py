@@ -39,7 +39,7 @@ def paragraph(text):
 
 
 def conditions(report):
-    """What was measured, where, and what the columns mean."""
+    """The paragraph that says what was measured, where, and what the columns mean."""
     device = f"{report['cpu']} ({report['isa']}), {report['threads']} threads"
     if report["device"] != "cpu":
         device = f"{report['device']}, driver {report['driver']}"

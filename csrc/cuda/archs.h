@@ -3,7 +3,7 @@
 
 namespace tvmf {
 
-// As nvcc was asked for them: "800,900" for 8.0 and 9.0.
+// The list that nvcc was given: "800,900" for 8.0 and 9.0.
 const char* cuda_archs();
 
 }  // namespace tvmf

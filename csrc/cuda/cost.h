@@ -73,7 +73,8 @@ constexpr int64_t kWorkspaceBudget = 64 * kMiB;  // bytes, whatever the number o
 // a scattered access takes a whole one, and two neighbours of 2 bytes leave half of 4 bytes unused.
 constexpr double kSectorBytes = 32;
 
-// Offsets in a workspace of parts that are taken one after another, on 256-byte boundaries.
+// Hands out the parts of a workspace one after another: take() returns the offset of a part, in
+// bytes, which is a multiple of 256.
 struct Cursor {
   int64_t at = 0;
   int64_t take(int64_t bytes) {

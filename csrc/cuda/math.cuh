@@ -28,9 +28,9 @@ struct MathTraits<Math::kTf32> {
   using X = float;
   using Acc = float;
 };
-// Not 3xTF32: how tensor cores round sums is not documented and cannot be emulated, and at a third
-// of the 60 % of their TF32 rate that products reach it is at most 1.5 times as fast as fused
-// multiply-adds.
+// float32 products use fused multiply-adds and not 3xTF32, for two reasons. How tensor cores round
+// sums is not documented and cannot be emulated. And three TF32 products, at the 60 % of the peak
+// rate that products reach, are at most 1.5 times as fast as fused multiply-adds.
 template <>
 struct MathTraits<Math::kF32> {
   using X = float;

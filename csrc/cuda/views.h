@@ -41,7 +41,7 @@ struct GradientRows {
   T* loss_scale;         // [2]  a power of two that keeps float16 in range, and its inverse
 };
 
-// A run of classes that one launch of the backward pass has.
+// The run of classes that one launch of the backward pass works on.
 struct Chunk {
   int64_t begin, count;
   int64_t size;  // classes of every chunk but the last

@@ -1,5 +1,6 @@
-"""The CUDA kernels on the emulator: every dtype, path and option against float64, under its checks
-for races and uninitialised memory; what they count against the plan; AddressSanitizer and UBSan."""
+"""Tests of the CUDA kernels on the emulator, under its checks for races and uninitialised memory:
+every dtype, path and option against float64; launches and counts against the plan. A few problems
+also run under AddressSanitizer and UBSan."""
 
 import subprocess
 import sys
@@ -30,8 +31,8 @@ OPTIONS = {
     "class_weight": True,
     "ignored": 0.2,
 }
-# A GPU so small that few tiles fill it, and one whose blocks can hold no gradient tile of all rows
-# and whose L2 holds few classes: the throughput path.
+# SMALL has so few multiprocessors that few tiles fill it. CHUNKED takes the throughput path: its
+# blocks cannot hold the gradient tile of all rows, and its L2 cache holds few classes.
 SMALL = {"sms": 4}
 CHUNKED = {"shared_per_block": 60_000, "l2": 60_000}
 
@@ -132,7 +133,7 @@ def test_parameters_of_any_dtype(dtype):
 @pytest.mark.parametrize("kappa", [-0.49, 0.0, 1e4])
 def test_extreme_kappa(mix, kappa):
     problem, how = make(40, 70, 16, mix, kappa=kappa, scale=64.0)
-    # Opposed to every class but its own, all at one point.
+    # All rows are one point, opposed to every class but class 0.
     problem["linear_weight"][1:] = -problem["linear_weight"][0]
     problem["input"][:] = problem["linear_weight"][0]
     check(problem, **how)
@@ -143,7 +144,7 @@ def test_rows_and_classes_of_zeros(mix):
     problem, how = make(40, 70, 16, mix)
     problem["input"][3] = 0
     problem["linear_weight"][problem["target"][5]] = 0
-    upstream = [torch.full((), 1e-9, dtype=torch.float64)]  # so that 1e12 times it is finite
+    upstream = [torch.full((), 1e-9, dtype=torch.float64)]  # 1e12 times it must be finite
     own = {"loss": upstream[0].to(problems.compute_dtype(problem["input"].dtype))}
     outputs, gradients, _ = simt.step(problem, own, **how)
     lines = problems.judge(
@@ -159,7 +160,7 @@ def test_rows_and_classes_of_zeros(mix):
 
 
 def test_float16_keeps_small_gradients():
-    """The mean over many rows, or a loss scale that has not grown yet: 1e-7 is 0 in float16."""
+    """The loss has a factor of 1e-7, as in a mean over many rows. In float16 1e-7 rounds to 0."""
     problem, _ = make(150, 203, 40, "fp16-fp32", scale="[]")
     for factor in (1e-7, 1.0, 1e4):
         _, gradients, _ = simt.step(problem, {"loss": torch.tensor(factor)})
@@ -171,7 +172,7 @@ def test_float16_keeps_small_gradients():
 
 @pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
 def test_float16_gradient_tile_stays_in_range(length):
-    """The tile has 1 / |w|, the steepest phi and the largest class weight in it."""
+    """The elements of the tile grow with 1 / |w|, the slope of phi and the class weight."""
     problem, _ = make(70, 90, 24, "fp16-fp32", kappa=64.0, scale="[]", class_weight=True)
     problem["linear_weight"] *= length
     problem["weight"][5] = 1e4
@@ -193,7 +194,7 @@ def test_rows_shorter_than_eps_are_not_projected(mix):
 
 
 def test_a_small_loss_is_exact_to_a_rounding_of_one():
-    """Not to one of the logits, which are 30 here."""
+    """The error may be a rounding of 1, and not a rounding of the logits, which are about 30."""
     problem, _ = make(8, 30, 16, "fp32", kappa=0.0, scale=30.3, reduction="none")
     problem["input"] = problem["linear_weight"][problem["target"]] * 1.5
     outputs, _, _ = simt.step(problem, {}, wanted=[])
@@ -205,7 +206,8 @@ def test_a_small_loss_is_exact_to_a_rounding_of_one():
 
 @pytest.mark.parametrize("path", [{}, CHUNKED], ids=["latency", "throughput"])
 def test_what_lies_beyond_the_last_row_has_no_part(path):
-    """Logits of 200: exp of one is infinite where no maximum is subtracted."""
+    """The logits are about 200, so that exp of one would be infinite if no maximum were subtracted
+    from it."""
     problem, how = make(70, 90, 24, "bf16-fp32", bias=True, kappa="[]", scale="[]")
     problem["prior"] = torch.full((90,), 200.0)
     check(problem, kept=False, **path, **how)
@@ -264,7 +266,8 @@ def test_bits_do_not_depend_on_the_order_of_threads(module, path):
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("path", [SMALL, CHUNKED], ids=["latency", "throughput"])
 def test_counts_are_the_plans(module, mix, path):
-    """Sectors of 32 bytes, mma of whole tiles, no bank conflict on tensor-core paths."""
+    """The emulator counts the sectors and mma that the plan predicts, and no bank conflict on the
+    paths of tensor cores."""
     module.configure(seed=0, check_races=False, count=True)
     problem, how = make(256, 512, 256, mix)
     plan = check(problem, kept=False, **path, **how)["plan"]

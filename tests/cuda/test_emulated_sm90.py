@@ -1,5 +1,5 @@
-"""Hopper's own kernels on the emulator: both shapes of tiles and several chunks against float64,
-what is exact, what is not finite, the order of threads; what they count against the plan."""
+"""Tests of Hopper's own kernels on the emulator: both shapes of tiles and several chunks against
+float64, exact results, infinity and NaN, any order of threads; counts against the plan."""
 
 import subprocess
 import sys
@@ -13,8 +13,8 @@ from tests import simt
 from tests.cuda.test_emulated import OPTIONS, check, checks, make, module  # noqa: F401
 
 MIXES = ("bf16-fp32", "fp16-fp32")
-# GPUs with so many multiprocessors that tiles are small, with so few that they are large, and with
-# an L2 that holds few classes.
+# GPUs that differ in their plans: with many multiprocessors tiles are small, with few they are
+# large, and with a small L2 cache the classes are divided into chunks.
 SMALL = {"capability": 90}
 LARGE = {"capability": 90, "sms": 1}
 CHUNKED = {"capability": 90, "sms": 2, "l2": 90_000}
@@ -46,7 +46,7 @@ def test_statistics_of_ragged_tiles(few, path, mix):
 
 @PATHS
 def test_ranks(path):
-    """Of weights that need no rounding."""
+    """Ranks are exact where the weights need no rounding."""
     problem = hopper(70, 333, 68, "bf16-fp32", **OPTIONS)
     problem["linear_weight"] = problem["linear_weight"].bfloat16().float()
     problem = problems.statistics_arguments(problem)
@@ -60,7 +60,8 @@ def test_ranks(path):
 )
 @pytest.mark.parametrize("path", [SMALL, LARGE], ids=["small tiles", "large tiles"])
 def test_the_loss_alone(path, shape, mix):
-    """Without sums, ranks and the gradients of kappa and bias the kernels are others."""
+    """Other instances of the kernels run where no sums, ranks or gradients of kappa and bias are
+    wanted."""
     plan = check(hopper(*shape, mix, scale="[]"), **path)["plan"]
     assert plan["architecture"] == "sm90" and (plan["tile_classes"] == 64) == (path is SMALL)
 
@@ -72,7 +73,8 @@ def test_several_blocks_of_rows(path):
 
 
 def test_chunks_of_an_odd_number_of_small_tiles():
-    """A block of the weight gradient has two of them: the last one's second is the next chunk's."""
+    """A block of the weight gradient takes two small tiles; for the last block the second of them
+    belongs to the next chunk."""
     path = {"capability": 90, "sms": 6, "l2": 70_000}
     plan = check(hopper(70, 640, 68, "bf16-fp32", kappa="[C]", bias=True), **path)["plan"]
     assert plan["tile_classes"] == 64 and plan["chunks"] > 1 and plan["chunk"] // 64 % 2
@@ -114,7 +116,7 @@ def test_one_gradient_alone(name, kappa, path):
 @pytest.mark.parametrize("kappa", [-0.49, 0.0, 1e4])
 def test_extreme_kappa(kappa, mix):
     problem = hopper(40, 70, 16, mix, kappa=kappa, scale=64.0)
-    # Opposed to every class but its own, all at one point.
+    # All rows are one point, opposed to every class but class 0.
     problem["linear_weight"][1:] = -problem["linear_weight"][0]
     problem["input"][:] = problem["linear_weight"][0]
     check(problem, **SMALL)
@@ -124,7 +126,7 @@ def test_extreme_kappa(kappa, mix):
 @pytest.mark.parametrize("scale", [1.0, 64.0, 300.0])
 @PATHS
 def test_large_scales_raise_the_reference(scale, kappa, path):
-    """Targets far below the largest logit, and rows that have none."""
+    """Some targets are far below the largest logit, and some rows have no target."""
     problem = hopper(40, 300, 24, "bf16-fp32", kappa=kappa, scale=scale, ignored=0.3)
     far = torch.arange(0, 40, 3)
     known = problem["target"][far] >= 0
@@ -133,7 +135,7 @@ def test_large_scales_raise_the_reference(scale, kappa, path):
 
 
 def test_a_reference_is_raised_by_a_later_tile():
-    """Logits grow from class to class, by more than exp can hold in all."""
+    """Logits grow from class to class, in all by more than the range of exp in float32."""
     problem = hopper(40, 700, 24, "bf16-fp32", kappa=0.0, bias=True, scale=50.0, ignored=0.2)
     problem["linear_bias"] = torch.linspace(0, 8, 700)
     problem["target"] = problem["target"].clamp_max(20)
@@ -142,7 +144,8 @@ def test_a_reference_is_raised_by_a_later_tile():
 
 @PATHS
 def test_what_lies_beyond_the_last_row_has_no_part(path):
-    """Logits of 200: exp of one is infinite where no maximum is subtracted."""
+    """The logits are about 200, so that exp of one would be infinite if no maximum were subtracted
+    from it."""
     problem = hopper(35, 300, 24, "bf16-fp32", bias=True, kappa="[]", scale="[]")
     problem["prior"] = torch.full((300,), 200.0)
     check(problem, **path)
@@ -153,7 +156,7 @@ def test_rows_and_classes_of_zeros(mix):
     problem = hopper(40, 70, 16, mix)
     problem["input"][3] = 0
     problem["linear_weight"][problem["target"][5]] = 0
-    upstream = [torch.full((), 1e-9, dtype=torch.float64)]  # so that 1e12 times it is finite
+    upstream = [torch.full((), 1e-9, dtype=torch.float64)]  # 1e12 times it must be finite
     outputs, gradients, _ = simt.step(problem, {"loss": upstream[0].float()}, **SMALL)
     lines = problems.judge(
         tvmf_ext.tvmf_cross_entropy,
@@ -170,7 +173,7 @@ def test_rows_and_classes_of_zeros(mix):
 
 @pytest.mark.parametrize("path", [SMALL, LARGE], ids=["small tiles", "large tiles"])
 def test_float16_keeps_small_gradients(path):
-    """The mean over many rows, or a loss scale that has not grown yet: 1e-7 is 0 in float16."""
+    """The loss has a factor of 1e-7, as in a mean over many rows. In float16 1e-7 rounds to 0."""
     problem = hopper(150, 203, 40, "fp16-fp32", scale="[]")
     for factor in (1e-7, 1e4):
         _, gradients, _ = simt.step(problem, {"loss": torch.tensor(factor)}, **path)
@@ -182,7 +185,7 @@ def test_float16_keeps_small_gradients(path):
 
 @pytest.mark.parametrize("length", [1e-3, 1e3])
 def test_float16_gradient_tile_stays_in_range(length):
-    """The tile has 1 / |w|, the steepest phi and the largest class weight in it."""
+    """The elements of the tile grow with 1 / |w|, the slope of phi and the class weight."""
     problem = hopper(70, 90, 24, "fp16-fp32", kappa=64.0, scale="[]", class_weight=True)
     problem["linear_weight"] *= length
     problem["weight"][5] = 1e4
@@ -197,7 +200,7 @@ def test_float16_gradient_tile_stays_in_range(length):
 
 @PATHS
 def test_a_small_loss_is_exact_to_a_rounding_of_one(path):
-    """Not to one of the logits, which are 30 here."""
+    """The error may be a rounding of 1, and not a rounding of the logits, which are about 30."""
     problem = hopper(30, 150, 16, "bf16-fp32", kappa=0.0, scale=30.3, reduction="none")
     problem["linear_weight"] = problem["linear_weight"].bfloat16().float()
     problem["input"] = problem["linear_weight"][problem["target"]].bfloat16() * 2
@@ -258,7 +261,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(module, path):  # noqa: F811
 
 @PATHS
 def test_counts_are_the_plans(module, path):  # noqa: F811
-    """Sectors of 32 bytes, wgmma of whole tiles, no bank conflict."""
+    """The emulator counts the sectors and wgmma that the plan predicts, and no bank conflict."""
     module.configure(seed=0, check_races=False, count=True)
     problem = hopper(256, 512, 256, "bf16-fp32")
     plan = check(problem, **path)["plan"]

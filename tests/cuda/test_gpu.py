@@ -54,7 +54,7 @@ def on_device(problem, device=DEVICE):
 
 
 def check_cuda(operator, problem, **options):
-    """The rule, beside eager PyTorch on the same device in the features' own dtype."""
+    """Checks the error rule against eager PyTorch on the same device in the features' own dtype."""
     problem = on_device(problem)
     check(operator, problem, eager_dtype=problem["input"].dtype, **options)
 
@@ -122,9 +122,10 @@ def test_whole_and_ragged_tiles(operator, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @OPERATORS
 def test_one_feature(operator, dtype):
-    """Cosines of one, where phi' multiplies what eager PyTorch happens to have exactly."""
+    """Every cosine is 1 or -1. Eager PyTorch has it exactly; the kernels may be off by a rounding,
+    which phi' multiplies."""
     problem = on_device(make_problem(20, 40, 1, dtype=dtype, kappa=1.0, scale="[]", bias=True))
-    half = dtype in (torch.float16, torch.bfloat16)  # in which eager PyTorch may have NaN
+    half = dtype in (torch.float16, torch.bfloat16)  # eager PyTorch may give NaN in these
     tolerance = torch.finfo(dtype).eps if half else 4 * TOLERANCE[compute_dtype(dtype)]
     check(operator, problem, tolerance=tolerance)
 
@@ -262,7 +263,7 @@ def test_two_runs_give_the_same_bits(operator, shape, dtype):
         assert_same_bits(evaluate(operator, problem), first)
 
 
-# What a sanitizer that looks at our kernels alone is to see
+# Tests for a sanitizer that watches our kernels alone
 
 
 NATIVE = [(d, d) for d in DTYPES] + [(d, torch.float32) for d in DTYPES[2:]]
@@ -279,8 +280,9 @@ NATIVE = [(d, d) for d in DTYPES] + [(d, torch.float32) for d in DTYPES[2:]]
 )
 @OPERATORS
 def test_between_copies_nothing_but_our_kernels(operator, shape, dtypes):
-    """All that these read is copied to the device or written by them, with no kernel of torch's
-    between, and all that they return is copied back: initcheck misses no write and no gap."""
+    """Our kernels read only what was copied to the device or what they wrote, and all of their
+    results are copied back. No kernel of torch runs between, so that initcheck sees every write
+    and finds every element that was not written."""
     problem = everything(*shape, dtype=dtypes[0], weight_dtype=dtypes[1])
     if operator is row_statistics:
         problem = statistics_arguments(problem)
@@ -339,7 +341,8 @@ def test_the_first_call_of_a_process_can_be_captured():
 
 
 def test_a_stream_of_ones_own():
-    """The call runs where the stream is: its features are still being made when it is called."""
+    """The call runs on the current stream, and so after the features, which are still being made
+    when it is called."""
     problem = on_device(make_problem(256, 4000, 256))
     expected = evaluate(tvmf_cross_entropy, problem)
     side = torch.cuda.Stream()
@@ -440,7 +443,7 @@ def test_a_bad_label_in_a_training_step_raises_once():
     assert evaluate(tvmf_cross_entropy, problem)[0]["loss"].isfinite()
 
 
-# How it meets the rest of torch
+# The head with other features of torch
 
 
 def test_autocast_rounds_float32_features():

@@ -46,7 +46,8 @@ def test_whole_and_ragged_tiles(operator, shape, dtype):
 @DTYPES
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_the_loss_alone(shape, dtype):
-    """Without sums, ranks and the gradients of kappa and bias the kernels are others."""
+    """Other instances of the kernels run where no sums, ranks or gradients of kappa and bias are
+    wanted."""
     problem = make_problem(*shape, dtype=dtype, scale="[]", **MIXED)
     check_cuda(tvmf_cross_entropy, problem, tolerance=torch.finfo(dtype).eps)
 
@@ -55,7 +56,7 @@ def test_the_loss_alone(shape, dtype):
 @pytest.mark.parametrize("scale", [1.0, 64.0, 300.0])
 @OPERATORS
 def test_large_scales_raise_the_reference(operator, scale, kappa):
-    """Targets far below the largest logit, and rows that have none."""
+    """Some targets are far below the largest logit, and some rows have no target."""
     problem = make_problem(
         150, 700, 64, dtype=torch.bfloat16, kappa=kappa, scale=scale, ignored=0.3, **MIXED
     )

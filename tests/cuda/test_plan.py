@@ -48,7 +48,7 @@ def test_workspace_stays_under_64_mib_whatever_the_classes(problem):
     result = plan(N, C, D, **options)
     most = 64 * MIB
     if isinstance(result.variant, Sm90Plan):
-        # It holds the features twice, with padded rows, and a tile of all rows.
+        # The workspace holds two padded copies of the features, and a tile of all rows.
         most += 2 * 2 * (N + 31) * (D + 63) + 2 * 128 * N
     assert 0 < result.forward_workspace <= most
     assert 0 < result.backward_workspace <= most
@@ -109,7 +109,8 @@ def test_launches_traffic_and_tiles_add_up(problem):
         floor = 2 * C * D * weight + 2 * N * D * features
         most = 1.15 * floor + N * result.kept * itemsize
         if hopper:
-            # The gradient and rounded weights go out and in, and the weights come in once more.
+            # The gradient tile and the rounded weights are written and read again, and the weights
+            # are read a second time.
             most = floor + 4 * C * D + 4 * C * (N + D)
         assert floor <= result.backward_hbm <= most
     for which in ("forward", "backward"):
@@ -228,7 +229,7 @@ def test_what_the_cpu_keeps_and_its_tile_stay_under_64_mb(N, dtype):
     result = plan(N, 10**6, 128, dtype=dtype, device="cpu")
     itemsize = 4 if dtype == torch.float32 else 8
     tile = itemsize * N * result.class_block
-    terms = itemsize * (10**6 + 3 * N)  # what is there of each class and row
+    terms = itemsize * (10**6 + 3 * N)  # the numbers per class and per row
     assert result.saved + tile - terms <= 56e6 or result.kept == 0
 
 
@@ -242,6 +243,8 @@ def test_the_default_device_is_one_that_is_here():
     [
         ((0, 5, 6), {}, ValueError, "N must be at least 1, got 0"),
         ((4, -5, 6), {}, ValueError, "C must be at least 1, got -5"),
+        ((2**30, 2**30, 6), {}, ValueError, "N x C, .* must be at most 2\\^53, got"),
+        ((4, 10**20, 6), {}, ValueError, "must be at most 2\\^53, got"),
         ((4, 5, 6.0), {}, TypeError, "D must be an int, got float"),
         ((4, 5, 6), {"dtype": torch.int64}, ValueError, "dtype must be .* got torch.int64"),
         (

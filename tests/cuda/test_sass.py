@@ -1,5 +1,5 @@
-"""What nvcc made of the kernels, read from the installed library: registers, shared memory and
-instructions against what the sources mean and what the tile table of docs/measurements.md says.
+"""Checks the code that nvcc made of the kernels, read from the installed library: its registers,
+shared memory and instructions against the sources and the tile table of docs/measurements.md.
 
 python -m tests.cuda.test_sass    prints that table
 """
@@ -25,11 +25,11 @@ from tests.cuda import test_emulated_sm90 as hopper
 from tests.cuda.test_emulated import CHUNKED, MIXES, SMALL, make
 from tvmf_ext import _C, build_info
 
-CAPABILITIES = ("8.0", "9.0")  # what kernels are tuned for, of all that a build can have
+CAPABILITIES = ("8.0", "9.0")  # the kernels are tuned for these; a build can have others
 DOCUMENT = Path(__file__).parents[2] / "docs" / "measurements.md"
 TILED = ("row_statistics", "class_gradient", "input_gradient")
-# Hopper's own: the rows of a tile that a warpgroup has, by kernel; "all" is with sums, ranks and
-# the gradients of kappa and bias.
+# Hopper's own kernels, and for each the numbers of rows of a tile that a warpgroup can have. The
+# instances named "all" also make sums and ranks, or the gradients of kappa and bias.
 HOPPER = {
     "statistics": (128, 256),
     "statistics, all": (128, 256),
@@ -48,8 +48,8 @@ class Kernel:
     """An instance of a kernel as the compiler reports it."""
 
     name: str
-    mix: str  # of MIXES; for kernels of the accumulator alone float or double
-    tile: int  # 0: it has but one
+    mix: str  # a key of MIXES; float or double where only the accumulator's type matters
+    tile: int  # 0 where the kernel has a single size
     registers: int
     local: int  # bytes of stack and local memory
     operations: Counter  # instructions with their modifiers, as often as they stand in the code
@@ -65,8 +65,8 @@ class Kernel:
 class Multiprocessor:
     name: str
     capability: str
-    shared: int  # bytes, of which each block has 1024 for itself
-    registers: int = 65536  # given out to a warp in units of 256
+    shared: int  # bytes; CUDA takes 1024 of them for each block
+    registers: int = 65536  # a warp gets a multiple of 256
     threads: int = 2048
 
     def blocks(self, registers, threads, shared):
@@ -79,7 +79,7 @@ H200 = Multiprocessor("H200", "9.0", 228 * 1024)
 
 
 def expected():
-    """Every instance: name, mix, tile."""
+    """(name, mix, tile) of every instance that the library should have."""
     tiles = {mix: (64,) if mix in ("fp32", "fp64") else (64, 128) for mix in MIXES}
     return (
         {(name, mix, 0) for name in ("prepare_rows", "class_gradient") for mix in MIXES}
@@ -185,7 +185,8 @@ def dump():
 
 
 def hopper_complaints(kernel):
-    """The same of Hopper's own, which launch with 168 registers and share them out anew."""
+    """What is wrong with the code of one of Hopper's own kernels. They launch with 168 registers a
+    thread, which the warpgroups then divide among them."""
     wrong = []
 
     def need(condition, text):
@@ -265,8 +266,8 @@ def complaints(kernel):
 
 @functools.cache
 def launches():
-    """(threads, bytes of shared memory) of each instance: of class_gradient without its resident
-    tile, for all rows of which it grows."""
+    """(threads, bytes of shared memory) of each instance; for class_gradient without the resident
+    tile, whose size depends on the number of rows."""
     module = simt.load()
     found = {}
 
@@ -380,7 +381,8 @@ def test_code_is_what_the_sources_mean(capability):
 @needs_tools
 @pytest.mark.parametrize("multiprocessor", [A100, H200], ids=lambda m: m.name)
 def test_two_blocks_of_tiles_share_a_multiprocessor(multiprocessor):
-    """But float64's, and on an A100 the stages of a float32 weight beside 16-bit features."""
+    """Exceptions are float64, and on an A100 a float32 weight with 16-bit features, because its
+    stages are larger."""
     for kernel in kernels_of(multiprocessor.capability):
         if kernel.name in HOPPER and multiprocessor is A100:
             continue
@@ -397,7 +399,8 @@ def test_two_blocks_of_tiles_share_a_multiprocessor(multiprocessor):
 @needs_cuda
 @needs_tools
 def test_the_documents_tile_table_is_true():
-    """All but registers and what follows from them, which differ from one nvcc to the next."""
+    """Registers, and the numbers of blocks that follow from them, are not compared, because they
+    differ from one nvcc to the next."""
     for capability in CAPABILITIES:
         kernels_of(capability)
     lines = DOCUMENT.read_text().splitlines()

@@ -171,7 +171,8 @@ def feat(path):
 
 
 def run_command(log, flags, before, environment):
-    """Turns a forked process into `python -m train FLAGS`, after a call of before[0]."""
+    """Turns a forked process into `python -m train FLAGS`. Before that it calls the function
+    before[0] with the other elements of `before` as its arguments."""
     multiprocessing.set_start_method(
         None, force=True
     )  # so that workers are forked, as in a run of a user

@@ -197,7 +197,7 @@ def test_bad_images(tmp_path):
     bad[0].write_bytes(bad[0].read_bytes()[:60])
     bad[1].write_text("no image")
     flags = [*FLAGS, "--data", data, "--epochs", 2, "--stage2-epochs", 1, "--batch-size", 8]
-    flags += ["--views", 0]  # else a finished run that is resumed would read training images again
+    flags += ["--views", 0]  # with views a finished run, when resumed, reads training images
     pipelines = {"memory": [], "files": ["--augment", "inat", "--image-size", 16]}
     pipelines["files"] += ["--net", "convnet", "--workers", 0]
     for name, pipeline in pipelines.items():
@@ -233,7 +233,7 @@ def imported(importtime):
 
 
 def test_imports_of_a_run(command_run):
-    """Nothing that draws or serves other tasks; TensorBoard only because it is installed here."""
+    """A run imports no library of plots or tables. It imports TensorBoard, which is installed."""
     assert imported(command_run[2]) == {"torch", "torchvision", "tensorboard"}
 
 

@@ -1,4 +1,4 @@
-"""What is done with every data set: checks of its files, transforms by size, images in memory."""
+"""The steps for every data set: checks of its files, transforms by size, images in memory."""
 
 import dataclasses
 

@@ -141,8 +141,8 @@ def test_batch_norm_is_one_in_two_processes(two_processes):
 
 
 def test_torchrun(folder, tmp_path):
-    """SIGTERM to torchrun saves within the epoch. Its processes, resumed, leave bitwise what
-    processes leave that nothing disturbed."""
+    """SIGTERM to torchrun saves within the epoch. Its processes, when resumed, leave bitwise the
+    same files as processes that nothing disturbed."""
     flags = ["--dataset", "list", "--device", "cpu", "--batch-size", 12, "--data", folder]
     flags += ["--lr", 0.05, "--net", "timm:test_convnext", "--augment", "small"]
     flags += ["--image-size", 32, "--epochs", 3, "--stage2-epochs", 1, "--views", 1]

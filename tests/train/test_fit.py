@@ -31,8 +31,8 @@ from train.session import Session
 
 @pytest.fixture
 def unlearning(monkeypatch, small_net):
-    """Data, for runs that go down the loss for three epochs and then up. The labels of the test set
-    are wrong, so that its best epoch is a late one."""
+    """Data for runs whose loss falls for three epochs and then rises. The labels of the test set
+    are wrong, so that a late epoch is the best one on it."""
     monkeypatch.setattr(fit, "cosine_lr", lambda lr, epoch, _: lr if epoch < 3 else -lr)
     monkeypatch.setattr(fit, "still_rises", lambda *_: False)
     data = in_memory((24, 24, 24, 24), (9, 9, 9, 9), (9, 9, 9, 9))
@@ -201,8 +201,9 @@ class Waits(TorchDispatchMode):
     "settings", [{}, {"head": "softmax", "accumulate": 2}, {"precision": "fp16", "bn": "frozen"}]
 )
 def test_no_wait_per_step(monkeypatch, small_net, tmp_path, views, settings):
-    """Three times as many steps (fewer than LOOK) wait no more often, in the training of both
-    stages on images in memory, their loading included. More epochs do, so the count sees waits."""
+    """Both stages, trained on images in memory, wait no more often in three times as many steps (as
+    long as these are fewer than LOOK). They do wait more often in more epochs, which shows that
+    waits are counted."""
     run = Fit.run
 
     def waits(steps, epochs):

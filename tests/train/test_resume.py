@@ -50,8 +50,8 @@ VARIANTS = {  # settings, and the net if it is not convnet
 
 @pytest.mark.parametrize("settings, net", VARIANTS.values(), ids=VARIANTS)
 def test_killed_after_every_step(monkeypatch, tmp_path, settings, net):
-    """A life ends after its first checkpoint, which follows one step or epoch, until the last one
-    finishes the run."""
+    """A run is killed after its first checkpoint, which follows one step or epoch, and is resumed,
+    again and again until it is finished."""
     if net:
         monkeypatch.setattr(stages, "make_net", lambda *_: net(0.3))
     data = in_memory(val=(3, 3, 3, 3))
@@ -62,7 +62,7 @@ def test_killed_after_every_step(monkeypatch, tmp_path, settings, net):
     while killed(monkeypatch, part, data, checkpoint, "save", 1):
         part = dataclasses.replace(part, resume=True)
         lives += 1
-        assert lives < 40  # each life goes on where the last one ended
+        assert lives < 40  # every resumed run makes progress
         torch.manual_seed(lives)  # as generators differ in another process
         np.random.seed(lives)  # noqa: NPY002
     # An epoch has 4 steps in stage 1 (26 images) and 3 in stage 2 (24). --accumulate 2 drops the

@@ -12,9 +12,9 @@ __device__ __forceinline__ void store_loss(const FinishParams<T>& p, const doubl
       T(p.options.reduction == Reduction::kMean ? totals[0] / totals[1] : totals[0]);
 }
 
-// A block has some rows. It merges the partial statistics of each row in a fixed order, and sums
-// the losses. Where there are few rows, several lanes share one, so that all loads are in flight in
-// one or two batches.
+// A block merges the partial statistics of each of its rows in a fixed order, and sums the losses.
+// Where there are few rows, several lanes share one, so that all loads are in flight in one or two
+// batches.
 //   loss_n = (1 - e) omega_y (lse - target) + e / C (lse sum_c omega_c - sum)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (p.out.loss) {
       double loss = 0;
       if (label != -1) {
-        // max - target comes first: it is exactly 0 for a row that fits well.
+        // max - target is exactly 0 for a row that fits well. The small log_sum is added to it and
+        // not to max, which would round it away.
         const double omega = label == -2 ? 1.0 : double(value_at<T>(head.class_weight, label));
         loss = keep * omega * (double(max - target) + log_sum);
         if (smoothed) loss += smooth * (omega_sum[0] * (max + log_sum) - sum);

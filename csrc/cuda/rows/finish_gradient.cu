@@ -60,7 +60,7 @@ __device__ __forceinline__ void store_four_at(const GradientRef& to, int64_t at,
   }
 }
 
-// A block has some rows: it adds up their partial gradients in order, and projects. The last block
+// A block adds up the partial gradients of its rows in order, and projects them. The last block
 // finishes the totals. Latency and memory bound this kernel: the loads of up to four slots of
 // row_dot and eight partial gradients (four for float64) are in flight before the first sum is
 // made.

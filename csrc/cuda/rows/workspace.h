@@ -6,8 +6,8 @@
 
 namespace tvmf::rows {
 
-// Rows that one block of finish_rows merges: all of them where that is at most 8192 partial
-// results, which takes one block as long as a further launch would.
+// Rows that one block of finish_rows merges. Up to 8192 partial results one block merges all of
+// them, because that takes no longer than the launch that would add up the sums of several blocks.
 inline int64_t finish_block_rows(int64_t N, int64_t splits) { return N * splits <= 8192 ? N : 16; }
 
 struct ForwardWorkspace {

@@ -1,5 +1,5 @@
 // acc[i][j] = sum_k A[i][k] B[j][k]: a tile of products from two operands in global memory, through
-// a pipeline of cp.async stages in shared memory. Knows nothing of the loss.
+// a pipeline of cp.async stages in shared memory. The code does not depend on the loss.
 #pragma once
 
 #include "cuda/sm80/tile.cuh"

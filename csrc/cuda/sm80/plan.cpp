@@ -23,8 +23,8 @@ int64_t chunk_of(const CudaProblem& p, const Gpu& gpu) {
   return std::min(std::max(whole, kClassTile), round_up(p.C, kClassTile));
 }
 
-// Into how many parts each of `blocks` blocks is split, at most `most`, so that a multiprocessor
-// has about two blocks.
+// The number of parts, at most `most`, into which each of `blocks` blocks is split so that a
+// multiprocessor has about two.
 int64_t splits_of(int64_t blocks, int64_t most, const Gpu& gpu) {
   return std::clamp<int64_t>(2 * gpu.sms / std::max<int64_t>(blocks, 1), 1, most);
 }

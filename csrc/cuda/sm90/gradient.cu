@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
     const auto row = inside ? load_as<GradientRow<float>>(p.rows.rows + n) : GradientRow<float>{};
     tail.rnorm[i] = row.rnorm;
     tail.scaled_rnorm[i] = row.scaled_rnorm;
-    // The maximum of a row beyond the last is so high that no exponential overflows: its gradient
-    // is 0 times that.
+    // A row beyond the last gets so high a maximum that its exponentials are finite: its gradient
+    // is an exponential times 0, which must not be NaN.
     tail.max[i] = inside ? row.max : -kLowest<float>;
     tail.lse[i] = row.grad_lse * row.inv_sum_exp;
     tail.target[i] = row.grad_target;

@@ -1,5 +1,6 @@
-// How a warpgroup's products [64 classes, rows] lie in its lanes: a lane has two classes, and of
-// each 8 successive rows of every 32. Sums over the classes are made by shuffles, 8 rows at a time.
+// How a warpgroup's products [64 classes, rows] lie in its lanes: a lane has two classes and, for
+// each of them, 8 successive rows of every 32. Sums over the classes are made by shuffles, 8 rows
+// at a time.
 #pragma once
 
 #include "cuda/class_terms.cuh"
@@ -57,7 +58,8 @@ __host__ __device__ constexpr int accumulator_of(int b, int i, int h) {
   return (b * 4 + i / 2) * 4 + h * 2 + i % 2;
 }
 
-// Like the portable cosine_of, in two instructions less. The portable kernels would spill with it.
+// Equals the portable cosine_of, but takes two instructions less. The portable kernels do not use
+// it, because with it they spill registers.
 __device__ __forceinline__ float cosine_of(float product, float x_rnorm, float weight_rnorm) {
   return clamp_unit(product * x_rnorm * weight_rnorm);
 }

@@ -1,5 +1,5 @@
 // Products on Hopper: a producer warp's bulk tensor copies fill a ring of stages ahead of the wgmma
-// of two consumer warpgroups. Knows nothing of the loss.
+// of two consumer warpgroups. The code does not depend on the loss.
 #pragma once
 
 #include "cuda/math.cuh"
@@ -10,7 +10,8 @@ namespace tvmf::sm90 {
 
 constexpr int kWarpgroup = 128, kConsumers = 2, kConsumerWarps = kConsumers * kWarpgroup / kWarp;
 constexpr int kThreads = kWarpgroup * (1 + kConsumers);
-// Of 65536 registers 2 x 128 x 240 + 128 x 24; accumulators of 64 x 256 take 128 of the 240.
+// Registers a thread. The block takes 2 x 128 x 240 + 128 x 24 of a multiprocessor's 65536; the
+// accumulators of 64 x 256 products take 128 of a consumer's 240.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
 constexpr int kLine = 128;  // bytes of a line of a stage, within which the swizzle permutes
@@ -182,8 +183,9 @@ cudaError_t with_cosine_shape(const Plan& plan, const F& f) {
                                   : with_shape(MathConstant<Math::kF16>{});
 }
 
-// A product of two operands of 16 bits, 128 x 256 a block. The sum runs over the lines of B, and
-// over the lines of A where it is transposed, else along them.
+// A product of two 16-bit operands, of which a block makes 128 x 256 elements. The dimension that
+// is summed over counts the lines of B; it counts the lines of A where A is transposed, and
+// otherwise runs along them.
 template <bool kTransposedA_>
 struct ProductShape {
   static constexpr bool kTransposedA = kTransposedA_;

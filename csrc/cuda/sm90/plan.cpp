@@ -5,7 +5,8 @@
 namespace tvmf::sm90 {
 namespace {
 
-// Offsets in tensor copies are 32-bit: of the classes, and of a tile beyond the last.
+// Tensor copies take 32-bit offsets, so every class and the part of a tile that lies beyond the
+// last class must have an index below 2^31.
 constexpr int64_t kMostClasses = (int64_t(1) << 31) - 1024;
 
 double tiles(int64_t size, int64_t tile) { return double(ceil_div(size, tile)); }
@@ -45,8 +46,8 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   pass.launches = 2 + 3 * plan.chunks;
   pass.workspace = BackwardWorkspace(p, plan).size;
   pass.flops = 6 * N * C * D;
-  // The weights cross the memory interface once if the chunk stays in the cache. Its gradient and
-  // rounded weights are written and read again.
+  // If a chunk stays in the cache, its weights and their gradient cross the memory interface once,
+  // and its gradient tile and rounded weights never. Otherwise these are written and read again.
   const double cached_bytes = 2 * double(plan.chunk) * (N + 3 * D);
   const bool cached = cached_bytes <= double(gpu.l2 * 7 / 10);
   pass.hbm = C * D * (w + w) + N * D * (x + x) + (cached ? 0 : C * D * x + 2 * C * (N + D) * x);
@@ -105,7 +106,7 @@ Plan make_plan(const CudaProblem& p, const Gpu& gpu) {
   plan.gradient_stride = round_up(p.N, 8);
   plan.weight_stride = round_up(p.D, 8);
 
-  // Small tiles where large ones would leave multiprocessors without any.
+  // Tiles are small where there are fewer large ones than multiprocessors.
   plan.row_blocks = ceil_div(p.N, kCosineRows);
   plan.small_tiles = plan.row_blocks * ceil_div(p.C, kLargeClasses) < gpu.sms;
   const int64_t classes = plan.tile_classes();

@@ -10,8 +10,7 @@ template <class Shape>
 constexpr int kProductBytes = Shape::kStagesBytes + int(sizeof(typename Shape::Ring));
 
 // A tile of dw has 128 classes x 256 features: the gradient of all rows times the features, less
-// the projection. The cosines are those of the rounded weights, and so the projection is on them
-// too.
+// the projection. The cosines were made of the rounded weights, so the projection uses these too.
 template <Math kMath>
 __global__ void __launch_bounds__(kThreads, 1)
     weight_gradient(const __grid_constant__ WeightGradientParams p) {

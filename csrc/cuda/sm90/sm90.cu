@@ -7,7 +7,7 @@
 namespace tvmf::sm90 {
 namespace {
 
-// Matrices as tensor maps. A map that cannot be made leaves its error in `error`.
+// Makes tensor maps of matrices. `error` is the error of the first one that could not be made.
 class MapMaker {
  public:
   explicit MapMaker(DType x) : x_(x) {}

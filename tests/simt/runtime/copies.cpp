@@ -9,7 +9,7 @@ namespace {
 
 constexpr uint64_t kMapMagic = 0x74656e736f724d61;
 
-// What the emulator keeps in the 128 bytes of a CUtensorMap.
+// The description that the emulator keeps in the 128 bytes of a CUtensorMap.
 struct MatrixMap {
   uint64_t magic;
   const char* data;

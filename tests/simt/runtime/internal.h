@@ -1,5 +1,6 @@
-// What the files of the emulator's runtime share. simt.cmake compiles them as one unit, so that the
-// functions that every access to memory runs through are inlined from one file into another.
+// Declarations that the files of the emulator's runtime share. simt.cmake compiles them as one
+// unit, so that the functions that every access to memory runs through are inlined from one file
+// into another.
 #pragma once
 
 #include <array>

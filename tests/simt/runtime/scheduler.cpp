@@ -69,7 +69,8 @@ void run_next(Fibre& from, bool last = false) {
   self = &threads[ready[ready_head++ % kMaxBlockThreads]];
   --ready_count;
   threadIdx.x = self->index;
-  // A copy that arrived as the thread suspended can have made it the next one to run.
+  // The next thread can be the one that is suspending, if a copy for which it waits has just
+  // arrived.
   if (&from != &self->fibre) switch_to(from, self->fibre, last);
 }
 
