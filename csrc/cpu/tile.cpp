@@ -35,8 +35,8 @@ struct ExpTraits<double> {
   static constexpr double kLn2High = 0x1.62e42fefap-1, kLn2Low = 0x1.cf79abc9e3b3ap-40;
 };
 
-// The widest vectors of the instruction set. GCC would take comparisons, selections and conversions
-// of wider ones apart into scalars.
+// The widest vectors of the instruction set. GCC splits comparisons, selections and conversions of
+// wider vectors into operations on single elements.
 #if defined(__AVX512F__)
 constexpr int64_t kVectorBytes = 64;
 #elif defined(__AVX2__)
