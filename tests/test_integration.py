@@ -213,6 +213,24 @@ def test_fake_cuda_tensors_give_fake_cuda_results():
 
 
 @OPERATORS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_call_with_cuda_tensors_is_compiled_in_one_graph(operator, dtype):
+    """Python asks more of CUDA tensors than of others. torch.compile must be able to trace that."""
+    with FakeTensorMode():
+        input, weight, target = fake_cuda(
+            [
+                torch.empty(4, 8, dtype=dtype),
+                torch.empty(5, 8),
+                torch.empty(4, dtype=torch.int64),
+            ]
+        )
+        weight.requires_grad_()
+        compiled = torch.compile(operator, fullgraph=True, backend="eager")
+        results = torch.utils._pytree.tree_leaves(compiled(input, weight, target))
+    assert results and all(result.is_cuda for result in results)
+
+
+@OPERATORS
 def test_fake_tensors_on_two_devices_are_refused(operator):
     with FakeTensorMode():
         input, weight = fake_cuda([torch.empty(4, 8), torch.empty(5, 8)])

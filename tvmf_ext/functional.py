@@ -106,7 +106,12 @@ def _kept(input: Tensor, weight: Tensor, *others: Tensor | None) -> int:
         return 0
     (N, D), C = input.shape, weight.shape[0]
     if input.is_cuda:
-        aligned = weight.storage_offset() * weight.element_size() % 16 == 0
+        # torch.compile cannot trace storage_offset (torch 2.11 to 2.14). A compiled weight at an
+        # odd offset is therefore taken for an aligned one, and its products are made twice.
+        aligned = (
+            torch.compiler.is_compiling()
+            or weight.storage_offset() * weight.element_size() % 16 == 0
+        )
         layout = (weight.stride(0), weight.stride(1), aligned)
         dtypes = (input.dtype, weight.dtype)
         if not _uses_kept_products(C, D, *dtypes, *layout, input.device.index or 0):
