@@ -115,10 +115,10 @@ def leaves_of(problem):
 
 
 def differentiable(result):
-    """The outputs that have a gradient, by name: a loss, or lse, target and sum."""
+    """The outputs that have a gradient, by name: a loss, or others, cosine, target and sum."""
     if isinstance(result, torch.Tensor):
         return {"loss": result}
-    return dict(zip(("lse", "target", "sum"), result, strict=False))
+    return dict(zip(("others", "cosine", "target", "sum"), result, strict=False))
 
 
 def upstream_of(outputs, seed=1):
@@ -160,8 +160,8 @@ def oracle(function, problem, upstream=None):
 
     A sum cannot be more exact than its terms, so that errors are relative to the norm of the terms.
     Input and weight have a norm for each row. For kappa the cosines are taken for 0, because they
-    cancel in `1 - c^2`. The norm of a loss is that of the rows' lse. The norm of lse, which is the
-    sum of the largest logit and a logarithm, is that of the logit.
+    cancel in `1 - c^2`. The norm of a loss is that of the rows' lse. The norm of others, which is
+    the sum of the largest logit and a logarithm, is that of the logit.
     """
     problem, leaves = leaves_of(to_dtype(problem, torch.float64))
     x, w, target = problem["input"], problem["linear_weight"], problem["target"]
@@ -195,7 +195,7 @@ def oracle(function, problem, upstream=None):
         logits = eager(tvmf_ext.tvmf_logits)(**{k: problem[k] for k in LOGITS if k in problem})
         class_weight = problem.get("weight", torch.ones_like(logits[0]))
         size["sum"] = (class_weight * logits).norm()
-        size["lse"] = logits.amax(1).norm()
+        size["others"] = logits.amax(1).norm()
         valid = target != problem.get("ignore_index", -100)
         row_weight = class_weight[torch.where(valid, target, 0)] * valid
         mean = problem.get("reduction", "mean") == "mean"

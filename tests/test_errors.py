@@ -10,7 +10,7 @@ import torch
 from tests.problem import evaluate, leaves_of, make_problem, statistics_arguments
 from tvmf_ext import (
     TvMFLoss,
-    cross_entropy_from_statistics,
+    loss_of_statistics,
     row_statistics,
     tvmf_cross_entropy,
     tvmf_logits,
@@ -142,9 +142,7 @@ def test_an_unknown_reduction_is_refused(reduction):
         tvmf_cross_entropy(**problem, reduction=reduction)
     statistics = row_statistics(**problem)
     with pytest.raises(ValueError, match=message):
-        cross_entropy_from_statistics(
-            statistics, problem["target"], num_classes=C, reduction=reduction
-        )
+        loss_of_statistics(statistics, problem["target"], num_classes=C, reduction=reduction)
     with pytest.raises(ValueError, match=message):
         TvMFLoss(D, C, reduction=reduction)
 
@@ -159,7 +157,7 @@ def test_label_smoothing_outside_0_to_1_is_refused(label_smoothing):
         TvMFLoss(D, C, label_smoothing=label_smoothing)
     statistics = row_statistics(**problem)
     with pytest.raises(ValueError, match=message):
-        cross_entropy_from_statistics(
+        loss_of_statistics(
             statistics, problem["target"], num_classes=C, label_smoothing=label_smoothing
         )
 

@@ -20,8 +20,8 @@ from tests.problem import (
 )
 from tvmf_ext import (
     TvMFLoss,
-    cross_entropy_from_statistics,
     functional,
+    loss_of_statistics,
     ops,
     plan,
     reference,
@@ -64,8 +64,12 @@ def head_arguments(problem):
         bias=problem.get("linear_bias"),
         prior=problem.get("prior"),
         class_weight=problem.get("weight"),
+        cosine_margin=None,
+        angular_margin=None,
         kappa_value=0.0 if tensor else kappa,
         scale_value=1.0 if softplus else scale,
+        cosine_margin_value=problem.get("cosine_margin", 0.0),
+        angular_margin_value=problem.get("angular_margin", 0.0),
         softplus_scale=softplus,
         ignore_index=problem.get("ignore_index", -100),
         allow_tf32=False,
@@ -363,7 +367,7 @@ def test_autocast_keeps_losses_and_logits_in_float32():
     problem = make_problem(12, 40, 24)
     with torch.autocast("cpu", torch.bfloat16):
         statistics = row_statistics(**problem)
-        loss = cross_entropy_from_statistics(statistics, problem["target"], num_classes=40)
+        loss = loss_of_statistics(statistics, problem["target"], num_classes=40)
         assert loss.dtype == torch.float32
         assert error(loss, tvmf_cross_entropy(**problem)) <= 1e-6
         logits = tvmf_logits(problem["input"], problem["linear_weight"])
@@ -385,7 +389,7 @@ def test_no_gradient_is_recorded_where_none_is_wanted():
 
 def test_statistics_that_are_not_used_cost_no_gradient_and_no_error():
     problem, leaves = leaves_of(make_problem(5, 7, 3, kappa="[]"))
-    for name in ("lse", "target", "sum"):
+    for name in ("others", "cosine", "target", "sum"):
         output = getattr(row_statistics(**problem), name)
         gradients = torch.autograd.grad(output.sum(), list(leaves.values()))
         assert all(g.isfinite().all() for g in gradients)

@@ -12,7 +12,7 @@ if "torch" not in sys.modules:
 from .functional import (
     RowStatistics,
     SoftplusScale,
-    cross_entropy_from_statistics,
+    loss_of_statistics,
     row_statistics,
     tvmf_cross_entropy,
     tvmf_logits,
@@ -30,7 +30,7 @@ __all__ = [
     "SoftplusScale",
     "TvMFLoss",
     "build_info",
-    "cross_entropy_from_statistics",
+    "loss_of_statistics",
     "plan",
     "row_statistics",
     "tvmf_cross_entropy",

@@ -10,7 +10,8 @@ from .functional import (
     RowStatistics,
     SoftplusScale,
     check_loss_options,
-    cross_entropy_from_statistics,
+    check_margins,
+    loss_of_statistics,
     row_statistics,
     tvmf_cross_entropy,
     tvmf_logits,
@@ -34,6 +35,8 @@ class TvMFLoss(nn.Module):
         weight: the class weights of the loss, `[C]`, as in `nn.CrossEntropyLoss`.
         prior: the logarithms of class frequencies, `[C]`, which are added to the logits (logit
             adjustment).
+        cosine_margin, angular_margin: the margins of the target's cosine (CosFace, LDAM; ArcFace),
+            as in `tvmf_cross_entropy`: floats or tensors `[C]`. The logits do not have them.
         ignore_index, reduction, label_smoothing: as in `nn.CrossEntropyLoss`.
     """
 
@@ -41,6 +44,8 @@ class TvMFLoss(nn.Module):
     kappa: Tensor
     class_weight: Tensor | None
     prior: Tensor | None
+    cosine_margin: float | Tensor
+    angular_margin: float | Tensor
 
     def __init__(
         self,
@@ -51,6 +56,8 @@ class TvMFLoss(nn.Module):
         *,
         weight: Tensor | None = None,
         prior: Tensor | None = None,
+        cosine_margin: float | Tensor = 0.0,
+        angular_margin: float | Tensor = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
@@ -76,7 +83,10 @@ class TvMFLoss(nn.Module):
         refused = kappa[~((kappa > -0.5) & kappa.isfinite())]
         if len(refused):
             raise ValueError(f"kappa must be finite and > -1/2, got {refused[0].item():g}")
-        for name, values in (("weight", weight), ("prior", prior)):
+        per_class = {"weight": weight, "prior": prior}
+        margins = {"cosine_margin": cosine_margin, "angular_margin": angular_margin}
+        per_class |= {k: v for k, v in margins.items() if isinstance(v, Tensor) and v.dim() > 0}
+        for name, values in per_class.items():
             if values is None:
                 continue
             if not isinstance(values, Tensor):
@@ -89,6 +99,7 @@ class TvMFLoss(nn.Module):
                 raise ValueError(f"{name} must have a floating-point dtype, got {values.dtype}")
             if values.requires_grad:
                 raise ValueError(f"{name} must not require grad: the head does not learn it")
+        check_margins(kappa, cosine_margin, angular_margin)
         self.in_features = in_features
         self.num_classes = num_classes
         self.ignore_index = ignore_index
@@ -104,6 +115,11 @@ class TvMFLoss(nn.Module):
         # These two belong to the data and not to the state: a checkpoint of the paper has neither.
         self.register_buffer("class_weight", weight, persistent=False)
         self.register_buffer("prior", prior, persistent=False)
+        for name, margin in margins.items():
+            if isinstance(margin, Tensor):
+                self.register_buffer(name, margin, persistent=False)
+            else:
+                setattr(self, name, float(margin))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -127,6 +143,9 @@ class TvMFLoss(nn.Module):
             "prior": self.prior,
         }
 
+    def _margins(self) -> dict[str, Any]:
+        return {"cosine_margin": self.cosine_margin, "angular_margin": self.angular_margin}
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features `[N, D]` and labels `[N]`; see `tvmf_cross_entropy`."""
         return tvmf_cross_entropy(
@@ -137,6 +156,7 @@ class TvMFLoss(nn.Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            **self._margins(),
             **self._head(),
         )
 
@@ -145,20 +165,21 @@ class TvMFLoss(nn.Module):
         return tvmf_logits(input, self.weight, **self._head())
 
     def row_statistics(self, input: Tensor, target: Tensor) -> RowStatistics:
-        """`lse, target, sum, rank` of each row: they make the loss and, at no cost, the training
-        error."""
+        """`others, cosine, target, sum, rank` of each row: they make the loss and, at no cost, the
+        training error."""
         return row_statistics(
             input,
             self.weight,
             target,
             weight=self.class_weight,
             ignore_index=self.ignore_index,
+            **self._margins(),
             **self._head(),
         )
 
     def loss(self, statistics: RowStatistics, target: Tensor) -> Tensor:
         """The loss that `forward` returns, made of row statistics."""
-        return cross_entropy_from_statistics(
+        return loss_of_statistics(
             statistics,
             target,
             num_classes=self.num_classes,
@@ -188,4 +209,9 @@ class TvMFLoss(nn.Module):
         for name in ("class_weight", "prior"):
             if getattr(self, name) is not None:
                 text += f", {name}=[{self.num_classes}]"
+        for name, margin in self._margins().items():
+            if isinstance(margin, Tensor):
+                text += f", {name}=[{self.num_classes}]"
+            elif margin:
+                text += f", {name}={margin:g}"
         return text
