@@ -129,7 +129,10 @@ def upstream_of(outputs, seed=1):
 
 def gradients_of(outputs, upstream, tensors):
     pairs = [(t, g.to(t)) for t, g in zip(outputs.values(), upstream, strict=True) if g is not None]
-    return torch.autograd.grad([t for t, _ in pairs], tensors, [g for _, g in pairs])
+    outputs, gradients = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        outputs, tensors, gradients, allow_unused=True, materialize_grads=True
+    )
 
 
 def evaluate(function, problem, upstream=None):
@@ -210,7 +213,7 @@ def error(got, exact, size=0.0, rows=False):
     assert got.shape == exact.shape
     shape = (len(got), -1) if rows else (1, -1)
     got, exact = got.double().reshape(shape), exact.double().reshape(shape)
-    both = got.isnan() & exact.isnan()
+    both = (got.isnan() & exact.isnan()) | (got == exact)
     got, exact = (torch.where(both, 0, t) for t in (got, exact))
     size = torch.as_tensor(size, dtype=torch.float64, device=exact.device)
     size = exact.norm(dim=1).clamp_min(size if rows else size.norm())
@@ -286,6 +289,8 @@ def judge(
     _, leaves = leaves_of(problem)
     lines = []
     for name, wanted in exact_outputs.items():
+        if name not in outputs:
+            continue  # the operator itself does not make the target's logit
         assert outputs[name].dtype == dtype
         scale = size.get(name, 0.0)
         of_eager = error(plain_outputs[name], wanted, scale)

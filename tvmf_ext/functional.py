@@ -306,6 +306,14 @@ def _target_logits(head: ops.Head, cosine: Tensor) -> Tensor:
     return torch.where(valid, logit, torch.where(ignored, 0.0, torch.nan).to(dtype))
 
 
+def _in_compute_dtype(value: Any, input: Any) -> Any:
+    if isinstance(value, SoftplusScale):
+        return SoftplusScale(_in_compute_dtype(value.s, input))
+    if isinstance(value, Tensor) and isinstance(input, Tensor) and value.dtype in ops.DTYPES:
+        return value.to(ops.compute_dtype(input.dtype))
+    return value
+
+
 def row_statistics(
     input: Tensor,
     linear_weight: Tensor,
@@ -326,13 +334,15 @@ def row_statistics(
     of the result with `loss_of_statistics` or a few lines of PyTorch, for example with a
     z-loss `1e-4 * (statistics.lse ** 2).mean()`.
     """
+    # The operator and the target's logit each have a part of these gradients. The parts are added
+    # before they are rounded to the dtype of the parameter.
     head, kept = _head(
         input,
         linear_weight,
         target,
-        kappa,
-        scale,
-        linear_bias,
+        _in_compute_dtype(kappa, input),
+        _in_compute_dtype(scale, input),
+        _in_compute_dtype(linear_bias, input),
         prior,
         weight,
         ignore_index,
