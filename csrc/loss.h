@@ -28,12 +28,24 @@ struct TargetLogit {
 // derivative stays finite where feature and weight are parallel.
 constexpr double kSmallestSquaredSine = 1e-12;
 
+// Of an angle in [0, pi]. A GPU's sincos also serves huge angles, for which it needs local memory;
+// sincospi does not.
+TVMF_HOST_DEVICE void sine_and_cosine(double angle, double* sine, double* cosine) {
+#ifdef __CUDA_ARCH__
+  sincospi(angle * 0.31830988618379067, sine, cosine);
+#else
+  *sine = sin(angle);
+  *cosine = cos(angle);
+#endif
+}
+
 // The angular margin adds to the angle theta of the cosine. Beyond theta + a = pi the cosine would
 // rise again, and -2 - cos(theta + a) continues it without a jump.
 TVMF_HOST_DEVICE TargetLogit target_logit(double cosine, const TargetTerms& terms) {
   double moved = cosine, by_cosine = 1;
   if (terms.angular_margin != 0) {
-    const double cos_a = cos(terms.angular_margin), sin_a = sin(terms.angular_margin);
+    double sin_a, cos_a;
+    sine_and_cosine(terms.angular_margin, &sin_a, &cos_a);
     const double squared = (1 - cosine) * (1 + cosine), smallest = sqrt(kSmallestSquaredSine);
     const bool straight = squared < kSmallestSquaredSine;
     const double sine =
@@ -55,7 +67,7 @@ TVMF_HOST_DEVICE TargetLogit target_logit(double cosine, const TargetTerms& term
 constexpr double kLargestAngle = 3.141592653589793;
 
 // The smallest kappa for which the denominator of phi stays positive at every angle.
-TVMF_HOST_DEVICE double smallest_kappa(double cosine_margin, double angular_margin) {
+inline double smallest_kappa(double cosine_margin, double angular_margin) {
   return -1 / (3 - cos(angular_margin) + cosine_margin);
 }
 
