@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
+#include "loss.h"
 #include "similarity.h"
 
 namespace tvmf {
@@ -20,6 +21,26 @@ struct Scale {
     return {log1p(exp(s)) + 1, T(1) / (1 + exp(-s))};
   }
 };
+
+// The terms of class y as the target of a row.
+template <class T>
+__device__ __forceinline__ TargetTerms target_terms(const CudaHead& head, int64_t y) {
+  return {value_at<T>(head.kappa, y),
+          value_at<T>(head.bias, y),
+          value_at<T>(head.prior, y),
+          Scale<T>::of(head).value,
+          value_at<double>(head.cosine_margin, y),
+          value_at<double>(head.angular_margin, y)};
+}
+
+// What a label is.
+constexpr int64_t kIgnored = -1, kWrong = -2;
+
+// The class that a row's target names, kIgnored, or kWrong where it names none.
+__device__ __forceinline__ int64_t label_of(const CudaHead& head, int64_t target) {
+  if (target == head.ignore_index) return kIgnored;
+  return target >= 0 && target < head.C ? target : kWrong;
+}
 
 template <class T>
 __device__ __forceinline__ T rnorm_of(T squares) {

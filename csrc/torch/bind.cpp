@@ -11,6 +11,7 @@
 
 #include "cpu/isa.h"
 #include "cuda/archs.h"
+#include "loss.h"
 #include "torch/check.h"
 #include "torch/dtypes.h"
 #include "torch/ops.h"
@@ -73,6 +74,21 @@ void check_per_class(const char* name, const OptionalTensor& tensor, const Tenso
              shape(*tensor));
 }
 
+// Checks the values of kappa and the margins as far as they are numbers. On the CPU HeadTerms
+// checks those of tensors.
+void check_margins(const Head& head) {
+  const bool given = !head.cosine_margin && !head.angular_margin;
+  const double m = head.cosine_margin ? 0 : head.cosine_margin_value,
+               a = head.angular_margin ? 0 : head.angular_margin_value;
+  TVMF_CHECK(m >= 0 && std::isfinite(m), "cosine_margin must be finite and >= 0, got ", m);
+  TVMF_CHECK(a >= 0 && a <= kLargestAngle, "angular_margin must be in [0, pi], got ", a);
+  if (head.kappa) return;
+  TVMF_CHECK(head.kappa_value > -0.5 && std::isfinite(head.kappa_value),
+             "kappa must be finite and > -1/2, got ", head.kappa_value);
+  TVMF_CHECK(!given || head.kappa_value > smallest_kappa(m, a), "kappa must be > ",
+             smallest_kappa(m, a), " with these margins, got ", head.kappa_value);
+}
+
 // The messages name the arguments as the Python functions do.
 void check_head(const Head& head) {
   const Tensor &input = head.input, &weight = head.weight, &target = head.target;
@@ -98,13 +114,14 @@ void check_head(const Head& head) {
   check_per_class("linear_bias", head.bias, input, C, false);
   check_per_class("prior", head.prior, input, C, false);
   check_per_class("weight", head.class_weight, input, C, false);
+  check_per_class("cosine_margin", head.cosine_margin, input, C, true);
+  check_per_class("angular_margin", head.angular_margin, input, C, true);
   if (head.scale) {
     check_tensor("scale", *head.scale, input);
     TVMF_CHECK(is_one_value(*head.scale), "scale must have shape [] or [1], got ",
                shape(*head.scale));
   }
-  TVMF_CHECK(head.kappa || (head.kappa_value > -0.5 && std::isfinite(head.kappa_value)),
-             "kappa must be finite and > -1/2, got ", head.kappa_value);
+  check_margins(head);
   TVMF_CHECK(head.scale || (head.scale_value > 0 && std::isfinite(head.scale_value)),
              "scale must be finite and > 0, got ", head.scale_value);
 }
@@ -175,19 +192,19 @@ template <const Backend& kBackend>
 Five row_statistics(TVMF_HEAD_PARAMETERS bool with_sum, int64_t kept) {
   const Head head = TVMF_CHECKED_HEAD;
   const RowStatistics out = kBackend.row_statistics(head, with_sum, checked_kept(head, kept));
-  return {out.lse, out.target, out.sum, out.rank, out.saved};
+  return {out.others, out.cosine, out.sum, out.rank, out.saved};
 }
 
 template <const Backend& kBackend>
-Five row_statistics_backward(OptionalTensor grad_lse, OptionalTensor grad_target,
+Five row_statistics_backward(OptionalTensor grad_others, OptionalTensor grad_cosine,
                              OptionalTensor grad_sum, TVMF_HEAD_PARAMETERS int64_t kept,
                              Tensor saved, int64_t wanted) {
   const Head head = TVMF_CHECKED_HEAD;
   check_saved(head, kept, saved, wanted);
-  check_upstream("grad_lse", grad_lse, head, false);
-  check_upstream("grad_target", grad_target, head, false);
+  check_upstream("grad_others", grad_others, head, false);
+  check_upstream("grad_cosine", grad_cosine, head, false);
   check_upstream("grad_sum", grad_sum, head, false);
-  return in_order(kBackend.row_statistics_backward(head, {grad_lse, grad_target, grad_sum}, kept,
+  return in_order(kBackend.row_statistics_backward(head, {grad_others, grad_cosine, grad_sum}, kept,
                                                    saved, wanted));
 }
 
@@ -243,7 +260,7 @@ std::string build_info() {
 #define TVMF_STATISTICS_SCHEMA  \
   "(" TVMF_HEAD_SCHEMA          \
   "bool with_sum, SymInt kept)" \
-  " -> (Tensor lse, Tensor target_logit, Tensor sum, Tensor rank, Tensor saved)"
+  " -> (Tensor others, Tensor cosine, Tensor sum, Tensor rank, Tensor saved)"
 #define TVMF_LOSS_SCHEMA \
   "(" TVMF_HEAD_SCHEMA   \
   "float label_smoothing, int reduction, SymInt kept) -> (Tensor loss, Tensor saved)"
@@ -256,7 +273,7 @@ STABLE_TORCH_LIBRARY(tvmf_ext, m) {
   m.def("cross_entropy" TVMF_LOSS_SCHEMA);
   m.def("cross_entropy_forward" TVMF_LOSS_SCHEMA);
   m.def(
-      "row_statistics_backward(Tensor? grad_lse, Tensor? grad_target, Tensor? "
+      "row_statistics_backward(Tensor? grad_others, Tensor? grad_cosine, Tensor? "
       "grad_sum, " TVMF_HEAD_SCHEMA "SymInt kept, Tensor saved, int wanted)" TVMF_GRADIENTS_SCHEMA);
   m.def("cross_entropy_backward(Tensor grad_loss, " TVMF_HEAD_SCHEMA
         "float label_smoothing, int reduction, SymInt kept, Tensor saved, int "

@@ -292,6 +292,8 @@ class Call {
             .bias = vector(head_.bias),
             .prior = vector(head_.prior),
             .class_weight = vector(head_.class_weight, 1),
+            .cosine_margin = vector(head_.cosine_margin, head_.cosine_margin_value),
+            .angular_margin = vector(head_.angular_margin, head_.angular_margin_value),
             .softplus_scale = head_.softplus_scale,
             .ignore_index = head_.ignore_index,
             .bad_label = device_->bad_label_on_device};
@@ -325,15 +327,15 @@ RowStatistics row_statistics(const Head& head, bool with_sum, int64_t kept) {
   const Call call(head);
   const int64_t N = call.N;
   const ScalarType dtype = call.accumulator;
-  const RowStatistics out{.lse = call.empty({N}, dtype),
-                          .target = call.empty({N}, dtype),
+  const RowStatistics out{.others = call.empty({N}, dtype),
+                          .cosine = call.empty({N}, dtype),
                           .sum = call.empty({with_sum ? N : 0}, dtype),
                           .rank = call.empty({N}, ScalarType::Long),
                           .saved = call.saved(kept)};
   if (N > 0)
     call.forward({0, Reduction::kNone}, with_sum, kept,
-                 {.lse = out.lse.data_ptr(),
-                  .target = out.target.data_ptr(),
+                 {.others = out.others.data_ptr(),
+                  .cosine = out.cosine.data_ptr(),
                   .sum = data_or_null(out.sum),
                   .rank = static_cast<int64_t*>(out.rank.data_ptr()),
                   .loss = nullptr},
@@ -346,8 +348,8 @@ Gradients row_statistics_backward(const Head& head, const StatisticsGradients& g
   const Call call(head);
   return call.backward({0, Reduction::kNone}, gradients.sum.has_value(), kept,
                        {.loss = vector({}),
-                        .lse = vector(gradients.lse),
-                        .target = vector(gradients.target),
+                        .others = vector(gradients.others),
+                        .cosine = vector(gradients.cosine),
                         .sum = vector(gradients.sum)},
                        saved, wanted);
 }
@@ -360,8 +362,8 @@ Loss cross_entropy(const Head& head, const LossOptions& options, int64_t kept) {
       .saved = call.saved(kept)};
   if (call.N > 0) {
     call.forward(options, options.label_smoothing > 0, kept,
-                 {.lse = nullptr,
-                  .target = nullptr,
+                 {.others = nullptr,
+                  .cosine = nullptr,
                   .sum = nullptr,
                   .rank = nullptr,
                   .loss = out.loss.data_ptr()},
@@ -379,7 +381,7 @@ Gradients cross_entropy_backward(const Head& head, const LossOptions& options,
   const Call call(head);
   return call.backward(
       options, options.label_smoothing > 0, kept,
-      {.loss = vector(grad_loss), .lse = vector({}), .target = vector({}), .sum = vector({})},
+      {.loss = vector(grad_loss), .others = vector({}), .cosine = vector({}), .sum = vector({})},
       saved, wanted);
 }
 

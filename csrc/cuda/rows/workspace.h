@@ -11,7 +11,7 @@ namespace tvmf::rows {
 inline int64_t finish_block_rows(int64_t N, int64_t splits) { return N * splits <= 8192 ? N : 16; }
 
 struct ForwardWorkspace {
-  int64_t label, target_score, target_logit, max, sum_exp, sum, rank, totals;
+  int64_t label, target_score, max, sum_exp, sum, rank, totals;
 
   // The classes are split into `splits` runs, each of which leaves partial statistics of every row.
   static ForwardWorkspace take(Cursor& cursor, const CudaProblem& problem, int64_t splits) {
@@ -19,7 +19,6 @@ struct ForwardWorkspace {
     ForwardWorkspace at;
     at.label = cursor.take(N * 8);
     at.target_score = cursor.take(N * acc);
-    at.target_logit = cursor.take(N * acc);
     at.max = cursor.take(partial * acc);
     at.sum_exp = cursor.take(partial * acc);
     at.sum = cursor.take(problem.with_sum ? partial * acc : 0);
@@ -37,13 +36,14 @@ struct PartialCounts {
 };
 
 struct BackwardWorkspace {
-  int64_t rows, loss_scale, row_dot, dx, totals;
+  int64_t rows, targets, loss_scale, row_dot, dx, totals;
 
   static BackwardWorkspace take(Cursor& cursor, const CudaProblem& problem,
                                 const PartialCounts& counts) {
     const int64_t N = problem.N, acc = accumulator_size(problem.x);
     BackwardWorkspace at;
-    at.rows = cursor.take(N * round_up(8 * acc + 8, 16));  // GradientRow
+    at.rows = cursor.take(N * round_up(6 * acc + 8, 16));  // GradientRow
+    at.targets = cursor.take(N * 4 * acc);                 // TargetGradient
     at.loss_scale = cursor.take(2 * acc);
     at.row_dot = cursor.take(counts.row_dots * N * acc);
     at.dx = cursor.take(counts.features * N * problem.D * acc);

@@ -11,10 +11,9 @@ struct GradientLayout {
   struct Tail {
     typename Shape::Ring ring;
     float rnorm[Shape::kRows], scaled_rnorm[Shape::kRows], max[Shape::kRows];
-    float lse[Shape::kRows];     // dL/dlse / sum_exp
-    float target[Shape::kRows];  // dL/dtarget
+    float others[Shape::kRows];  // dL/dothers / sum_exp
     float sum[Shape::kRows];     // dL/dsum
-    float target_product[Shape::kRows];
+    float score[Shape::kRows];
     int label[Shape::kRows];
   };
   struct Sums {
@@ -49,11 +48,10 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
     // A row beyond the last gets so high a maximum that its exponentials are finite: its gradient
     // is an exponential times 0, which must not be NaN.
     tail.max[i] = inside ? row.max : -kLowest<float>;
-    tail.lse[i] = row.grad_lse * row.inv_sum_exp;
-    tail.target[i] = row.grad_target;
-    tail.sum[i] = row.grad_sum;
-    tail.target_product[i] = row.target_product;
-    tail.label[i] = inside ? int(row.label) : -1;
+    tail.others[i] = row.others;
+    tail.sum[i] = row.sum;
+    tail.score[i] = row.score;
+    tail.label[i] = inside ? int(row.label) : int(kIgnored);
   }
   tail.ring.init();
 
@@ -105,11 +103,13 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
 #pragma unroll
       for (int b = 0; b < kGroups; ++b) {
         const int row = warp_row + b * 32 + lane.quad * 8;  // of the block's rows
-        float x_rnorm[8], scaled_rnorm[8], max[8], lse[8], sum[8], dot[8], scaled[2][8];
+        float x_rnorm[8], scaled_rnorm[8], max[8], others[8], sum[8], score[8];
+        float dot[8], scaled[2][8];
         load_rows(x_rnorm, tail.rnorm, row);
         load_rows(scaled_rnorm, tail.scaled_rnorm, row);
         load_rows(max, tail.max, row);
-        load_rows(lse, tail.lse, row);
+        load_rows(others, tail.others, row);
+        load_rows(score, tail.score, row);
         if constexpr (kAll) load_rows(sum, tail.sum, row);
         const auto rows = [&](auto with_target) {
 #pragma unroll
@@ -118,27 +118,29 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
               const auto& terms = classes.terms[h];
-              float product = acc[accumulator_of(b, i, h)];
-              bool is_target = false;
-              if constexpr (decltype(with_target)::value) {
-                is_target = tail.label[row + i] == first_class + lane.group + h * 8;
-                if (is_target) product = tail.target_product[row + i];
-              }
-              const float cosine = cosine_of(product, x_rnorm[i], classes.rnorm[h]);
+              float cosine = cosine_of(acc[accumulator_of(b, i, h)], x_rnorm[i], classes.rnorm[h]);
               const auto s = similarity_with_gradient(cosine, terms.kappa);
               const float logit = logit_of(scale, s.phi, terms.offset);
-              float g = lse[i] * exp_of(logit - max[i]);
-              if (is_target) g += tail.target[row + i];
+              float g = others[i] * exp_of(logit - max[i]);
               if constexpr (kAll)
                 if (p.options.with_sum) g += sum[i] * terms.omega;
-              const float t = g * scale * s.dphi_dcosine;
+              float t = g * scale * s.dphi_dcosine;
+              float by_kappa = g * s.dphi_dkappa, above = s.phi + terms.bias - score[i];
+              if constexpr (decltype(with_target)::value) {
+                if (tail.label[row + i] == first_class + lane.group + h * 8) {
+                  const auto target =
+                      load_as<TargetGradient<float>>(p.rows.targets + first_row + row + i);
+                  cosine = target.cosine, t = target.by_cosine;
+                  g = target.by_logit, by_kappa = target.by_phi_kappa, above = 0;
+                }
+              }
               dot[i] = fma(t, cosine, dot[i]);
               col_dot[h] = fma(t, cosine, col_dot[h]);
               if constexpr (kAll) {
                 col_bias[h] += g;
-                col_kappa[h] = fma(g, s.dphi_dkappa, col_kappa[h]);
+                col_kappa[h] += by_kappa;
               }
-              total_scale = fma(g, s.phi + terms.bias, total_scale);
+              total_scale = fma(g, above, total_scale);
               scaled[h][i] = t * scaled_rnorm[i] * weight_factor[h];
             }
           }
