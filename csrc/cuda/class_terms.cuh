@@ -48,6 +48,16 @@ __device__ __forceinline__ T rnorm_of(T squares) {
   return 1 / (norm < T(kEps) ? T(kEps) : norm);
 }
 
+// The logarithm of a sum of exponentials. On Hopper they are relative to the target's logit, so
+// that the sum can leave float32's normal numbers, where nothing that is divided by it is exact.
+// Such a sum counts as 0.
+template <class T>
+constexpr T kSmallestSum = sizeof(T) == 4 ? T(1e-37) : T(0);
+template <class T>
+__device__ __forceinline__ double log_of_sum(T sum_exp) {
+  return sum_exp < kSmallestSum<T> ? -infinity<double>() : log(double(sum_exp));
+}
+
 // The terms of a class's logit, without its norm. Beyond the last class the logit is -inf and every
 // other term is 0.
 template <class T>

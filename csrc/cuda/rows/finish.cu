@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     p.saved.max[n] = max;
     p.saved.sum_exp[n] = sum_exp;
-    const double log_sum = log(sum_exp);
+    const double log_sum = log_of_sum(sum_exp);
     if (p.out.others) {
       static_cast<T*>(p.out.others)[n] = T(max + log_sum);
       static_cast<T*>(p.out.cosine)[n] = p.saved.target_cosine[n];

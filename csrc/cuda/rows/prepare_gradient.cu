@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const double upstream = mean ? terms.upstream[0] / total_weight : double(terms.upstream[0]);
       const RowGradients g = row_gradients(
           RowWeights::of(p.options.label_smoothing, double(head.C), terms.omega, omega_sum),
-          terms.max, log(double(terms.sum_exp)), terms.target_logit, upstream);
+          terms.max, log_of_sum(terms.sum_exp), terms.target_logit, upstream);
       const TargetLogit logit = target_logit(terms.target_cosine, terms.target);
       a = T(g.others);
       s = T(g.sum);
@@ -115,7 +115,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       s = terms.upstream[2];
     }
     const T inner = inner_rnorm(terms.rnorm, p.float16);
-    const T others = terms.sum_exp == 0 ? T(0) : a / terms.sum_exp;
+    const bool none = terms.sum_exp < kSmallestSum<T> || terms.sum_exp == 0;
+    const T others = none ? T(0) : a / terms.sum_exp;
     store_parts(p.gradient.rows + n,
                 GradientRow<T>{terms.rnorm, inner, terms.max, others, s, score, terms.label});
     store_parts(p.gradient.targets + n, target);
