@@ -64,6 +64,17 @@ template <class T>
 struct ClassValues {
   T kappa, bias, offset, omega;
 
+  // The same for the backward pass, with the prior where the bias is. -inf becomes a number whose
+  // exponential is 0 as well, because the logit itself is multiplied by the gradient.
+  static __device__ __forceinline__ ClassValues of_gradient(const CudaHead& head, int64_t c,
+                                                            T scale) {
+    ClassValues terms = of(head, c, scale);
+    const auto finite = [](T v) { return v < T(-1e30) ? T(-1e30) : v; };
+    terms.bias = finite(c < head.C ? value_at<T>(head.prior, c) : T(0));
+    terms.offset = finite(terms.offset);
+    return terms;
+  }
+
   static __device__ __forceinline__ ClassValues of(const CudaHead& head, int64_t c, T scale) {
     if (c >= head.C) return {T(0), T(0), -infinity<T>(), T(0)};
     const T bias = value_at<T>(head.bias, c);

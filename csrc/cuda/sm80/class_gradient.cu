@@ -57,7 +57,7 @@ struct LaneSums {
   T dot[GradientTile::kFragsCol][2] = {};    // sum_n t c
   T bias[GradientTile::kFragsCol][2] = {};   // sum_n g
   T kappa[GradientTile::kFragsCol][2] = {};  // sum_n g dphi/dkappa
-  T scale = 0;                               // sum g (phi + bias - score), over its classes too
+  T scale = 0;                               // sum g (z - max - prior), over its classes too
 };
 
 // Adds the sums of lanes and then of warps, in order, and stores those of the block.
@@ -122,7 +122,7 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
   const bool both = p.work.gradient && p.work.weight, first = !both || blockIdx.y == 0;
   for (int i = threadIdx.x; i < K::kClasses; i += K::kThreads) {
     const int64_t c = first_class + i;
-    tail.classes.set(i, ClassValues<T>::of(head, c, scale));
+    tail.classes.set(i, ClassValues<T>::of_gradient(head, c, scale));
     tail.classes.rnorm[i] = c < head.C ? p.saved.weight_rnorm[c] : T(0);
   }
 
@@ -159,12 +159,13 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
           T cosine = cosine_of(acc[i][j][half + e], row.rnorm, rnorm);
           const auto s = similarity_with_gradient(cosine, tail.classes.kappa[c]);
           const T logit = logit_of(scale, s.phi, tail.classes.offset[c]);
-          T g = row.others * exp_of(logit - row.max);
+          const T below = logit - row.max;
+          T g = row.others * exp_of(below);
           if (p.with_sum) g += row.sum * tail.classes.omega[c];
           // Rows and classes beyond the last have no gradient, whatever their terms are.
           if (!inside || first_class + c >= head.C) g = 0;
           T t = g * scale * s.dphi_dcosine, by_kappa = g * s.dphi_dkappa;
-          T by_scale = g * (s.phi + tail.classes.bias[c] - row.score);
+          T by_scale = g * (below - tail.classes.bias[c]);
           if (label == c) {
             const auto target = load_as<TargetGradient<T>>(p.rows.targets + n);
             cosine = target.cosine, t = target.by_cosine;

@@ -136,16 +136,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
           const T cosine =
               cosine_of(e ? product.high : product.low, x_rnorm, tail.classes.rnorm[c]);
           const T phi = similarity(cosine, tail.classes.kappa[c]);
-          T logit = logit_of(scale, phi, tail.classes.offset[c]);
-          if (label == c) {
-            logit = -infinity<T>();
-          } else if (first_class + c < head.C) {
+          const bool is_target = label == c;
+          const T logit = is_target ? -infinity<T>() : logit_of(scale, phi, tail.classes.offset[c]);
+          acc[i][j][half + e] = logit;
+          tile_max = larger(tile_max, logit);
+          if (!is_target && first_class + c < head.C) {
             // Every score that is not below or equal counts as above it, NaN too.
             if (!(phi + tail.classes.bias[c] <= target_score)) ++rank;
             if (p.partial.with_sum) sum += tail.classes.omega[c] * logit;
           }
-          acc[i][j][half + e] = logit;
-          tile_max = larger(tile_max, logit);
         }
       }
 
