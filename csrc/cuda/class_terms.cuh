@@ -42,6 +42,12 @@ __device__ __forceinline__ int64_t label_of(const CudaHead& head, int64_t target
   return target >= 0 && target < head.C ? target : kWrong;
 }
 
+// The column of a label in a tile of classes, or -1 where it lies in another.
+__device__ __forceinline__ int column_of(int64_t label, int64_t first_class, int classes) {
+  const int64_t column = label - first_class;
+  return column >= 0 && column < classes ? int(column) : -1;
+}
+
 template <class T>
 __device__ __forceinline__ T rnorm_of(T squares) {
   const T norm = sqrt(squares);

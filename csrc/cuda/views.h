@@ -40,7 +40,7 @@ struct alignas(16) TargetGradient {
   T cosine;
   T by_cosine;     // t = dL/dcosine
   T by_logit;      // g = dL/dlogit
-  T by_phi_kappa;  // g dphi/dkappa
+  T phi_by_kappa;  // dphi/dkappa
 };
 
 template <class T>

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       rest += g.target * (logit.value - terms.target.prior - double(terms.max));
       target.by_cosine = T(g.target * logit.by_cosine);
       target.by_logit = T(g.target);
-      target.by_phi_kappa = T(g.target * logit.phi_by_kappa);
+      target.phi_by_kappa = T(logit.phi_by_kappa);
     } else if (!of_loss && terms.label != kWrong) {
       a = terms.upstream[0];
       target.by_cosine = terms.label >= 0 ? terms.upstream[1] : T(0);

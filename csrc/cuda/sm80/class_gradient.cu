@@ -146,7 +146,7 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
       const bool inside = n < head.N;
       const GradientRow<T> row =
           inside ? load_as<GradientRow<T>>(p.rows.rows + n) : GradientRow<T>{};
-      const int64_t label = (inside ? row.label : kIgnored) - first_class;
+      const int target_column = column_of(inside ? row.label : kIgnored, first_class, K::kClasses);
       T row_dot = 0;
 #pragma unroll
       for (int j = 0; j < GradientTile::kFragsCol; ++j) {
@@ -164,17 +164,17 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
           if (p.with_sum) g += row.sum * tail.classes.omega[c];
           // Rows and classes beyond the last have no gradient, whatever their terms are.
           if (!inside || first_class + c >= head.C) g = 0;
-          T t = g * scale * s.dphi_dcosine, by_kappa = g * s.dphi_dkappa;
+          T t = g * scale * s.dphi_dcosine, phi_by_kappa = s.dphi_dkappa;
           T by_scale = g * (below - tail.classes.bias[c]);
-          if (label == c) {
+          if (target_column == c) {
             const auto target = load_as<TargetGradient<T>>(p.rows.targets + n);
             cosine = target.cosine, t = target.by_cosine;
-            g = target.by_logit, by_kappa = target.by_phi_kappa, by_scale = 0;
+            g = target.by_logit, phi_by_kappa = target.phi_by_kappa, by_scale = 0;
           }
           row_dot += t * cosine;
           sums.dot[j][e] += t * cosine;
           sums.bias[j][e] += g;
-          sums.kappa[j][e] += by_kappa;
+          sums.kappa[j][e] += g * phi_by_kappa;
           sums.scale += by_scale;
           scaled[e] = t * row.scaled_rnorm * inner_rnorm(rnorm, p.float16);
         }

@@ -14,6 +14,7 @@ struct GradientLayout {
     float others[Shape::kRows];  // dL/dothers / sum_exp
     float sum[Shape::kRows];     // dL/dsum
     int label[Shape::kRows];
+    TargetGradient<float> target[Shape::kRows];
   };
   struct Sums {
     float dot[kConsumerWarps][Shape::kGroupRows];
@@ -50,6 +51,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
     tail.others[i] = row.others;
     tail.sum[i] = row.sum;
     tail.label[i] = inside ? int(row.label) : int(kIgnored);
+    if (inside) tail.target[i] = load_as<TargetGradient<float>>(p.rows.targets + n);
   }
   tail.ring.init();
 
@@ -125,20 +127,17 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
               bool is_target = false;
               if constexpr (decltype(with_target)::value)
                 is_target = tail.label[row + i] == first_class + lane.group + h * 8;
+              float phi_by_kappa = s.dphi_dkappa;
               if (!is_target) {
                 total_scale = fma(g, below - terms.bias, total_scale);
-                if constexpr (kAll) {
-                  col_bias[h] += g;
-                  col_kappa[h] = fma(g, s.dphi_dkappa, col_kappa[h]);
-                }
               } else {
-                const auto target =
-                    load_as<TargetGradient<float>>(p.rows.targets + first_row + row + i);
+                const auto target = load_as<TargetGradient<float>>(tail.target + row + i);
                 cosine = target.cosine, t = target.by_cosine;
-                if constexpr (kAll) {
-                  col_bias[h] += target.by_logit;
-                  col_kappa[h] += target.by_phi_kappa;
-                }
+                g = target.by_logit, phi_by_kappa = target.phi_by_kappa;
+              }
+              if constexpr (kAll) {
+                col_bias[h] += g;
+                col_kappa[h] = fma(g, phi_by_kappa, col_kappa[h]);
               }
               dot[i] = fma(t, cosine, dot[i]);
               col_dot[h] = fma(t, cosine, col_dot[h]);
