@@ -42,6 +42,12 @@ __device__ __forceinline__ int64_t label_of(const CudaHead& head, int64_t target
   return target >= 0 && target < head.C ? target : kWrong;
 }
 
+// The column of a label in a tile of classes, or -1 where it lies in another.
+__device__ __forceinline__ int column_of(int64_t label, int64_t first_class, int classes) {
+  const int64_t column = label - first_class;
+  return column >= 0 && column < classes ? int(column) : -1;
+}
+
 template <class T>
 __device__ __forceinline__ T rnorm_of(T squares) {
   const T norm = sqrt(squares);
@@ -63,6 +69,17 @@ __device__ __forceinline__ double log_of_sum(T sum_exp) {
 template <class T>
 struct ClassValues {
   T kappa, bias, offset, omega;
+
+  // The same for the backward pass, with the prior where the bias is. -inf becomes a number whose
+  // exponential is 0 as well, because the logit itself is multiplied by the gradient.
+  static __device__ __forceinline__ ClassValues of_gradient(const CudaHead& head, int64_t c,
+                                                            T scale) {
+    ClassValues terms = of(head, c, scale);
+    const auto finite = [](T v) { return v < T(-1e30) ? T(-1e30) : v; };
+    terms.bias = finite(c < head.C ? value_at<T>(head.prior, c) : T(0));
+    terms.offset = finite(terms.offset);
+    return terms;
+  }
 
   static __device__ __forceinline__ ClassValues of(const CudaHead& head, int64_t c, T scale) {
     if (c >= head.C) return {T(0), T(0), -infinity<T>(), T(0)};

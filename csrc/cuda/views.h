@@ -31,7 +31,6 @@ struct alignas(16) GradientRow {
   T max;
   T others;  // dL/dothers / sum_exp
   T sum;     // dL/dsum
-  T score;   // what is subtracted from each phi + bias in the gradient of the scale
   int64_t label;
 };
 
@@ -41,7 +40,7 @@ struct alignas(16) TargetGradient {
   T cosine;
   T by_cosine;     // t = dL/dcosine
   T by_logit;      // g = dL/dlogit
-  T by_phi_kappa;  // g dphi/dkappa
+  T phi_by_kappa;  // dphi/dkappa
 };
 
 template <class T>
@@ -49,6 +48,7 @@ struct GradientRows {
   GradientRow<T>* rows;        // [N]
   TargetGradient<T>* targets;  // [N]
   T* loss_scale;               // [2]  a power of two that keeps float16 in range, and its inverse
+  double* scale_rest;          // []  what GradientSums::totals lacks of the scale's gradient
 };
 
 // The run of classes that one launch of the backward pass works on.
@@ -62,7 +62,7 @@ template <class T>
 struct GradientSums {
   T* row_dot;      // [slots, N]  sum_c t c, over all chunks
   T* columns;      // [slots, 3, chunk.size]  sum_n of t c, of g and of g dphi/dkappa
-  double* totals;  // [slots, 2]  over all chunks, sum_{c != y} g (phi + bias - score) and
+  double* totals;  // [slots, 2]  over all chunks, sum_{c != y} g (z - max - prior) and
                    // sum g dphi/dkappa
 };
 

@@ -78,7 +78,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     }
     block_sums(sums, static_cast<double*>(shared_memory()));
     if (threadIdx.x != 0) return;
-    if (p.out.scale.data) store_at(p.out.scale, 0, T(sums[0] * Scale<T>::of(head).derivative));
+    if (p.out.scale.data) {
+      // dz/dscale = phi + bias = (z - prior) / scale
+      const auto scale = Scale<T>::of(head);
+      const double sum = (sums[0] + *p.scale_rest) / double(scale.value);
+      store_at(p.out.scale, 0, T(sum * double(scale.derivative)));
+    }
     if (p.out.kappa.data && head.kappa.stride == 0) store_at(p.out.kappa, 0, T(sums[1]));
     return;
   }

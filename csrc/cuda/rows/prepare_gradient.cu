@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (n >= head.N) return Terms{};
     Terms terms{label_of(head, head.target[n * head.target_stride]),
                 p.saved.x_rnorm[n],
-                p.saved.max[n],
+                p.saved.max[n] == kLowest<T> ? T(0) : p.saved.max[n],  // there is no other class
                 p.saved.sum_exp[n],
                 p.saved.target_cosine[n],
                 p.saved.target_logit[n],
@@ -90,12 +90,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // The largest dlogit/dcosine of any class.
   const double steepest = maxima[1] * double(Scale<T>::of(head).value);
-  double largest[1] = {};
+  double largest[1] = {}, rest = 0;
   for (int64_t n = threadIdx.x; n < head.N; n += kThreads) {
     const Terms terms = next;
     next = terms_of(n + kThreads);
+    const bool none = terms.sum_exp < kSmallestSum<T> || terms.sum_exp == 0;
     // A row whose label names no class has no gradient, like an ignored row.
-    T a = 0, s = 0, score = 0;
+    T a = 0, s = 0;
     TargetGradient<T> target{terms.target_cosine, 0, 0, 0};
     if (of_loss && terms.label >= 0) {
       const double upstream = mean ? terms.upstream[0] / total_weight : double(terms.upstream[0]);
@@ -105,24 +106,31 @@ __global__ void __launch_bounds__(kThreads, 1)
       const TargetLogit logit = target_logit(terms.target_cosine, terms.target);
       a = T(g.others);
       s = T(g.sum);
-      score = T(logit.score);
+      // The g of a row's classes add up to 0, so that the maximum, which the totals subtract from
+      // each logit, belongs to the target.
+      rest += g.target * (logit.value - terms.target.prior - double(terms.max));
       target.by_cosine = T(g.target * logit.by_cosine);
       target.by_logit = T(g.target);
-      target.by_phi_kappa = T(g.target * logit.phi_by_kappa);
+      target.phi_by_kappa = T(logit.phi_by_kappa);
     } else if (!of_loss && terms.label != kWrong) {
       a = terms.upstream[0];
       target.by_cosine = terms.label >= 0 ? terms.upstream[1] : T(0);
       s = terms.upstream[2];
+      const double omega = terms.label >= 0 && p.with_sum ? omega_of(terms.label) : 0;
+      if (none) a = 0;
+      rest += (double(a) + double(s) * (omega_sum - omega)) * double(terms.max);
     }
     const T inner = inner_rnorm(terms.rnorm, p.float16);
-    const bool none = terms.sum_exp < kSmallestSum<T> || terms.sum_exp == 0;
     const T others = none ? T(0) : a / terms.sum_exp;
     store_parts(p.gradient.rows + n,
-                GradientRow<T>{terms.rnorm, inner, terms.max, others, s, score, terms.label});
+                GradientRow<T>{terms.rnorm, inner, terms.max, others, s, terms.label});
     store_parts(p.gradient.targets + n, target);
     const double bound = (fabs(double(a)) + fabs(double(s)) * omega_max) * steepest;
     largest[0] = larger(larger(bound, fabs(double(target.by_cosine))) * double(inner), largest[0]);
   }
+  double rests[1] = {rest};
+  block_sums(rests, smem);
+  if (threadIdx.x == 0) *p.gradient.scale_rest = rests[0];
   if (!p.float16) {
     if (threadIdx.x == 0) p.gradient.loss_scale[0] = p.gradient.loss_scale[1] = 1;
     return;

@@ -59,7 +59,8 @@ struct FinishGradientParams {
   CudaHead head;
   CudaGradients out;  // writes x and scale, and kappa where it is one for all classes
   Saved<const T> saved;
-  const T* inv_loss_scale;  // [1]
+  const T* inv_loss_scale;   // [1]
+  const double* scale_rest;  // []
   GradientSums<T> sums;
   int64_t row_dots, totals;  // slots of sums.row_dot and of sums.totals
   PartialFeatures<const T> dx;

@@ -36,15 +36,16 @@ struct PartialCounts {
 };
 
 struct BackwardWorkspace {
-  int64_t rows, targets, loss_scale, row_dot, dx, totals;
+  int64_t rows, targets, loss_scale, scale_rest, row_dot, dx, totals;
 
   static BackwardWorkspace take(Cursor& cursor, const CudaProblem& problem,
                                 const PartialCounts& counts) {
     const int64_t N = problem.N, acc = accumulator_size(problem.x);
     BackwardWorkspace at;
-    at.rows = cursor.take(N * round_up(6 * acc + 8, 16));  // GradientRow
+    at.rows = cursor.take(N * round_up(5 * acc + 8, 16));  // GradientRow
     at.targets = cursor.take(N * 4 * acc);                 // TargetGradient
     at.loss_scale = cursor.take(2 * acc);
+    at.scale_rest = cursor.take(8);
     at.row_dot = cursor.take(counts.row_dots * N * acc);
     at.dx = cursor.take(counts.features * N * problem.D * acc);
     at.totals = cursor.take(counts.totals * 2 * 8);

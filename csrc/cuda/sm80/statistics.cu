@@ -100,6 +100,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   };
   const auto finish = [&](int tile) {
     const int64_t first_class = int64_t(first_tile + tile) * Shape::kCols;
+    const int64_t classes_left = head.C - first_class;
+    const int classes =
+        classes_left < Shape::kCols ? int(classes_left) : Shape::kCols;  // in this tile
 
     // Finish the norms of the weights. The first row of blocks saves them for the backward pass.
     squares += __shfl_xor_sync(0xffffffff, squares, 1);
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     for (int r = 0; r < kRowsPerLane; ++r) {
       const int i = r / 2, half = r % 2 * 2, row_in_tile = lane.row<Shape>(i, r % 2);
       const int n = first_row + row_in_tile;
-      const int64_t label = tail.rows.label[row_in_tile] - first_class;
+      const int target = column_of(tail.rows.label[row_in_tile], first_class, Shape::kCols);
       const T x_rnorm = tail.rows.rnorm[row_in_tile];
       const T target_score = tail.rows.target_score[row_in_tile];
 
@@ -136,16 +139,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
           const T cosine =
               cosine_of(e ? product.high : product.low, x_rnorm, tail.classes.rnorm[c]);
           const T phi = similarity(cosine, tail.classes.kappa[c]);
-          T logit = logit_of(scale, phi, tail.classes.offset[c]);
-          if (label == c) {
-            logit = -infinity<T>();
-          } else if (first_class + c < head.C) {
-            // Every score that is not below or equal counts as above it, NaN too.
-            if (!(phi + tail.classes.bias[c] <= target_score)) ++rank;
-            if (p.partial.with_sum) sum += tail.classes.omega[c] * logit;
-          }
+          const bool is_target = target == c;
+          const T logit = is_target ? -infinity<T>() : logit_of(scale, phi, tail.classes.offset[c]);
           acc[i][j][half + e] = logit;
           tile_max = larger(tile_max, logit);
+          if (c < classes && !is_target) {
+            // Every score that is not below or equal counts as above it, NaN too.
+            rank += !(phi + tail.classes.bias[c] <= target_score);
+            if (p.partial.with_sum) sum += tail.classes.omega[c] * logit;
+          }
         }
       }
 

@@ -13,8 +13,8 @@ struct GradientLayout {
     float rnorm[Shape::kRows], scaled_rnorm[Shape::kRows], max[Shape::kRows];
     float others[Shape::kRows];  // dL/dothers / sum_exp
     float sum[Shape::kRows];     // dL/dsum
-    float score[Shape::kRows];
     int label[Shape::kRows];
+    TargetGradient<float> target[Shape::kRows];
   };
   struct Sums {
     float dot[kConsumerWarps][Shape::kGroupRows];
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
     tail.max[i] = inside ? row.max : -kLowest<float>;
     tail.others[i] = row.others;
     tail.sum[i] = row.sum;
-    tail.score[i] = row.score;
     tail.label[i] = inside ? int(row.label) : int(kIgnored);
+    if (inside) tail.target[i] = load_as<TargetGradient<float>>(p.rows.targets + n);
   }
   tail.ring.init();
 
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
       for (int h = 0; h < 2; ++h) {
         const int64_t c = p.chunk.begin + column + h * 8;
         inside[h] = c < head.C;
-        classes.terms[h] = ClassValues<float>::of(head, c, scale);
+        classes.terms[h] = ClassValues<float>::of_gradient(head, c, scale);
         classes.rnorm[h] = inside[h] ? p.saved.weight_rnorm[c] : 0.0f;
         weight_factor[h] = inner_rnorm(classes.rnorm[h], p.options.float16);
       }
@@ -103,13 +103,11 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
 #pragma unroll
       for (int b = 0; b < kGroups; ++b) {
         const int row = warp_row + b * 32 + lane.quad * 8;  // of the block's rows
-        float x_rnorm[8], scaled_rnorm[8], max[8], others[8], sum[8], score[8];
-        float dot[8], scaled[2][8];
+        float x_rnorm[8], scaled_rnorm[8], max[8], others[8], sum[8], dot[8], scaled[2][8];
         load_rows(x_rnorm, tail.rnorm, row);
         load_rows(scaled_rnorm, tail.scaled_rnorm, row);
         load_rows(max, tail.max, row);
         load_rows(others, tail.others, row);
-        load_rows(score, tail.score, row);
         if constexpr (kAll) load_rows(sum, tail.sum, row);
         const auto rows = [&](auto with_target) {
 #pragma unroll
@@ -121,26 +119,28 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
               float cosine = cosine_of(acc[accumulator_of(b, i, h)], x_rnorm[i], classes.rnorm[h]);
               const auto s = similarity_with_gradient(cosine, terms.kappa);
               const float logit = logit_of(scale, s.phi, terms.offset);
-              float g = others[i] * exp_of(logit - max[i]);
+              const float below = logit - max[i];
+              float g = others[i] * exp_of(below);
               if constexpr (kAll)
                 if (p.options.with_sum) g += sum[i] * terms.omega;
               float t = g * scale * s.dphi_dcosine;
-              float by_kappa = g * s.dphi_dkappa, above = s.phi + terms.bias - score[i];
-              if constexpr (decltype(with_target)::value) {
-                if (tail.label[row + i] == first_class + lane.group + h * 8) {
-                  const auto target =
-                      load_as<TargetGradient<float>>(p.rows.targets + first_row + row + i);
-                  cosine = target.cosine, t = target.by_cosine;
-                  g = target.by_logit, by_kappa = target.by_phi_kappa, above = 0;
-                }
+              bool is_target = false;
+              if constexpr (decltype(with_target)::value)
+                is_target = tail.label[row + i] == first_class + lane.group + h * 8;
+              float phi_by_kappa = s.dphi_dkappa;
+              if (!is_target) {
+                total_scale = fma(g, below - terms.bias, total_scale);
+              } else {
+                const auto target = load_as<TargetGradient<float>>(tail.target + row + i);
+                cosine = target.cosine, t = target.by_cosine;
+                g = target.by_logit, phi_by_kappa = target.phi_by_kappa;
+              }
+              if constexpr (kAll) {
+                col_bias[h] += g;
+                col_kappa[h] = fma(g, phi_by_kappa, col_kappa[h]);
               }
               dot[i] = fma(t, cosine, dot[i]);
               col_dot[h] = fma(t, cosine, col_dot[h]);
-              if constexpr (kAll) {
-                col_bias[h] += g;
-                col_kappa[h] += by_kappa;
-              }
-              total_scale = fma(g, above, total_scale);
               scaled[h][i] = t * scaled_rnorm[i] * weight_factor[h];
             }
           }
