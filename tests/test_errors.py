@@ -11,6 +11,7 @@ from tests.problem import evaluate, leaves_of, make_problem, statistics_argument
 from tvmf_ext import (
     TvMFLoss,
     cross_entropy_from_statistics,
+    ops,
     row_statistics,
     tvmf_cross_entropy,
     tvmf_logits,
@@ -241,9 +242,12 @@ def test_an_argument_of_another_type_is_refused_by_name_and_type(name):
         del problem["target"]
         with pytest.raises(TypeError, match=rf"^{name} must be .*, got list$"):
             tvmf_logits(**(problem | {name: [1.0]}))
-    if name in ("weight", "prior", "label_smoothing"):
+    if name in ("weight", "prior"):
+        with pytest.raises(TypeError, match=rf"^{name} must be .*, got dict$"):
+            TvMFLoss(D, C, **{name: {}})
+    if name == "label_smoothing":
         with pytest.raises(TypeError, match=rf"^{name} must be .*, got list$"):
-            TvMFLoss(D, C, **{name: [1.0]})
+            TvMFLoss(D, C, label_smoothing=[1.0])
 
 
 def test_a_fraction_is_no_ignore_index():
@@ -292,3 +296,65 @@ def test_a_head_refuses_what_its_function_would_refuse_later(arguments, message)
 def test_logits_refuse_what_the_loss_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         tvmf_logits(**({"input": zeros(N, D), "linear_weight": zeros(C, D)} | arguments))
+
+
+def operator_call(name, **changed):
+    """Calls an operator or its backward operator as autograd does, but for what is changed."""
+    g = torch.Generator().manual_seed(0)
+    input, weight = torch.randn(N, D, generator=g), torch.randn(C, D, generator=g)
+    head = ops.Head(
+        input,
+        weight,
+        torch.arange(N) % C,
+        None,
+        None,
+        None,
+        None,
+        None,
+        16.0,
+        8.0,
+        False,
+        -100,
+        False,
+    )
+    options = {"label_smoothing": 0.1, "reduction": 1} if "cross" in name else {"with_sum": True}
+    options |= {"kept": 0}
+    forward = getattr(torch.ops.tvmf_ext, name.removesuffix("_backward"))
+    *_, saved = forward(*head, *options.values())
+    if not name.endswith("_backward"):
+        return forward(*head, *(options | changed).values())
+    options.pop("with_sum", None)
+    options |= {"saved": saved, "wanted": 3} | changed
+    gradients = [torch.ones(())] if "cross" in name else [torch.ones(N)] * 3
+    return getattr(torch.ops.tvmf_ext, name)(*gradients, *head, *options.values())
+
+
+EACH_OPERATOR = pytest.mark.parametrize(
+    "name",
+    ["row_statistics", "row_statistics_backward", "cross_entropy", "cross_entropy_backward"],
+)
+
+
+@EACH_OPERATOR
+@pytest.mark.parametrize("kept", [-16, -8, 3, 8, 24, 32, 2**40])
+def test_the_operators_refuse_a_wrong_number_of_kept_classes(name, kept):
+    with pytest.raises(ValueError, match=rf"^kept must be a multiple of 16 .* got {kept}$"):
+        operator_call(name, kept=kept)
+
+
+@pytest.mark.parametrize("name", ["row_statistics_backward", "cross_entropy_backward"])
+def test_the_operators_refuse_to_make_gradients_of_absent_tensors(name):
+    for wanted, absent in ((4, "kappa"), (8, "scale"), (16, "bias"), (31, "kappa")):
+        with pytest.raises(ValueError, match=rf"gradient of {absent}, which is absent"):
+            operator_call(name, wanted=wanted)
+    for wanted in (-1, 32, 2**40):
+        with pytest.raises(ValueError, match=rf"^wanted must be five bits, got {wanted}$"):
+            operator_call(name, wanted=wanted)
+    assert [g.numel() > 0 for g in operator_call(name)] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_backward"])
+@pytest.mark.parametrize("reduction", [-1, 3, 7])
+def test_the_operators_refuse_an_unknown_reduction(name, reduction):
+    with pytest.raises(ValueError, match=rf"^reduction must be 0 .* got {reduction}$"):
+        operator_call(name, reduction=reduction)

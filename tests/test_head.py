@@ -6,6 +6,7 @@ import pickle
 from collections import OrderedDict
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.problem import error
-from tvmf_ext import TvMFLoss, reference, tvmf_cross_entropy
+from tvmf_ext import TvMFLoss, error_at, functional, reference, tvmf_cross_entropy
 
 N, C, D = 12, 9, 16
 
@@ -134,10 +135,16 @@ def test_a_checkpoint_with_a_kappa_loads_into_a_head_of_kappa_0():
     assert head.kappa.tolist() == [32.0]
 
 
+def training_logits(head, input):
+    """The logits of the loss, which have the prior."""
+    logits = head.logits(input)
+    return logits if head.prior is None else logits + head.prior
+
+
 @ALL_HEADS
 def test_loss_is_cross_entropy_of_the_logits(options):
     head, (input, target) = head_of(**options), batch()
-    logits = head.logits(input)
+    logits = training_logits(head, input)
     assert logits.shape == (N, C)
     expected = F.cross_entropy(
         logits,
@@ -160,8 +167,9 @@ def test_loss_from_statistics_is_the_loss(options):
     statistics = head.row_statistics(input, target)
     assert error(head.loss(statistics, target).detach(), head(input, target).detach()) <= 2e-6
     valid = target != options.get("ignore_index", -100)
-    score = head.logits(input) if head.prior is None else head.logits(input) - head.prior
-    assert torch.equal(statistics.rank[valid] == 0, (score.argmax(1) == target)[valid])
+    right = (head.logits(input).argmax(1) == target)[valid]
+    assert torch.equal(statistics.rank[valid] == 0, right)
+    assert error_at(statistics) == 1 - right.float().mean()
 
 
 def test_scale_is_softplus_of_s_plus_1():
@@ -224,7 +232,7 @@ def test_a_head_moves_to_another_dtype_with_all_it_holds(options, dtype):
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     loss.backward()
     assert all(p.grad.dtype == dtype for p in head.parameters())
-    logits = head.logits(input)
+    logits = training_logits(head, input)
     assert logits.dtype == loss.dtype
     expected = F.cross_entropy(
         logits.double(),
@@ -285,3 +293,141 @@ def test_distributed_data_parallel_trains_a_head(tmp_path):
             assert torch.equal(parameter.grad, gradient)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_arguments_after_the_sizes_go_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        TvMFLoss(D, C, True)
+
+
+@pytest.mark.parametrize("scale", [1.001, 2, 16.0, 64.0])
+@pytest.mark.parametrize("learn_scale", [True, False])
+def test_the_scale_starts_where_it_is_set(scale, learn_scale):
+    head = TvMFLoss(D, C, scale=scale, learn_scale=learn_scale)
+    assert head.scale.item() == pytest.approx(scale, rel=2e-7)
+    assert ("s_" in dict(head.named_parameters())) == learn_scale
+    assert "s_" in head.state_dict()
+    assert ("learn_scale=False" in repr(head)) != learn_scale
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, -1, float("inf"), float("nan")])
+def test_a_scale_that_the_head_cannot_have_is_refused(scale):
+    with pytest.raises(ValueError, match=rf"^scale must be finite and > 1, .* got {scale}$"):
+        TvMFLoss(D, C, scale=scale)
+
+
+@pytest.mark.parametrize("kappa", [4.0, torch.linspace(1, 9, C)], ids=["one", "[C]"])
+def test_a_learnt_kappa_has_a_gradient_and_is_in_the_state(kappa):
+    head, (input, target) = head_of(kappa=kappa, learn_kappa=True), batch()
+    wanted = torch.as_tensor(kappa).reshape(-1).clone().requires_grad_()
+    reference.tvmf_cross_entropy(
+        input, head.weight, target, kappa=wanted, scale=head.scale
+    ).backward()
+    head(input, target).backward()
+    assert error(head.kappa.grad, wanted.grad) <= 1e-5
+    assert "kappa" in TvMFLoss(D, C, kappa=0.0, learn_kappa=True).state_dict()
+
+
+def everything(head):
+    """The constants of a head, its weight aside, which is drawn at random."""
+    names = ("kappa", "s_", "class_weight", "prior")
+    return {name: getattr(head, name).detach().tolist() for name in names}
+
+
+@pytest.mark.parametrize("way", ["context", "argument", "skip_init"])
+@pytest.mark.parametrize("learn", [True, False])
+def test_a_head_from_the_meta_device_has_its_constants(way, learn):
+    options = HEADS["every option"] | {"learn_scale": learn, "learn_kappa": learn, "scale": 5.0}
+    if way == "skip_init":
+        head = torch.nn.utils.skip_init(TvMFLoss, D, C, **options)
+    else:
+        with torch.device("meta" if way == "context" else "cpu"):
+            meta = {"device": "meta"} if way == "argument" else {}
+            head = TvMFLoss(D, C, **options, **meta)
+        assert all(t.is_meta for t in [*head.parameters(), *head.buffers()])
+        assert "kappa=4" in repr(head)
+        head = head.to_empty(device="cpu")
+    if learn:  # parameters are the caller's to initialise
+        head.reset_parameters()
+    assert everything(head) == everything(TvMFLoss(D, C, **options))
+
+
+def test_reset_parameters_restores_what_the_constructor_sets():
+    head = TvMFLoss(D, C, **HEADS["every option"])
+    wanted = everything(head)
+    with torch.no_grad():
+        for tensor in [*head.parameters(), *head.buffers()]:
+            tensor.fill_(7)
+    head.reset_parameters()
+    assert everything(head) == wanted
+    assert head.weight.std() > 0
+    assert (head.bias.abs() <= D**-0.5).all()
+
+
+def test_a_kappa_beyond_half_precision_is_refused():
+    head = TvMFLoss(D, C, kappa=70000.0)
+    with pytest.raises(ValueError, match=r"^kappa must be finite in torch.float16, got 70000$"):
+        head.half()
+    assert head.kappa.dtype == head.weight.dtype == torch.float32
+    assert head.bfloat16().kappa.isfinite().all()
+
+
+def test_the_state_of_a_cosine_head_is_that_of_the_papers():
+    head = TvMFLoss(D, C, kappa=0.0)
+    assert set(head.state_dict()) == {"weight", "s_"}
+    other = TvMFLoss(D, C, kappa=0.0)
+    other.load_state_dict(head.state_dict())
+    assert torch.equal(other.weight, head.weight)
+
+
+def test_class_weights_and_prior_may_be_lists_and_arrays():
+    values = [1.0] * C
+    for kind in (list, np.array, torch.tensor):
+        head = TvMFLoss(D, C, weight=kind(values), prior=kind(values))
+        assert head.class_weight.tolist() == head.prior.tolist() == values
+
+
+def test_no_ignore_index_is_torchs_default():
+    input, target = batch()
+    target[0] = -100
+    head = head_of(ignore_index=None)
+    assert torch.equal(head(input, target), head_of()(input, target))
+    loss = tvmf_cross_entropy(input, head.weight, target, ignore_index=None)
+    assert torch.equal(loss, tvmf_cross_entropy(input, head.weight, target))
+
+
+def test_the_error_does_not_count_ignored_rows():
+    head, (input, target) = head_of(), batch()
+    right = head.logits(input).argmax(1)
+    target = torch.where(torch.arange(N) % 3 == 0, -100, right)
+    statistics = head.row_statistics(input, target)
+    assert error_at(statistics) == 0
+    wrong = head.row_statistics(input, torch.where(target == -100, -100, (right + 1) % C))
+    assert error_at(wrong) == 1 and error_at(wrong, C) == 0
+    assert error_at(head.row_statistics(input, torch.full((N,), -100))).isnan()
+    with pytest.raises(ValueError, match=r"^k must be at least 1, got 0$"):
+        error_at(statistics, 0)
+
+
+@ALL_HEADS
+@pytest.mark.parametrize("k", [1, 4, C])
+@pytest.mark.parametrize("block", [1, 30, 10**6])
+def test_topk_is_that_of_the_logits(options, k, block, monkeypatch):
+    monkeypatch.setattr(functional, "_TOPK_BLOCK", block)
+    head, (input, _) = head_of(**options), batch()
+    values, classes = head.topk(input, k)
+    wanted = head.logits(input).topk(k)
+    torch.testing.assert_close(values, wanted.values, rtol=1e-6, atol=1e-6)
+    assert torch.equal(classes, wanted.indices)
+    assert not values.requires_grad
+
+
+@pytest.mark.parametrize("k", [0, C + 1])
+def test_topk_refuses_more_classes_than_there_are(k):
+    with pytest.raises(ValueError, match=rf"^k must be from 1 to C = {C}, got {k}$"):
+        head_of().topk(batch()[0], k)
+
+
+def test_topk_of_no_rows():
+    values, classes = head_of().topk(torch.empty(0, D), 2)
+    assert values.shape == classes.shape == (0, 2)

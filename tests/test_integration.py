@@ -9,6 +9,7 @@ from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.problem import (
     assert_same_bits,
@@ -107,14 +108,17 @@ def test_the_public_functions_and_the_module_have_the_same_arguments_and_default
         assert defaults(function) == defaults(like)
         assert defaults(function).items() <= loss.items()
     module = defaults(TvMFLoss)
-    assert all(module[name] == loss[name] for name in module.keys() & loss.keys())
-    own = {"in_features", "num_classes", "bias", "device", "dtype"}
+    # The module's scale starts where the paper's does.
+    assert all(module[name] == loss[name] for name in module.keys() & loss.keys() - {"scale"})
+    own = {"in_features", "num_classes", "bias", "device", "dtype", "learn_kappa", "learn_scale"}
     tensors = {"input", "linear_weight", "target", "scale", "linear_bias"}
-    assert module.keys() - own == loss.keys() - tensors
+    assert module.keys() - own - tensors == loss.keys() - tensors
 
 
-@pytest.mark.parametrize(("N", "C"), [(0, 1), (1, 1), (7, 40), (33, 16), (300, 1001)])
-@pytest.mark.parametrize("kept", [0, 16, 48])
+@pytest.mark.parametrize(
+    ("N", "C", "kept"),
+    [(0, 1, 0), (1, 1, 16), (7, 40, 0), (7, 40, 48), (33, 16, 16), (300, 1001, 48)],
+)
 def test_python_and_the_library_agree_on_the_size_of_what_is_saved(N, C, kept):
     head = head_arguments(make_problem(N, C, 8))
     *_, saved = OPS.row_statistics(*head, False, kept)
@@ -423,3 +427,118 @@ def test_checkpointing_and_saved_tensor_hooks_give_the_same_gradients():
     for loss in (recomputed, packed):
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["kappa", "scale"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_schedule_of_a_number_is_compiled_once_more_and_is_never_stale(name, backend):
+    problem = make_problem(6, 5, 8, dtype=torch.float64)
+    problem["linear_weight"].requires_grad_()
+
+    def loss(value):
+        return tvmf_cross_entropy(**problem | {name: value})
+
+    function = compiled(loss, backend=backend)
+    for step in range(1, 12):  # torch.compile gives up after eight graphs
+        value = step / 2
+        results = []
+        for each in (function, loss):
+            problem["linear_weight"].grad = None
+            out = each(value)
+            out.backward()
+            results.append((out.detach(), problem["linear_weight"].grad))
+        for one, other in zip(*results, strict=True):
+            assert error(one, other) <= 1e-14
+
+
+class Net(torch.nn.Module):
+    """A layer, and the head after it."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.layer, self.head = torch.nn.Linear(D, D), TvMFLoss(D, 5)
+
+    def forward(self, input, target):
+        return self.head(self.layer(input), target)
+
+
+def gradients(module, loss):
+    module.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_loss_trains(strict):
+    torch.manual_seed(0)
+    net, batch = Net(130), (torch.randn(6, 130), torch.arange(6) % 5)
+    exported = torch.export.export(net, batch, strict=strict).module()
+    assert torch.equal(exported(*batch), net(*batch))
+    wanted = gradients(net, net(*batch))
+    found = gradients(exported, exported(*batch))
+    assert wanted.keys() == found.keys()
+    for name, gradient in wanted.items():
+        assert error(found[name], gradient) <= 1e-6
+
+
+@OPERATORS
+def test_the_operators_themselves_have_gradients(operator):
+    problem = make_problem(
+        6, 40, 130, dtype=torch.float64, kappa="[C]", scale="softplus", bias=True
+    )
+    head = head_arguments(problem)
+    leaves = [
+        t.requires_grad_()
+        for t in head
+        if isinstance(t, torch.Tensor) and t.dtype.is_floating_point
+    ]
+    arguments = (0.1, 1, 48) if operator is tvmf_cross_entropy else (True, 48)
+    name = "cross_entropy" if operator is tvmf_cross_entropy else "row_statistics"
+    results = []
+    for function in (getattr(ops, f"_eager_{name}"), getattr(OPS, name)):
+        out = function(*head, *arguments)
+        total = out[0].sum() if name == "cross_entropy" else sum(t.square().sum() for t in out[:3])
+        results.append(torch.autograd.grad(total, leaves))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other) and one.any()
+
+
+@pytest.mark.parametrize("D", [8, 512])
+def test_a_traced_head_gives_the_loss_and_its_gradients(D):
+    torch.manual_seed(0)
+    net, batch = Net(D), (torch.randn(6, D), torch.arange(6) % 5)
+    traced = torch.jit.trace(net, batch)
+    wanted, found = gradients(net, net(*batch)), gradients(traced, traced(*batch))
+    for name, gradient in wanted.items():
+        assert error(found[name], gradient) <= 1e-6
+    larger = torch.randn(9, D), torch.arange(9) % 5
+    assert torch.equal(traced(*larger), net(*larger))
+
+
+def test_what_a_head_cannot_do_is_refused_with_the_way_out():
+    x, weight, target = torch.randn(6, 8), torch.randn(5, 8), torch.arange(6) % 5
+
+    def loss(x):
+        return tvmf_cross_entropy(x, weight, target)
+
+    for transform in (torch.func.grad(loss), torch.func.vmap(lambda x: loss(x[None]))):
+        with pytest.raises(NotImplementedError, match=r"torch.func use .* tvmf_ext\.reference"):
+            transform(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match=r"forward mode .* tvmf_ext\.reference"):
+            loss(dual)
+    with pytest.raises(TypeError, match=r"got Proxy; .* a leaf module"):
+        torch.fx.symbolic_trace(Net(8))
+    with pytest.raises(ValueError, match=r"soft targets use cross_entropy over tvmf_logits"):
+        tvmf_cross_entropy(x, weight, torch.rand(6, 5))
+    with pytest.raises(ValueError, match=r"got \[2, 3, 8\]; pass input.flatten\(0, -2\)"):
+        tvmf_cross_entropy(x.view(2, 3, 8), weight, target.view(2, 3))
+
+
+@pytest.mark.parametrize(("D", "products"), [(128, 3), (8, 4)])  # kept, and made again
+def test_torchs_counter_counts_the_operations_of_the_products(D, products):
+    head = TvMFLoss(D, 5)
+    with FlopCounterMode(display=False) as counter:
+        head(torch.randn(6, D, requires_grad=True), torch.arange(6) % 5).backward()
+    assert counter.get_total_flops() == products * 2 * 6 * 5 * D

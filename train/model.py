@@ -102,7 +102,9 @@ def head_of_state(state: dict[str, Tensor]) -> nn.Module:
         head = SoftmaxHead(num_features, num_classes, bias="bias" in state)
     else:
         kappa = state.get("kappa", torch.zeros(1))
-        head = TvMFLoss(num_features, num_classes, kappa, "bias" in state, reduction="sum")
+        head = TvMFLoss(
+            num_features, num_classes, kappa=kappa, bias="bias" in state, reduction="sum"
+        )
     head.load_state_dict(state)
     return head
 

@@ -9,11 +9,14 @@ if "torch" not in sys.modules:
         warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
         import torch  # noqa: F401
 
+from . import margin
 from .functional import (
     RowStatistics,
     SoftplusScale,
     cross_entropy_from_statistics,
+    error_at,
     row_statistics,
+    topk,
     tvmf_cross_entropy,
     tvmf_logits,
 )
@@ -31,8 +34,11 @@ __all__ = [
     "TvMFLoss",
     "build_info",
     "cross_entropy_from_statistics",
+    "error_at",
+    "margin",
     "plan",
     "row_statistics",
+    "topk",
     "tvmf_cross_entropy",
     "tvmf_logits",
 ]

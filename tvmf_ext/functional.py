@@ -12,6 +12,9 @@ from torch import Tensor
 
 from . import ops
 
+_is_compiling = torch.compiler.is_compiling  # true while exporting, too
+_IGNORE_INDEX = -100  # torch's default, which None stands for
+
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the enum Reduction of csrc/problem.h
 
 # The forward pass keeps products for the backward pass. On the CPU they and the working tile share
@@ -39,7 +42,7 @@ class RowStatistics(NamedTuple):
     """`sum_c weight_c z_nc` with the class weights"""
     rank: Tensor
     """int64: the number of classes whose `phi + bias` is above the target's; -1 for an ignored row.
-    The target is not among the best k classes where `rank >= k`."""
+    The target is not among the best k classes where `rank >= k`; see `error_at`."""
 
 
 class SoftplusScale(NamedTuple):
@@ -98,6 +101,8 @@ def _kept(input: Tensor, weight: Tensor, *others: Tensor | None) -> int:
     are the tensors besides input and weight that may require grad."""
     if not torch.is_grad_enabled() or input.dim() != 2 or weight.dim() != 2:
         return 0
+    if torch._C._get_tracing_state() is not None:
+        return 0  # torch.jit.trace records one number for any batch, with gradients and without
     if not (
         input.requires_grad
         or weight.requires_grad
@@ -108,10 +113,7 @@ def _kept(input: Tensor, weight: Tensor, *others: Tensor | None) -> int:
     if input.is_cuda:
         # torch.compile cannot trace storage_offset (torch 2.11 to 2.14). A compiled weight at an
         # odd offset is therefore taken for an aligned one, and its products are made twice.
-        aligned = (
-            torch.compiler.is_compiling()
-            or weight.storage_offset() * weight.element_size() % 16 == 0
-        )
+        aligned = _is_compiling() or weight.storage_offset() * weight.element_size() % 16 == 0
         layout = (weight.stride(0), weight.stride(1), aligned)
         dtypes = (input.dtype, weight.dtype)
         if not _uses_kept_products(C, D, *dtypes, *layout, input.device.index or 0):
@@ -141,9 +143,26 @@ def _number(name: str, value: Any) -> float:
     raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
 
 
+def _as_tensor(name: str, value: Any, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    # torch.compile keeps the factor of a product variable, and the value of torch.full constant.
+    return torch.ones((), dtype=torch.float64, device=like.device) * _number(name, value)
+
+
 def _check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if isinstance(value, Tensor):
+        return
+    hint = ""
+    if type(value).__name__ == "Proxy":
+        hint = "; torch.fx cannot trace the head, make it a leaf module of the tracer"
+    raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{hint}")
+
+
+def _explained(error: RuntimeError) -> RuntimeError:
+    """Names the way out where torch says that torch.func or forward mode is not implemented."""
+    unsupported = "setup_context" in str(error) or "jvp" in str(error)
+    return NotImplementedError(ops.ONCE) if unsupported else error
 
 
 def _check_constant(name: str, value: Any) -> None:
@@ -163,7 +182,7 @@ def _head(
     linear_bias: Tensor | None,
     prior: Tensor | None,
     class_weight: Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
 ) -> tuple[ops.Head, int]:
     """The arguments that the operators share, and the number of classes to keep."""
     _check_tensor("input", input)
@@ -175,7 +194,9 @@ def _head(
         _check_constant("weight", class_weight)
     if prior is not None:
         _check_constant("prior", prior)
-    if not isinstance(ignore_index, (int, Integral)):
+    if ignore_index is None:
+        ignore_index = _IGNORE_INDEX
+    elif not isinstance(ignore_index, (int, Integral)):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if (
         input.dtype == torch.float32
@@ -186,6 +207,10 @@ def _head(
     softplus_scale = isinstance(scale, SoftplusScale)
     if isinstance(scale, SoftplusScale):
         scale = scale.s
+    if _is_compiling():
+        # An operator's number is a constant of the compiled code. As a tensor, the number of a
+        # schedule is not, and torch.compile does not compile again for each of its values.
+        kappa, scale = _as_tensor("kappa", kappa, input), _as_tensor("scale", scale, input)
     kappa_tensor = kappa if isinstance(kappa, Tensor) else None
     scale_tensor = scale if isinstance(scale, Tensor) else None
     allow_tf32 = input.is_cuda and input.dtype == torch.float32 and cuda_allows_tf32()
@@ -217,7 +242,7 @@ def row_statistics(
     scale: float | Tensor | SoftplusScale = 1.0,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = _IGNORE_INDEX,
     prior: Tensor | None = None,
 ) -> RowStatistics:
     """Row statistics of the logits `z_nc = scale (phi(x_n, w_c; kappa_c) + bias_c) + prior_c`.
@@ -229,7 +254,10 @@ def row_statistics(
     head, kept = _head(
         input, linear_weight, target, kappa, scale, linear_bias, prior, weight, ignore_index
     )
-    return RowStatistics(*ops.row_statistics(*head, True, kept))
+    try:
+        return RowStatistics(*ops.row_statistics(*head, True, kept))
+    except RuntimeError as error:
+        raise _explained(error) from None
 
 
 def tvmf_cross_entropy(
@@ -241,7 +269,7 @@ def tvmf_cross_entropy(
     scale: float | Tensor | SoftplusScale = 1.0,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = _IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     prior: Tensor | None = None,
@@ -260,7 +288,8 @@ def tvmf_cross_entropy(
         scale: above 0: a float, a tensor `[]` or `[1]`, or the `SoftplusScale` of such a tensor.
         linear_bias: `[C]`; it is added to the similarity, inside the scale.
         weight: the class weights of the loss, `[C]`. They have no gradient.
-        ignore_index: a row with this target adds nothing to the loss or to a gradient.
+        ignore_index: a row with this target adds nothing to the loss or to a gradient. None is
+            -100.
         reduction: `"mean"` (weighted by the class weights of the rows that are not ignored),
             `"sum"` or `"none"`.
         label_smoothing: a number in [0, 1].
@@ -287,7 +316,10 @@ def tvmf_cross_entropy(
     head, kept = _head(
         input, linear_weight, target, kappa, scale, linear_bias, prior, weight, ignore_index
     )
-    return ops.cross_entropy(*head, float(label_smoothing), _REDUCTIONS[reduction], kept)[0]
+    try:
+        return ops.cross_entropy(*head, float(label_smoothing), _REDUCTIONS[reduction], kept)
+    except RuntimeError as error:
+        raise _explained(error) from None
 
 
 def cross_entropy_from_statistics(
@@ -296,7 +328,7 @@ def cross_entropy_from_statistics(
     *,
     num_classes: int,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = _IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
@@ -307,7 +339,7 @@ def cross_entropy_from_statistics(
     exact only from `tvmf_cross_entropy`.
     """
     check_loss_options(reduction, label_smoothing)
-    valid = target != ignore_index
+    valid = target != (_IGNORE_INDEX if ignore_index is None else ignore_index)
     # The statistics of an ignored row may be NaN, which must not reach the sum.
     lse, target_logit, total = (torch.where(valid, t, 0) for t in statistics[:3])
     row_weight = valid.to(lse.dtype)
@@ -322,6 +354,25 @@ def cross_entropy_from_statistics(
     if reduction == "none":
         return loss
     return loss.sum() / row_weight.sum() if reduction == "mean" else loss.sum()
+
+
+def error_at(statistics: RowStatistics, k: int = 1) -> Tensor:
+    """The share of the rows whose target is not among the k classes with the largest logits.
+
+    Args:
+        statistics: of `row_statistics`. Ignored rows count as nothing.
+        k: how many classes count as right, at least 1.
+
+    Returns:
+        A float32 tensor `[]` in [0, 1]; NaN where all rows are ignored.
+
+    Raises:
+        ValueError: k is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    rank = statistics.rank
+    return (rank >= k).sum() / (rank >= 0).sum()
 
 
 def _check_logits(
@@ -398,3 +449,68 @@ def tvmf_logits(
             score = score + linear_bias.to(dtype)
         logits = scale * score
         return logits if prior is None else logits + prior.to(dtype)
+
+
+# A block of classes that `topk` makes logits of has at most so many logits.
+_TOPK_BLOCK = 1 << 22
+
+
+def topk(
+    input: Tensor,
+    linear_weight: Tensor,
+    k: int,
+    *,
+    kappa: float | Tensor = 16.0,
+    scale: float | Tensor | SoftplusScale = 1.0,
+    linear_bias: Tensor | None = None,
+    prior: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row and their classes, without the logits `[N, C]`.
+
+    The logits are those of `tvmf_logits`, made for a block of classes at a time. The other
+    arguments are those of `tvmf_cross_entropy`. No gradients are made.
+
+    Args:
+        k: how many classes, from 1 to C.
+
+    Returns:
+        The logits `[N, k]`, the largest first, in float32 (float64 for float64 features), and the
+        classes `[N, k]`, int64.
+
+    Raises:
+        TypeError, ValueError: as `tvmf_logits`, or k is out of range.
+    """
+    _check_tensor("input", input)
+    if isinstance(scale, SoftplusScale):
+        scale = scale.value(ops.compute_dtype(input.dtype))
+    _check_logits(input, linear_weight, kappa, scale, linear_bias, prior)
+    C = linear_weight.shape[0]
+    if not 1 <= k <= C:
+        raise ValueError(f"k must be from 1 to C = {C}, got {k}")
+
+    def of_block(values: Any, block: slice) -> Any:
+        per_class = isinstance(values, Tensor) and values.dim() == 1 and len(values) == C > 1
+        return values[block] if per_class else values
+
+    step = max(k, _TOPK_BLOCK // max(len(input), 1))
+    best: tuple[Tensor, Tensor] | None = None
+    with torch.no_grad():
+        for begin in range(0, C, step):
+            block = slice(begin, begin + step)
+            logits = tvmf_logits(
+                input,
+                linear_weight[block],
+                kappa=of_block(kappa, block),
+                scale=scale,
+                linear_bias=of_block(linear_bias, block),
+                prior=of_block(prior, block),
+            )
+            values, classes = logits.topk(min(k, logits.shape[1]), dim=1)
+            classes = classes + begin
+            if best is not None:
+                values = torch.cat([best[0], values], dim=1)
+                values, order = values.topk(k, dim=1)
+                classes = torch.cat([best[1], classes], dim=1).gather(1, order)
+            best = values, classes
+    assert best is not None
+    return best

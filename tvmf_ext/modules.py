@@ -1,6 +1,8 @@
 """The classification head as a module."""
 
 import math
+from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,9 +14,59 @@ from .functional import (
     check_loss_options,
     cross_entropy_from_statistics,
     row_statistics,
+    topk,
     tvmf_cross_entropy,
     tvmf_logits,
 )
+from .margin import check_prior
+
+
+def _initial_kappa(kappa: Any, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """Kappa as a tensor `[1]` or `[C]` on the CPU, where its values can be checked."""
+    if isinstance(kappa, Tensor) and kappa.requires_grad:
+        raise ValueError("kappa must not require grad; learn_kappa=True makes it a parameter")
+    kappa = torch.as_tensor(kappa, dtype=dtype, device="cpu").detach().clone().reshape(-1)
+    if kappa.numel() not in (1, num_classes):
+        raise ValueError(f"kappa must have 1 or C = {num_classes} values, got {kappa.numel()}")
+    refused = kappa[~((kappa > -0.5) & kappa.isfinite())]
+    if len(refused):
+        raise ValueError(f"kappa must be finite and > -1/2, got {refused[0].item():g}")
+    return kappa
+
+
+def _initial_constant(name: str, values: Any, num_classes: int) -> Tensor | None:
+    """The class weights or the prior as a tensor `[C]` on the CPU."""
+    if values is None:
+        return None
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.as_tensor(values, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            got = type(values).__name__
+            raise TypeError(
+                f"{name} must be a tensor, an array or a list of C numbers, got {got}"
+            ) from error
+    if values.shape != (num_classes,):
+        raise ValueError(f"{name} must have shape [C] = [{num_classes}], got {list(values.shape)}")
+    if name == "prior":
+        check_prior(values)
+    if not values.is_floating_point():
+        raise ValueError(f"{name} must have a floating-point dtype, got {values.dtype}")
+    if values.requires_grad:
+        raise ValueError(f"{name} must not require grad: the head does not learn it")
+    return values.detach().clone().cpu()
+
+
+def _inverse_scale(scale: float | None) -> float:
+    """`s_` where `softplus(s_) + 1` is the scale."""
+    if scale is None:
+        return 0.0
+    if not isinstance(scale, (int, float, Real)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not 1 < scale < math.inf:
+        raise ValueError(f"scale must be finite and > 1, as softplus(s_) + 1 is, got {scale}")
+    above = float(scale) - 1
+    return above + math.log(-math.expm1(-above))
 
 
 class TvMFLoss(nn.Module):
@@ -28,13 +80,22 @@ class TvMFLoss(nn.Module):
     Args:
         in_features: D, the number of features.
         num_classes: C, the number of classes.
-        kappa: the concentration, above -1/2: a float or a tensor `[C]`. With 0 the similarity is
-            the cosine.
+        kappa: the concentration, above -1/2: a number, or one for each class, `[C]`. With 0 the
+            similarity is the cosine.
+        learn_kappa: whether kappa is a parameter. An optimizer does not know its bound of -1/2.
+        scale: where the scale starts, a number above 1, because it is `softplus(s_) + 1`; None is
+            the paper's start, `s_ = 0`.
+        learn_scale: whether `s_` is a parameter. Otherwise it is a buffer, and the scale is fixed.
         bias: whether a bias for each class is learnt; it is added to the similarity.
         weight: the class weights of the loss, `[C]`, as in `nn.CrossEntropyLoss`.
-        prior: the logarithms of class frequencies, `[C]`, which are added to the logits (logit
-            adjustment).
+        prior: the logarithms of class frequencies, `[C]`, which the loss adds to the logits (logit
+            adjustment); `tvmf_ext.margin.log_prior` makes them of class sizes. It is for training:
+            `logits`, `topk` and the rank of `row_statistics` leave it out.
         ignore_index, reduction, label_smoothing: as in `nn.CrossEntropyLoss`.
+
+    Arguments after the sizes go by name, because `TvMFLoss(512, 10, True)` would read as a bias.
+    Where `[C]` is taken, a list or a NumPy array is, too. `reset_parameters` restores everything
+    that the constructor sets, so that a head can be made on the meta device.
     """
 
     bias: nn.Parameter | None
@@ -46,12 +107,15 @@ class TvMFLoss(nn.Module):
         self,
         in_features: int,
         num_classes: int,
-        kappa: float | Tensor = 16.0,
-        bias: bool = False,
         *,
+        kappa: float | Tensor = 16.0,
+        learn_kappa: bool = False,
+        scale: float | None = None,
+        learn_scale: bool = True,
+        bias: bool = False,
         weight: Tensor | None = None,
         prior: Tensor | None = None,
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         device: torch.device | str | None = None,
@@ -64,55 +128,84 @@ class TvMFLoss(nn.Module):
             )
         check_loss_options(reduction, label_smoothing)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        if isinstance(kappa, Tensor) and kappa.requires_grad:
-            raise ValueError(
-                "kappa must not require grad: the module does not learn it; tvmf_cross_entropy does"
-            )
-        # A copy on the CPU, where its values can be checked whatever the device of the head is.
-        kappa = torch.as_tensor(kappa, dtype=dtype or torch.get_default_dtype(), device="cpu")
-        kappa = kappa.detach().clone().reshape(-1)
-        if kappa.numel() not in (1, num_classes):
-            raise ValueError(f"kappa must have 1 or C = {num_classes} values, got {kappa.numel()}")
-        refused = kappa[~((kappa > -0.5) & kappa.isfinite())]
-        if len(refused):
-            raise ValueError(f"kappa must be finite and > -1/2, got {refused[0].item():g}")
-        for name, values in (("weight", weight), ("prior", prior)):
-            if values is None:
-                continue
-            if not isinstance(values, Tensor):
-                raise TypeError(f"{name} must be a tensor or None, got {type(values).__name__}")
-            if values.shape != (num_classes,):
-                raise ValueError(
-                    f"{name} must have shape [C] = [{num_classes}], got {list(values.shape)}"
-                )
-            if not values.is_floating_point():
-                raise ValueError(f"{name} must have a floating-point dtype, got {values.dtype}")
-            if values.requires_grad:
-                raise ValueError(f"{name} must not require grad: the head does not learn it")
         self.in_features = in_features
         self.num_classes = num_classes
-        self.ignore_index = ignore_index
+        self.ignore_index = -100 if ignore_index is None else ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
+        # What reset_parameters restores, on the CPU, whatever the device of the head is.
+        kappa = _initial_kappa(kappa, num_classes, dtype or torch.get_default_dtype())
+        self._initial: dict[str, Tensor | None] = {
+            "kappa": kappa,
+            "s_": torch.tensor([_inverse_scale(scale)], dtype=torch.float64, device="cpu"),
+            "class_weight": _initial_constant("weight", weight, num_classes),
+            "prior": _initial_constant("prior", prior, num_classes),
+        }
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, **options))
-        self.s_ = nn.Parameter(torch.zeros(1, **options))
+        s_ = torch.empty(1, **options)
+        if learn_scale:
+            self.s_ = nn.Parameter(s_)
+        else:
+            self.register_buffer("s_", s_)
         if bias:
             self.bias = nn.Parameter(torch.empty(num_classes, **options))
         else:
             self.register_parameter("bias", None)
-        self.register_buffer("kappa", kappa.to(self.weight.device))
-        # These two belong to the data and not to the state: a checkpoint of the paper has neither.
-        self.register_buffer("class_weight", weight, persistent=False)
-        self.register_buffer("prior", prior, persistent=False)
+        device = self.weight.device  # also where torch.device is a context
+        kappa = torch.empty_like(kappa, device=device)
+        if learn_kappa:
+            self.kappa = nn.Parameter(kappa)
+        else:
+            self.register_buffer("kappa", kappa)
+        for name in ("class_weight", "prior"):
+            # These two belong to the data: a checkpoint of the paper has neither.
+            values = self._initial[name]
+            empty = None if values is None else torch.empty_like(values, device=device)
+            self.register_buffer(name, empty, persistent=False)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialises weight and bias as `nn.Linear` does, and the scale to `softplus(0) + 1`."""
+        """Gives all parameters and buffers the values that the constructor gives them.
+
+        Weight and bias are initialised as in `nn.Linear`; kappa, the scale, the class weights and
+        the prior get the constructor's arguments.
+        """
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.s_)
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
+        self._restore(self._initial)
+
+    @torch.no_grad()
+    def _restore(self, names: Iterable[str]) -> None:
+        for name in names:
+            values, now = self._initial[name], getattr(self, name)
+            if values is None:
+                continue
+            if values.numel() == 1:
+                now.fill_(values.item())
+            elif hasattr(now, "device_mesh"):  # a DTensor, which FSDP2 makes of a parameter
+                from torch.distributed.tensor import distribute_tensor
+
+                shards = distribute_tensor(values.to(now.device), now.device_mesh, now.placements)
+                now.copy_(shards)
+            else:
+                now.copy_(values)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        was_meta = self.kappa.is_meta
+        if not was_meta:
+            # Such as half(), whose largest number is 65504.
+            kappa = fn(self.kappa)
+            if kappa.dtype != self.kappa.dtype and not kappa.isfinite().all():
+                largest = self.kappa.max().item()
+                raise ValueError(f"kappa must be finite in {kappa.dtype}, got {largest:g}")
+        super()._apply(fn, *args, **kwargs)
+        if was_meta and not self.kappa.is_meta:
+            # The caller of to_empty initialises parameters, and does not know of these.
+            self._restore(name for name in self._initial if name in self._buffers)
+        return self
 
     @property
     def scale(self) -> Tensor:
@@ -124,7 +217,6 @@ class TvMFLoss(nn.Module):
             "kappa": self.kappa,
             "scale": SoftplusScale(self.s_),
             "linear_bias": self.bias,
-            "prior": self.prior,
         }
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -137,12 +229,18 @@ class TvMFLoss(nn.Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            prior=self.prior,
             **self._head(),
         )
 
     def logits(self, input: Tensor) -> Tensor:
-        """The logits `[N, C]`, for inference. Their `softmax` are the class probabilities."""
+        """The logits `[N, C]`, for inference, without the prior. Their `softmax` are the class
+        probabilities."""
         return tvmf_logits(input, self.weight, **self._head())
+
+    def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits of each row, without the prior, and their classes; see `topk`."""
+        return topk(input, self.weight, k, **self._head())
 
     def row_statistics(self, input: Tensor, target: Tensor) -> RowStatistics:
         """`lse, target, sum, rank` of each row: they make the loss and, at no cost, the training
@@ -153,6 +251,7 @@ class TvMFLoss(nn.Module):
             target,
             weight=self.class_weight,
             ignore_index=self.ignore_index,
+            prior=self.prior,
             **self._head(),
         )
 
@@ -168,17 +267,37 @@ class TvMFLoss(nn.Module):
             label_smoothing=self.label_smoothing,
         )
 
+    def _is_cosine(self) -> bool:
+        """Whether this head is the paper's cosine head, which stores no kappa."""
+        fixed = not isinstance(self.kappa, nn.Parameter)
+        return fixed and not self.kappa.is_meta and not self.kappa.any()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._is_cosine():
+            del destination[prefix + "kappa"]
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # The paper's cosine head stores no kappa. It is this head with a kappa of 0.
-        if prefix + "weight" in state_dict and not self.kappa.is_meta and not self.kappa.any():
+        if prefix + "weight" in state_dict and self._is_cosine():
             state_dict.setdefault(prefix + "kappa", self.kappa.detach().clone())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _known(self, name: str) -> Tensor:
+        """A parameter or buffer; on the meta device, which has no values, its initial value."""
+        value = getattr(self, name)
+        return self._initial[name] if value.is_meta else value  # type: ignore[return-value]
+
     def extra_repr(self) -> str:
-        kappa = f"{self.kappa.item():g}" if self.kappa.numel() == 1 else f"[{self.num_classes}]"
-        text = f"in_features={self.in_features}, num_classes={self.num_classes}, kappa={kappa}"
+        kappa = self._known("kappa")
+        value = f"{kappa.item():g}" if kappa.numel() == 1 else f"[{self.num_classes}]"
+        text = f"in_features={self.in_features}, num_classes={self.num_classes}, kappa={value}"
+        if isinstance(self.kappa, nn.Parameter):
+            text += ", learn_kappa=True"
+        if not isinstance(self.s_, nn.Parameter):
+            scale = SoftplusScale(self._known("s_")).value().item()
+            text += f", scale={scale:g}, learn_scale=False"
         if self.bias is not None:
             text += ", bias=True"
         defaults = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}

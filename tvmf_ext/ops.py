@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
+from torch.utils.flop_counter import register_flop_formula
 
 try:
     import tvmf_ext._C  # noqa: F401  (its import registers the operators)
@@ -20,9 +21,9 @@ except ImportError as error:
         f"torch >= 2.11; this is torch {torch.__version__} in {os.path.dirname(torch.__file__)}."
     ) from error
 
-_row_statistics = torch.ops.tvmf_ext.row_statistics.default
+_row_statistics = torch.ops.tvmf_ext.row_statistics_forward.default
 _row_statistics_backward = torch.ops.tvmf_ext.row_statistics_backward.default
-_cross_entropy = torch.ops.tvmf_ext.cross_entropy.default
+_cross_entropy = torch.ops.tvmf_ext.cross_entropy_forward.default
 _cross_entropy_backward = torch.ops.tvmf_ext.cross_entropy_backward.default
 
 
@@ -82,7 +83,8 @@ def _no_cuda_kernels(*args: Any) -> Any:
 
 if not HAS_CUDA:
     for _name in ("row_statistics", "cross_entropy"):
-        library.register_kernel(f"tvmf_ext::{_name}", "cuda")(_no_cuda_kernels)
+        for _suffix in ("", "_forward"):
+            library.register_kernel(f"tvmf_ext::{_name}{_suffix}", "cuda")(_no_cuda_kernels)
 
 
 # Fake implementations: the shapes and dtypes of the results, for torch.compile and fake tensors.
@@ -104,6 +106,7 @@ def _fake_saved(input: Tensor, weight: Tensor, kept: int) -> Tensor:
     return input.new_empty(size, dtype=compute_dtype(input.dtype))
 
 
+@library.register_fake("tvmf_ext::row_statistics_forward")
 @library.register_fake("tvmf_ext::row_statistics")
 def _(input: Tensor, weight: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
     _check_device(input, weight, target, *args)
@@ -115,6 +118,7 @@ def _(input: Tensor, weight: Tensor, target: Tensor, *args: Any) -> tuple[Tensor
     return lse, target_logit, total, rank, _fake_saved(input, weight, kept)
 
 
+@library.register_fake("tvmf_ext::cross_entropy_forward")
 @library.register_fake("tvmf_ext::cross_entropy")
 def _(input: Tensor, weight: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
     _check_device(input, weight, target, *args)
@@ -143,6 +147,12 @@ def _(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(args[:_COUNT], args[-1])
 
 
+ONCE = (
+    "tvmf_ext: the t-vMF head is differentiable once, by backward(); for second derivatives, "
+    "forward mode and torch.func use the eager functions of tvmf_ext.reference"
+)
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """A backward operator under `create_graph=True`, whose own gradient is refused."""
 
@@ -152,10 +162,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "tvmf_ext: the t-vMF head is differentiable once; for second derivatives use the eager "
-            "functions of tvmf_ext.reference"
-        )
+        raise RuntimeError(ONCE)
 
 
 def _call_once(backward_operator: Callable[..., Any], *args: Any) -> Any:
@@ -165,8 +172,9 @@ def _call_once(backward_operator: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Function(torch.autograd.Function):
-    """The code that the gradients of both operators share. They are not registered with PyTorch's
-    dispatcher, because the way through it takes longer than the whole of a small head."""
+    """The code that the gradients of both operators share. Eager code does not use the gradients
+    that are registered with PyTorch's dispatcher, because the way through it takes longer than the
+    whole of a small head."""
 
     @staticmethod
     def save(ctx: Any, args: tuple[Any, ...], saved: Tensor, options: tuple[Any, ...]) -> None:
@@ -221,7 +229,78 @@ class _CrossEntropy(_Function):
         return _Function.gradients(ctx, _cross_entropy_backward, grad_loss)
 
 
-# Both take the fields of a Head one by one, and then the operator's own arguments. They do not take
-# a Head, because autograd does not look for tensors inside a tuple.
-row_statistics: Callable[..., tuple[Tensor, ...]] = _RowStatistics.apply
-cross_entropy: Callable[..., tuple[Tensor]] = _CrossEntropy.apply
+_eager_row_statistics: Callable[..., tuple[Tensor, ...]] = _RowStatistics.apply
+_eager_cross_entropy: Callable[..., tuple[Tensor]] = _CrossEntropy.apply
+
+_is_compiling = torch.compiler.is_compiling  # while exporting, too
+_tracing_state = torch._C._get_tracing_state
+_count_modes = torch._C._len_torch_dispatch_stack
+
+
+def is_recorded() -> bool:
+    """Whether a program may be recorded: by torch.compile, torch.export, torch.jit.trace or make_fx
+    or another dispatch mode. It then has the operators that have gradients of their own."""
+    return _is_compiling() or _tracing_state() is not None or _count_modes() > 0
+
+
+# These two take the fields of a Head one by one, and then the operator's own arguments. They do not
+# take a Head, because autograd does not look for tensors inside a tuple.
+
+
+def row_statistics(*args: Any) -> tuple[Tensor, ...]:
+    """`lse, target, sum, rank`, with gradients."""
+    if is_recorded():
+        return torch.ops.tvmf_ext.row_statistics.default(*args)[:-1]
+    return _eager_row_statistics(*args)
+
+
+def cross_entropy(*args: Any) -> Tensor:
+    """The loss, with its gradients."""
+    if is_recorded():
+        return torch.ops.tvmf_ext.cross_entropy.default(*args)[0]
+    return _eager_cross_entropy(*args)[0]
+
+
+def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _Function.save(ctx, inputs, output[-1], inputs[-1:])
+
+
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _Function.save(ctx, inputs, output[-1], inputs[_COUNT:])
+
+
+library.register_autograd(
+    "tvmf_ext::row_statistics", _RowStatistics.backward, setup_context=_save_statistics
+)
+library.register_autograd(
+    "tvmf_ext::cross_entropy",
+    lambda ctx, grad_loss, _: _CrossEntropy.backward(ctx, grad_loss),
+    setup_context=_save_loss,
+)
+
+
+def _products(count: int, input: Any, weight: Any) -> int:
+    """The floating-point operations of so many products of features and class vectors."""
+    (N, D), C = input, weight[0]
+    return 2 * count * N * C * D
+
+
+@register_flop_formula([torch.ops.tvmf_ext.row_statistics, torch.ops.tvmf_ext.cross_entropy])
+def _forward_flops(input: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return _products(1, input, weight)
+
+
+def _backward_flops(head: tuple[Any, ...], kept: int, wanted: int) -> int:
+    C = head[1][0]
+    again = 0 if kept >= C else 1  # a product that was not kept is made again
+    return _products(again + (wanted & 1) + (wanted >> 1 & 1), *head[:2])
+
+
+@register_flop_formula(torch.ops.tvmf_ext.row_statistics_backward)
+def _(grad_lse: Any, grad_target: Any, grad_sum: Any, *args: Any, **_: Any) -> int:
+    return _backward_flops(args[:_COUNT], args[-3], args[-1])
+
+
+@register_flop_formula(torch.ops.tvmf_ext.cross_entropy_backward)
+def _(grad_loss: Any, *args: Any, **_: Any) -> int:
+    return _backward_flops(args[:_COUNT], args[-3], args[-1])

@@ -76,9 +76,11 @@ void check_per_class(const char* name, const OptionalTensor& tensor, const Tenso
 // The messages name the arguments as the Python functions do.
 void check_head(const Head& head) {
   const Tensor &input = head.input, &weight = head.weight, &target = head.target;
-  TVMF_CHECK(input.dim() == 2, "input must have shape [N, D], got ", shape(input));
+  TVMF_CHECK(input.dim() == 2, "input must have shape [N, D], got ", shape(input),
+             input.dim() > 2 ? "; pass input.flatten(0, -2) and target.flatten()" : "");
   TVMF_CHECK(weight.dim() == 2, "linear_weight must have shape [C, D], got ", shape(weight));
-  TVMF_CHECK(target.dim() == 1, "target must have shape [N], got ", shape(target));
+  TVMF_CHECK(target.dim() == 1, "target must have shape [N], got ", shape(target),
+             target.dim() == 2 ? "; for soft targets use cross_entropy over tvmf_logits" : "");
   check_tensor("input", input, input);
   check_tensor("linear_weight", weight, input);
   TVMF_CHECK(target.scalar_type() == ScalarType::Long, "target must be int64, got ", dtype(target));
@@ -115,11 +117,35 @@ Head checked(Head head) {
 LossOptions checked_loss(double label_smoothing, int64_t reduction) {
   TVMF_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
              "label_smoothing must be in [0, 1], got ", label_smoothing);
+  TVMF_CHECK(reduction >= 0 && reduction <= 2,
+             "reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
   return {label_smoothing, static_cast<Reduction>(reduction)};
 }
 
-// Autograd passes what the forward pass returned; these two catch the mistakes of a direct caller.
-void check_saved(const Head& head, int64_t kept, const Tensor& saved) {
+// How many classes have their products kept.
+int64_t checked_kept(const Head& head, int64_t kept) {
+  const int64_t every = (head.weight.size(0) + 15) / 16 * 16;
+  TVMF_CHECK(kept >= 0 && kept % 16 == 0 && kept <= every,
+             "kept must be a multiple of 16 from 0 to ", every, ", got ", kept);
+  TVMF_CHECK(head.input.is_cpu() || kept == 0 || kept == every, "kept must be 0 or ", every,
+             " on CUDA, got ", kept);
+  return kept;
+}
+
+// Bit i of `wanted` asks for gradient i.
+void check_wanted(const Head& head, int64_t wanted) {
+  TVMF_CHECK(wanted >= 0 && wanted < 32, "wanted must be five bits, got ", wanted);
+  const std::pair<const char*, const OptionalTensor&> optional[] = {
+      {"kappa", head.kappa}, {"scale", head.scale}, {"bias", head.bias}};
+  for (int64_t bit = 0; bit < 3; ++bit)
+    TVMF_CHECK(!(wanted & int64_t(4) << bit) || optional[bit].second, "wanted asks for the ",
+               "gradient of ", optional[bit].first, ", which is absent, got ", wanted);
+}
+
+// Autograd passes what the forward pass returned. A direct caller may pass anything.
+void check_saved(const Head& head, int64_t kept, const Tensor& saved, int64_t wanted) {
+  checked_kept(head, kept);
+  check_wanted(head, wanted);
   check_tensor("saved", saved, head.input);
   const int64_t size = SavedLayout(head.input.size(0), head.weight.size(0), kept).size;
   TVMF_CHECK(saved.numel() == size && saved.scalar_type() == compute_dtype(head.input) &&
@@ -147,7 +173,8 @@ Five in_order(const Gradients& gradients) {
 
 template <const Backend& kBackend>
 Five row_statistics(TVMF_HEAD_PARAMETERS bool with_sum, int64_t kept) {
-  const RowStatistics out = kBackend.row_statistics(TVMF_CHECKED_HEAD, with_sum, kept);
+  const Head head = TVMF_CHECKED_HEAD;
+  const RowStatistics out = kBackend.row_statistics(head, with_sum, checked_kept(head, kept));
   return {out.lse, out.target, out.sum, out.rank, out.saved};
 }
 
@@ -156,7 +183,7 @@ Five row_statistics_backward(OptionalTensor grad_lse, OptionalTensor grad_target
                              OptionalTensor grad_sum, TVMF_HEAD_PARAMETERS int64_t kept,
                              Tensor saved, int64_t wanted) {
   const Head head = TVMF_CHECKED_HEAD;
-  check_saved(head, kept, saved);
+  check_saved(head, kept, saved, wanted);
   check_upstream("grad_lse", grad_lse, head, false);
   check_upstream("grad_target", grad_target, head, false);
   check_upstream("grad_sum", grad_sum, head, false);
@@ -168,7 +195,8 @@ template <const Backend& kBackend>
 std::tuple<Tensor, Tensor> cross_entropy(TVMF_HEAD_PARAMETERS double label_smoothing,
                                          int64_t reduction, int64_t kept) {
   const Head head = TVMF_CHECKED_HEAD;
-  const Loss out = kBackend.cross_entropy(head, checked_loss(label_smoothing, reduction), kept);
+  const Loss out = kBackend.cross_entropy(head, checked_loss(label_smoothing, reduction),
+                                          checked_kept(head, kept));
   return {out.loss, out.saved};
 }
 
@@ -177,7 +205,7 @@ Five cross_entropy_backward(Tensor grad_loss, TVMF_HEAD_PARAMETERS double label_
                             int64_t reduction, int64_t kept, Tensor saved, int64_t wanted) {
   const Head head = TVMF_CHECKED_HEAD;
   const LossOptions options = checked_loss(label_smoothing, reduction);
-  check_saved(head, kept, saved);
+  check_saved(head, kept, saved, wanted);
   check_upstream("grad_loss", grad_loss, head, options.reduction != Reduction::kNone);
   return in_order(kBackend.cross_entropy_backward(head, options, grad_loss, kept, saved, wanted));
 }
@@ -185,8 +213,10 @@ Five cross_entropy_backward(Tensor grad_loss, TVMF_HEAD_PARAMETERS double label_
 template <const Backend& kBackend, class Library>
 void implement(Library& m) {
   m.impl("row_statistics", TORCH_BOX(&row_statistics<kBackend>));
+  m.impl("row_statistics_forward", TORCH_BOX(&row_statistics<kBackend>));
   m.impl("row_statistics_backward", TORCH_BOX(&row_statistics_backward<kBackend>));
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy<kBackend>));
+  m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy<kBackend>));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward<kBackend>));
 }
 
@@ -210,15 +240,24 @@ std::string build_info() {
   " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_kappa, Tensor grad_scale, " \
   "Tensor grad_bias)"
 
+#define TVMF_STATISTICS_SCHEMA  \
+  "(" TVMF_HEAD_SCHEMA          \
+  "bool with_sum, SymInt kept)" \
+  " -> (Tensor lse, Tensor target_logit, Tensor sum, Tensor rank, Tensor saved)"
+#define TVMF_LOSS_SCHEMA \
+  "(" TVMF_HEAD_SCHEMA   \
+  "float label_smoothing, int reduction, SymInt kept) -> (Tensor loss, Tensor saved)"
+
 STABLE_TORCH_LIBRARY(tvmf_ext, m) {
-  m.def("row_statistics(" TVMF_HEAD_SCHEMA
-        "bool with_sum, SymInt kept)"
-        " -> (Tensor lse, Tensor target_logit, Tensor sum, Tensor rank, Tensor saved)");
+  // Python registers gradients with the operators that a program records. Eager code calls the
+  // ones that end in _forward, because a small head would feel the way through those gradients.
+  m.def("row_statistics" TVMF_STATISTICS_SCHEMA);
+  m.def("row_statistics_forward" TVMF_STATISTICS_SCHEMA);
+  m.def("cross_entropy" TVMF_LOSS_SCHEMA);
+  m.def("cross_entropy_forward" TVMF_LOSS_SCHEMA);
   m.def(
       "row_statistics_backward(Tensor? grad_lse, Tensor? grad_target, Tensor? "
       "grad_sum, " TVMF_HEAD_SCHEMA "SymInt kept, Tensor saved, int wanted)" TVMF_GRADIENTS_SCHEMA);
-  m.def("cross_entropy(" TVMF_HEAD_SCHEMA
-        "float label_smoothing, int reduction, SymInt kept) -> (Tensor loss, Tensor saved)");
   m.def("cross_entropy_backward(Tensor grad_loss, " TVMF_HEAD_SCHEMA
         "float label_smoothing, int reduction, SymInt kept, Tensor saved, int "
         "wanted)" TVMF_GRADIENTS_SCHEMA);
