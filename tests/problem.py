@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import tvmf_ext
 from tvmf_ext import reference
-from tvmf_ext.functional import SoftplusScale
+from tvmf_ext.head import SoftplusScale
 
 DIFFERENTIABLE = ("input", "linear_weight", "kappa", "scale", "linear_bias")
 LOGITS = ("input", "linear_weight", "kappa", "scale", "linear_bias", "prior")

@@ -12,7 +12,6 @@ if "torch" not in sys.modules:
 from . import margin
 from .functional import (
     RowStatistics,
-    SoftplusScale,
     error_at,
     loss_of_statistics,
     row_statistics,
@@ -20,6 +19,7 @@ from .functional import (
     tvmf_cross_entropy,
     tvmf_logits,
 )
+from .head import SoftplusScale
 from .info import VERSION, build_info
 from .modules import TvMFLoss
 from .planning import CpuPlan, CudaPlan, plan

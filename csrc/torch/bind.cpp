@@ -141,9 +141,9 @@ LossOptions checked_loss(double label_smoothing, int64_t reduction) {
 
 // How many classes have their products kept.
 int64_t checked_kept(const Head& head, int64_t kept) {
-  const int64_t every = (head.weight.size(0) + 15) / 16 * 16;
-  TVMF_CHECK(kept >= 0 && kept % 16 == 0 && kept <= every,
-             "kept must be a multiple of 16 from 0 to ", every, ", got ", kept);
+  const int64_t every = round_up(head.weight.size(0), kPad);
+  TVMF_CHECK(kept >= 0 && kept % kPad == 0 && kept <= every, "kept must be a multiple of ", kPad,
+             " from 0 to ", every, ", got ", kept);
   TVMF_CHECK(head.input.is_cpu() || kept == 0 || kept == every, "kept must be 0 or ", every,
              " on CUDA, got ", kept);
   return kept;
@@ -152,11 +152,13 @@ int64_t checked_kept(const Head& head, int64_t kept) {
 // Bit i of `wanted` asks for gradient i.
 void check_wanted(const Head& head, int64_t wanted) {
   TVMF_CHECK(wanted >= 0 && wanted < 32, "wanted must be five bits, got ", wanted);
-  const std::pair<const char*, const OptionalTensor&> optional[] = {
-      {"kappa", head.kappa}, {"scale", head.scale}, {"bias", head.bias}};
-  for (int64_t bit = 0; bit < 3; ++bit)
-    TVMF_CHECK(!(wanted & int64_t(4) << bit) || optional[bit].second, "wanted asks for the ",
-               "gradient of ", optional[bit].first, ", which is absent, got ", wanted);
+  const auto check_present = [wanted](const char* name, const OptionalTensor& tensor, int64_t bit) {
+    TVMF_CHECK(tensor || !(wanted & bit), "wanted asks for the gradient of ", name,
+               ", which is absent, got ", wanted);
+  };
+  check_present("kappa", head.kappa, kKappa);
+  check_present("scale", head.scale, kScale);
+  check_present("bias", head.bias, kBias);
 }
 
 // Autograd passes what the forward pass returned. A direct caller may pass anything.

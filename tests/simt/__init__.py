@@ -15,7 +15,7 @@ import torch
 
 import tvmf_ext
 from tests import problem as problems
-from tvmf_ext.functional import SoftplusScale
+from tvmf_ext.head import SoftplusScale
 
 _ROOT = Path(__file__).parents[2]
 _BUILD = _ROOT / "build" / "simt"
