@@ -12,6 +12,7 @@ if "torch" not in sys.modules:
 from . import margin
 from .functional import (
     RowStatistics,
+    check_targets,
     error_at,
     loss_of_statistics,
     row_statistics,
@@ -33,6 +34,7 @@ __all__ = [
     "SoftplusScale",
     "TvMFLoss",
     "build_info",
+    "check_targets",
     "error_at",
     "loss_of_statistics",
     "margin",

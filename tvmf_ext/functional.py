@@ -266,6 +266,27 @@ def tvmf_cross_entropy(
         raise _explained(error) from None
 
 
+def check_targets(device: torch.device | str | int | None = None) -> None:
+    """Raises if an earlier call on a CUDA device had a target that names no class.
+
+    A call on CUDA does not wait for the device, so that the next call raises for a bad target. The
+    replay of a CUDA graph is no call. After replays, ask here, for example once an epoch.
+
+    Args:
+        device: the CUDA device, by default the current one. The function waits for its work.
+
+    Raises:
+        IndexError: a target was outside [0, C) and not ignore_index. Later calls do not raise for
+            it again.
+    """
+    if not ops.HAS_CUDA:
+        raise NotImplementedError("check_targets needs a build with CUDA kernels")
+    torch.cuda.synchronize(device)
+    given = torch.device("cuda" if device is None else device)
+    index = torch.cuda.current_device() if given.index is None else given.index
+    torch.ops.tvmf_ext.check_targets(index)
+
+
 def loss_of_statistics(
     statistics: RowStatistics,
     target: Tensor,

@@ -178,6 +178,7 @@ def make_head(
     ignore_index: int | None,
     cosine_margin: float | Tensor,
     angular_margin: float | Tensor,
+    target_score: Tensor | None = None,
 ) -> tuple[ops.Head, int]:
     """The arguments that the operators share, and the number of classes to keep."""
     check_tensor("input", input)
@@ -227,6 +228,7 @@ def make_head(
         class_weight,
         cosine_margin_tensor,
         angular_margin_tensor,
+        target_score,
         0.0 if kappa_tensor is not None else number("kappa", kappa),
         1.0 if scale_tensor is not None else number("scale", scale),
         cosine_margin_value,

@@ -34,6 +34,9 @@ class Head(NamedTuple):
     """The arguments that come first in every operator, in the order of csrc/torch/schema.h.
 
     The tensors come before the rest. `class_weight` is what the public functions call `weight`.
+    `target_score` `[N]` says that the classes are one shard of all: it is `phi + bias` of each
+    row's target, against which the rank is counted, and a target outside [0, C) belongs to another
+    shard.
     """
 
     input: Tensor
@@ -46,6 +49,7 @@ class Head(NamedTuple):
     class_weight: Tensor | None
     cosine_margin: Tensor | None
     angular_margin: Tensor | None
+    target_score: Tensor | None
     kappa_value: float
     scale_value: float
     cosine_margin_value: float

@@ -116,6 +116,7 @@ def step(
         for name in ("input", "linear_weight", "kappa", "linear_bias", "prior", "weight")
     }
     tensors |= {name: problem.get(name, 0.0) for name in ("cosine_margin", "angular_margin")}
+    tensors |= {"target_score": problem.get("target_score", 0.0)}
     tensors |= {"scale": scale.s if softplus else scale}
     tensors = {
         name: float(value) if isinstance(value, (int, float)) else value
