@@ -9,10 +9,10 @@ constexpr int kThreads = 128, kLoads = 4;
 // Each of the first N blocks has a row: it makes the row's norm, its product with its target's
 // weight, and the target's score and logit. The blocks beyond arrange the features. Latency bounds
 // this kernel, so the loads of a row of up to 2048 features are in flight at once. The launch
-// bounds say that four blocks share a multiprocessor, which leaves enough registers for this;
+// bounds say that seven blocks share a multiprocessor, which leaves enough registers for this;
 // otherwise the compiler moves each load to its use.
 template <Math kMath, class W>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 7)
     prepare_rows(const __grid_constant__ PrepareParams<typename MathTraits<kMath>::Acc> p) {
   using X = typename MathTraits<kMath>::X;
   using T = typename MathTraits<kMath>::Acc;
