@@ -93,6 +93,11 @@ void forward(const Call<T>& call, const Statistics<T>& out) {
   rnorm(x, saved.x_rnorm);
   std::vector<T> target_score(N);
   target_logits(call, x, weight, saved, target_score.data());
+  if (call.head.target_score) {
+    const int64_t stride = call.head.target_score->stride(0);
+    const T* given = data<T>(*call.head.target_score);
+    for (int64_t n = 0; n < N; ++n) target_score[n] = given[n * stride];
+  }
   std::fill(saved.max, saved.max + N, -std::numeric_limits<T>::infinity());
   std::fill(saved.sum_exp, saved.sum_exp + N, T(0));
   std::fill(out.rank, out.rank + N, 0);
@@ -131,7 +136,7 @@ void forward(const Call<T>& call, const Statistics<T>& out) {
     stripes.merge_into(out, tasks.stripes);
   }
   for (int64_t n = 0; n < N; ++n)
-    if (call.label[n] < 0) out.rank[n] = -1;
+    if (call.label[n] == kIgnored) out.rank[n] = -1;
 }
 
 template void forward(const Call<float>&, const Statistics<float>&);

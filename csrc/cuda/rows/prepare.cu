@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, 7)
   const auto x = Operand<X>::of(head.x, head.N, head.D);
   const auto weight = Operand<W>::of(head.weight, head.C, head.D);
 
-  const int64_t y = label_of(head, head.target[n * head.target_stride]);
+  const int64_t y = label_of(head, n);
   const bool valid = y >= 0, wrong = y == kWrong;
   const TargetTerms terms = valid ? target_terms<T>(head, y) : TargetTerms{};
   const X* x_line = x.data + n * x.line_stride;
@@ -82,6 +82,11 @@ __global__ void __launch_bounds__(kThreads, 7)
     // As the tiles compute the score of a class, so that equal classes tie.
     score = similarity(cosine_of(T(product), x_rnorm, rnorm_of(T(w_squares))), T(terms.kappa)) +
             T(terms.bias);
+  }
+  if (head.target_score.data) {
+    score = value_at<T>(head.target_score, n);
+    // Hopper's exponentials are relative to the target's logit, wherever its class is.
+    if (y == kElsewhere) logit = Scale<T>::of(head).value * score;
   }
   // A wrong label must not kill the context: its row is NaN, and the host finds the flag.
   if (wrong) raise_flag(head.bad_label);
