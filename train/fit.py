@@ -15,8 +15,9 @@ from train import checkpoint, distributed
 from train.batches import seed_of
 from train.config import Config, TrainError
 from train.log import Log
-from train.metrics import error_report, full_report
+from train.metrics import COLUMNS, error_report, full_report
 from train.model import Classifier
+from train.report import analysis
 from train.session import Session, Stopped
 from train.stage2 import freeze
 
@@ -275,7 +276,10 @@ class Fit:
         states = checkpoint.load_model(self.model_file)
         for module, state in zip((self.net, self.head), states, strict=True):
             module.load_state_dict(state)
-        rows = session.evaluate("test", self.net, self.head, self.cached)
+        more = analysis.rows_and_norms, analysis.WIDTH
+        rows = session.evaluate("test", self.net, self.head, self.cached, *more)
+        analysis.write(session, self.stage, self.net, self.head, rows)
+        rows = rows[:, : len(COLUMNS)]
         report = full_report(rows, session.data.test.labels, session.data.counts)
         report["selected_on"] = "last epoch" if self.select == "last" else self.select
         report["epoch"] = self.best[1]

@@ -19,6 +19,7 @@ from train.batches import (
 )
 from train.config import Config
 from train.metrics import COLUMNS, image_rows
+from train.report.analysis import sample
 from train.splits import LongTailed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +43,7 @@ class Session:
         self.device, self.console = torch.device(device), Console(quiet=rank > 0)
         self.parts = world * config.accumulate
         self.bad: set[str] = set()
+        self.sample = sample(data.train, data.num_classes)
         images = data.train.images
         statistics = channel_statistics(images) if isinstance(images, Tensor) else None
         self.loaders = {
@@ -56,7 +58,7 @@ class Session:
                 skip_bad=config.bad_images == "skip",
                 workers=config.workers,
             )
-            for name, split in data.splits()
+            for name, split in (*data.splits(), ("sample", self.sample))
         }
 
     def say(self, text: str) -> None:
@@ -107,19 +109,27 @@ class Session:
         return images.contiguous(memory_format=torch.channels_last) if last else images
 
     @torch.no_grad()
-    def evaluate(self, split: str, net: nn.Module, head: nn.Module, cached=None) -> Tensor:
-        """[M, COLUMNS] for the M images of a split, in every process; from the features in
-        `cached` where it is given."""
+    def evaluate(
+        self,
+        split: str,
+        net: nn.Module,
+        head: nn.Module,
+        cached=None,
+        rows_of=image_rows,
+        width: int = len(COLUMNS),
+    ) -> Tensor:
+        """The rows [M, width] that `rows_of` makes of the M images of a split, in every process;
+        from the features in `cached` where it is given."""
         net.eval()
-        size = len(getattr(self.data, split))
-        rows = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device=self.device)
+        size = len(self.sample if split == "sample" else getattr(self.data, split))
+        rows = torch.zeros(size, width, dtype=torch.float64, device=self.device)
         epoch = self.test_epoch(size)
         batches = self.features(net, split, *epoch)
         if cached:
             batches = map(cached[split].batch, range(len(epoch[1])))
         for positions, (features, labels) in zip(epoch[1], batches, strict=True):
             with self.autocast():
-                rows[positions] = image_rows(head, features, labels)
+                rows[positions] = rows_of(head, features, labels)
         return distributed.total(rows).cpu()
 
     def bad_images(self) -> set[str]:

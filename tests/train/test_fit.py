@@ -26,6 +26,7 @@ from train.batches import channel_statistics
 from train.config import TrainError
 from train.fit import Fit
 from train.model import Classifier, head_of_state
+from train.report import analysis
 from train.session import Session
 
 
@@ -221,6 +222,7 @@ def test_no_wait_per_step(monkeypatch, small_net, tmp_path, views, settings):
 
             total = []
             patch.setattr(Fit, "run", counted)
+            patch.setattr(analysis, "write", lambda *_: None)  # at the end, and by the data's size
             train_both(config, data)
         return sum(total)
 
