@@ -64,7 +64,8 @@ def describe(session: Session) -> None:
         f"{config.dataset}: {len(data.train):,} training images of {data.num_classes:,} classes, "
         f"{int(data.counts.max()):,} to {int(data.counts.min()):,} a class, "
         f"{len(data.val or ()):,} for validation, {len(data.test):,} for the test; {config.net}, "
-        f"{data.augment} transforms at {data.image_size} pixels, {session.world} process(es), "
+        f"{data.augment} transforms at {data.image_size} pixels, batches of {config.batch_size}, "
+        f"{session.world} process(es), "
         f"{session.device.type}"
         + (f"; [yellow]{empty} classes have no training image[/]" if empty else "")
     )

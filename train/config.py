@@ -136,8 +136,9 @@ class Config:
     select: Literal["auto", "val", "last", "test"] = "auto"
     """Which epoch's model is the result: the best on val, the last, or, knowingly, the best on
     test; auto is val where there is one, else last."""
-    eval_every: Count = 1
-    """Epochs between evaluations; the last is always evaluated."""
+    eval_every: NotNegativeCount = 0
+    """Epochs between evaluations; the last is always evaluated. 0: so many that evaluation costs at
+    most a fifth of the training."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of autocast."""
     channels_last: bool = False
@@ -184,6 +185,9 @@ def settle(config: Config, images: int, evaluated: int, small: bool) -> Config:
         chosen["batch_size"] = min(
             max(1 << most.bit_length() - 1, SMALLEST_BATCH), Config.batch_size
         )
+    if not config.eval_every:
+        # An image costs a third in evaluation of what its forward and backward pass cost.
+        chosen["eval_every"] = math.ceil(5 * evaluated / (3 * images))
     return dataclasses.replace(config, **chosen)
 
 

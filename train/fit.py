@@ -22,6 +22,7 @@ from train.stage2 import freeze
 
 MOMENTUM = 0.9  # the paper's, without Nesterov's correction
 LOOK = 50  # steps between looks at the loss, each of which waits for the device
+SMALLEST_KAPPA = -0.4  # of one that is learnt; the similarity ends at -1/2
 CHEAP = 10  # seconds of epochs on cached features that are cheaper to repeat than to save
 AGREE = 8  # steps after which several processes agree on whether to stop
 
@@ -32,11 +33,13 @@ def cosine_lr(lr: float, epoch: int, epochs: int) -> float:
 
 
 def make_optimizer(net: nn.Module, head: nn.Module, config: Config) -> torch.optim.SGD:
-    """SGD over the parameters that require gradients; the head's scale has a rate of its own."""
+    """SGD over the parameters that require gradients; the head's scale has a rate of its own, and
+    kappa no weight decay, which would draw it to the cosine's 0."""
     named = [*net.named_parameters(), *head.named_parameters()]
-    scale = [p for name, p in named if name == "s_"]
-    others = [p for name, p in named if name != "s_" and p.requires_grad]
+    scale, kappa = ([p for name, p in named if name == own] for own in ("s_", "kappa"))
+    others = [p for name, p in named if name not in ("s_", "kappa") and p.requires_grad]
     groups = [{"params": others, "factor": 1.0}, {"params": scale, "factor": config.scale_lr}]
+    groups.append({"params": kappa, "factor": 1.0, "weight_decay": 0.0})
     return torch.optim.SGD(
         groups, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=True
     )
@@ -68,6 +71,7 @@ class Fit:
             self.epochs = config.stage2_epochs
             self.batch_size = config.stage2_batch_size or self.batch_size
             self.lr = config.stage2_lr or self.lr
+        self.learns_kappa = any(name == "kappa" for name, _ in head.named_parameters())
         self.has_scale = any(name == "s_" for name, _ in head.named_parameters())
         self.optimizer = make_optimizer(net, head, config)
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=config.precision == "fp16")
@@ -143,7 +147,8 @@ class Fit:
             bar = progress.add_task(f"{head}, stage {self.stage}", total=self.epochs, note="")
             while self.epoch < self.epochs:
                 record = self.train_epoch(progress, bar)
-                if self.epoch + 1 == self.epochs or (self.epoch + 1) % config.eval_every == 0:
+                number = self.epoch + 1
+                if number == self.epochs or number % (config.eval_every or 1) == 0:
                     self.evaluate(record)
                 progress.update(bar, note=f"loss {record['loss']:.3f}")
                 if log:
@@ -229,6 +234,8 @@ class Fit:
             self.totals[1:] += counts
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.learns_kappa:
+            self.head.kappa.data.clamp_(min=SMALLEST_KAPPA)
         self.optimizer.zero_grad()
         self.step += 1
 

@@ -8,7 +8,16 @@ from typing import get_args
 
 import pytest
 
-from train.config import RECIPES, Config, Dataset, TrainError, load_recipe, parse_config, tomllib
+from train.config import (
+    RECIPES,
+    Config,
+    Dataset,
+    TrainError,
+    load_recipe,
+    parse_config,
+    settle,
+    tomllib,
+)
 from train.data import LOADERS
 from train.lists import PUBLISHED
 
@@ -160,3 +169,26 @@ def test_identity_is_what_decides_the_result():
     ):
         assert dataclasses.replace(config, **change).identity() != config.identity()
     assert json.loads(json.dumps(config.as_dict())) == config.as_dict()
+
+
+@pytest.mark.parametrize(
+    "images, epochs, batch",
+    [(6_151, 15, 16), (6_151, 90, 128), (6_151, 300, 256), (50, 1, 16), (437_513, 90, 256)],
+)
+def test_batch_of_zero_follows_from_the_number_of_images(images, epochs, batch):
+    config = settle(Config(batch_size=0, epochs=epochs), images, 100, small=True)
+    assert config.batch_size == batch
+    given = settle(Config(batch_size=64, epochs=epochs), images, 100, small=True)
+    assert given.batch_size == 64
+
+
+@pytest.mark.parametrize("evaluated, every", [(100, 1), (600, 1), (1000, 2), (6000, 10)])
+def test_evaluation_costs_at_most_a_fifth(evaluated, every):
+    assert settle(Config(), 1000, evaluated, small=True).eval_every == every
+    assert settle(Config(eval_every=7), 1000, evaluated, small=True).eval_every == 7
+
+
+def test_net_follows_from_the_size_of_the_images():
+    assert settle(Config(), 10, 10, small=True).net == "convnet"
+    assert settle(Config(), 10, 10, small=False).net == "resnet10"
+    assert settle(Config(net="resnet50"), 10, 10, small=True).net == "resnet50"
