@@ -4,6 +4,7 @@ Every random draw is a function of (seed, stage, epoch, position in the epoch). 
 keeps no generator's state, and the number of workers or processes changes no image.
 """
 
+import math
 import os
 import signal
 import threading
@@ -20,6 +21,9 @@ from torchvision.transforms import v2
 from train.images import bad_image, read_image
 from train.splits import Split
 
+# The reach of random affine transforms: degrees, the logarithm of the scale, the shear's slope, and
+# the part of the image's side.
+TURN, SCALE, SHEAR, MOVE = 10, 0.2, 0.1, 0.1
 GROUP = 4  # images of one class in a row, as in the paper's code
 NO_LABEL = -100  # label of an image that could not be read; the heads ignore it
 
@@ -70,6 +74,21 @@ def balanced_over_classes(labels: Tensor, batch_size: int, seed: int) -> Tensor:
     return torch.tensor(order[:size])
 
 
+def balanced_over_square_roots(labels: Tensor, batch_size: int, seed: int) -> Tensor:
+    """The order of an epoch of stage 2, [N]: draws with replacement in which the share of a class
+    is proportional to the square root of its size."""
+    weights = torch.bincount(labels).double().rsqrt()[labels]
+    draw = torch.Generator().manual_seed(seed)
+    return torch.multinomial(weights, len(labels), replacement=True, generator=draw)
+
+
+SAMPLING = {
+    "images": balanced_over_images,
+    "sqrt": balanced_over_square_roots,
+    "classes": balanced_over_classes,
+}
+
+
 def steps_of(size: int, batch_size: int, parts: int) -> int:
     """Steps of an epoch. A last batch is dropped if it gives a part fewer than two images."""
     steps, rest = divmod(size, batch_size)
@@ -94,13 +113,19 @@ class Lighting(v2.Transform):
         return image + (self.components @ (torch.randn(3) * self.std)).view(3, 1, 1)
 
 
-def file_transforms(augment: str, size: int, train: bool) -> v2.Transform:
-    """The transforms of the paper's code, from a PIL image to float32 [3, size, size]."""
+def file_transforms(augment: str, size: int, train: bool, erase: float = 0.0) -> v2.Transform:
+    """The transforms of the paper's code, or affine ones, from a PIL image to float32
+    [3, size, size]."""
     tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    normalise = [v2.Normalize(*STATISTICS[augment])]
+    normalise = [v2.Normalize(*STATISTICS["inat" if augment == "inat" else "imagenet"])]
+    crop = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
     if not train:
-        crop = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
         return v2.Compose(crop + tensor + normalise)
+    if augment == "affine":
+        sizes = (math.exp(-SCALE), math.exp(SCALE))
+        shear = math.degrees(math.atan(SHEAR))
+        crop.append(v2.RandomAffine(TURN, (MOVE, MOVE), sizes, shear))
+        return v2.Compose(crop + tensor + normalise + [v2.RandomErasing(erase)])
     crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     if augment == "imagenet":
         crop.append(v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4))
@@ -123,13 +148,43 @@ def shift(images: Tensor, offsets: Tensor, reach: int) -> Tensor:
     return moved.permute(0, 3, 1, 2)
 
 
+def random_affine(images: Tensor, draws: Tensor) -> Tensor:
+    """Turns, stretches, shears and moves each image, and repeats the pixels of its border.
+
+    images [B, channels, height, width], draws [B, 6] uniform in [0, 1).
+    """
+    turn, size, stretch, shear, *move = (2 * draws - 1).unbind(1)
+    turn = math.radians(TURN) * turn
+    wide, high = torch.exp(SCALE * size), torch.exp(SCALE * size + SCALE / 2 * stretch)
+    across, down = (2 * MOVE * m for m in move)  # the image goes from -1 to 1
+    rows = (
+        torch.stack([turn.cos() * wide, (SHEAR * shear - turn.sin()) * wide, across], 1),
+        torch.stack([turn.sin() * high, turn.cos() * high, down], 1),
+    )
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def erase(images: Tensor, draws: Tensor, share: float, fill: Tensor) -> Tensor:
+    """Fills a rectangle in a share of the images, as random erasing does (Zhong et al., AAAI 2020).
+
+    images [B, channels, height, width], draws [B, 5] uniform in [0, 1), fill [channels, 1, 1].
+    """
+    inside = draws[:, 4, None, None] < share
+    for axis, length in enumerate(images.shape[2:]):
+        place = torch.arange(length, device=images.device) / length
+        centre, side = draws[:, axis, None], 0.1 + 0.4 * draws[:, axis + 2, None]
+        inside = inside & ((place - centre).abs() < side / 2).unsqueeze(2 - axis)
+    return torch.where(inside[:, None], fill, images)
+
+
 class FileImages(TorchDataset):
     """Maps (index, epoch's seed, position) to (image [3, size, size], label, None), or to (zeros,
     NO_LABEL, message) where the file cannot be read."""
 
-    def __init__(self, split: Split, augment: str, size: int, train: bool):
+    def __init__(self, split: Split, augment: str, size: int, train: bool, erase: float = 0.0):
         self.split, self.size, self.train = split, size, train
-        self.transforms = file_transforms(augment, size, train)
+        self.transforms = file_transforms(augment, size, train, erase)
 
     def __getitem__(self, item: tuple[int, int, int]):
         index, *position = item
@@ -186,11 +241,13 @@ class Loader:
         *,
         train: bool,
         flip: bool = False,
+        erase: float = 0.0,
         statistics: tuple[Tensor, Tensor] | None = None,
         skip_bad: bool = False,
         workers: int = 0,
     ):
         self.device, self.train, self.flip, self.skip_bad = device, train, flip, skip_bad
+        self.augment, self.erase = augment, erase
         self.bad: set[str] = set()
         self.in_memory = isinstance(split.images, Tensor)
         if self.in_memory:
@@ -198,7 +255,7 @@ class Loader:
             self.mean, self.std = (s.view(-1, 1, 1).to(device) for s in statistics)
             self.reach = max(1, round(image_size / 14))  # 2 pixels for MNIST's 28
         else:
-            files, self.sampler = FileImages(split, augment, image_size, train), []
+            files, self.sampler = FileImages(split, augment, image_size, train, erase), []
             self.files = DataLoader(
                 files,
                 batch_sampler=self.sampler,
@@ -221,18 +278,28 @@ class Loader:
 
     def _from_memory(self, order, batches, epoch_seed):
         if self.train:
-            draws = torch.rand(len(order), 3, generator=torch.Generator().manual_seed(epoch_seed))
+            width = 3 if self.augment == "small" else 14
+            draw = torch.Generator().manual_seed(epoch_seed)
+            draws = torch.rand(len(order), width, generator=draw)
         for batch in batches:
             index = order[batch].to(self.device, non_blocking=True)
             images = self.images[index].float().div_(255)
             if self.train:
-                drawn = draws[batch].to(self.device, non_blocking=True)
-                offsets = (drawn[:, :2] * (2 * self.reach + 1)).long().t() - self.reach
-                images = shift(images, offsets, self.reach)
-                if self.flip:
-                    mirrored = drawn[:, 2, None, None, None] < 0.5
-                    images = torch.where(mirrored, images.flip(3), images)
+                images = self._augmented(images, draws[batch].to(self.device, non_blocking=True))
             yield (images - self.mean) / self.std, self.labels[index]
+
+    def _augmented(self, images, drawn):
+        if self.augment == "small":
+            offsets = (drawn[:, :2] * (2 * self.reach + 1)).long().t() - self.reach
+            images = shift(images, offsets, self.reach)
+        else:
+            images = random_affine(images, drawn[:, 3:9])
+        if self.flip:
+            mirrored = drawn[:, 2, None, None, None] < 0.5
+            images = torch.where(mirrored, images.flip(3), images)
+        if self.erase:
+            images = erase(images, drawn[:, 9:14], self.erase, self.mean)
+        return images
 
     def _from_files(self, order, batches, epoch_seed):
         # Workers stay from epoch to epoch and hold this one list, which is therefore filled anew.

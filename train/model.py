@@ -1,6 +1,5 @@
 """Backbones, which map images to features [B, num_features], and heads, which classify these."""
 
-import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -75,24 +74,37 @@ class SoftmaxHead(nn.Linear):
     logits = nn.Linear.forward
     scale = None
 
+    def __init__(self, num_features: int, num_classes: int, bias=True, prior: Tensor | None = None):
+        super().__init__(num_features, num_classes, bias)
+        self.register_buffer("prior", prior, persistent=False)
+
     def row_statistics(self, features: Tensor, labels: Tensor) -> SoftmaxStatistics:
         logits = self(features).float()
         target = logits.gather(1, labels.clamp(min=0)[:, None])
         rank = torch.where(labels < 0, -1, (~(logits <= target)).sum(1))  # a NaN is an error
+        logits = logits if self.prior is None else logits + self.prior
         return SoftmaxStatistics(F.cross_entropy(logits, labels, reduction="none"), rank)
 
     def loss(self, stats: SoftmaxStatistics, labels: Tensor) -> Tensor:
         return stats.loss.sum()
 
 
-def make_head(name: str, num_features: int, num_classes: int, config: Config) -> nn.Module:
-    """The head of that name, whose loss is a sum over images."""
+def make_head(
+    name: str, num_features: int, num_classes: int, config: Config, prior: Tensor | None = None
+) -> nn.Module:
+    """The head of that name, whose loss is a sum over images; `prior` [C] is added to its logits
+    in the loss alone."""
     if name == "softmax":
-        return SoftmaxHead(num_features, num_classes)
-    kappa = config.kappa if name == "tvmf" else 0.0
-    head = TvMFLoss(num_features, num_classes, kappa=kappa, reduction="sum")
-    nn.init.constant_(head.s_, math.log(math.expm1(config.scale_start - 1)))
-    return head
+        return SoftmaxHead(num_features, num_classes, prior=prior)
+    return TvMFLoss(
+        num_features,
+        num_classes,
+        kappa=config.kappa if name == "tvmf" else 0.0,
+        learn_kappa=config.learn_kappa and name == "tvmf",
+        scale=config.scale_start,
+        prior=prior,
+        reduction="sum",
+    )
 
 
 def head_of_state(state: dict[str, Tensor]) -> nn.Module:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from train import distributed
 from train.batches import (
+    SAMPLING,
     Loader,
-    balanced_over_classes,
-    balanced_over_images,
     channel_statistics,
     seed_of,
     share,
@@ -21,6 +20,7 @@ from train.config import Config
 from train.metrics import COLUMNS, image_rows
 from train.report.analysis import sample
 from train.splits import LongTailed
+from tvmf_ext.margin import log_prior
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVAL_BATCH = 256
@@ -44,6 +44,7 @@ class Session:
         self.parts = world * config.accumulate
         self.bad: set[str] = set()
         self.sample = sample(data.train, data.num_classes)
+        self.log_prior = log_prior(data.counts).to(self.device)
         images = data.train.images
         statistics = channel_statistics(images) if isinstance(images, Tensor) else None
         self.loaders = {
@@ -54,6 +55,7 @@ class Session:
                 self.device,
                 train=name == "train",
                 flip=config.flip,
+                erase=config.erase,
                 statistics=statistics,
                 skip_bad=config.bad_images == "skip",
                 workers=config.workers,
@@ -78,12 +80,14 @@ class Session:
         """The order of an epoch's images; this process's batches, each of positions in that order,
         `accumulate` batches a step; and the seed of the augmentation."""
         config, seed = self.config, seed_of(self.config.seed, stage, epoch)
-        draw = balanced_over_images if stage == 1 else balanced_over_classes
-        order = draw(self.data.train.labels, config.batch_size, seed)
+        sampling, size = "images", config.batch_size
+        if stage == 2:
+            sampling, size = config.sampling, config.stage2_batch_size or size
+        order = SAMPLING[sampling](self.data.train.labels, size, seed)
         first = self.rank * config.accumulate
         batches = [
-            share(step, len(order), config.batch_size, part, self.parts)
-            for step in range(steps_of(len(order), config.batch_size, self.parts))
+            share(step, len(order), size, part, self.parts)
+            for step in range(steps_of(len(order), size, self.parts))
             for part in range(first, first + config.accumulate)
         ]
         return order, batches, seed
@@ -129,7 +133,7 @@ class Session:
             batches = map(cached[split].batch, range(len(epoch[1])))
         for positions, (features, labels) in zip(epoch[1], batches, strict=True):
             with self.autocast():
-                rows[positions] = rows_of(head, features, labels)
+                rows[positions] = rows_of(head, features, labels, self.log_prior)
         return distributed.total(rows).cpu()
 
     def bad_images(self) -> set[str]:

@@ -36,10 +36,10 @@ def sample(train: Split, num_classes: int) -> Split:
 
 
 @torch.no_grad()
-def rows_and_norms(head: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
+def rows_and_norms(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
     """[B, WIDTH]: image_rows, and the norm of each feature."""
     norm = features.double().norm(dim=1, keepdim=True)
-    return torch.cat([image_rows(head, features, labels), norm], 1)
+    return torch.cat([image_rows(head, features, labels, prior), norm], 1)
 
 
 def degrees(cosine: Tensor) -> Tensor:
