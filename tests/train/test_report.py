@@ -116,7 +116,7 @@ def test_curves(groups):
     assert [list(trace.y) for trace in softmax] == [[1.0, 1.0]]
     area, mean = tvmf  # losses of 1, 2 and 3
     assert list(mean.y) == [2.0, 2.0] and list(area.y) == [3.0, 3.0, 1.0, 1.0]
-    assert list(killed[0].x) == [1] and killed[0].marker.size[0] > softmax[0].marker.size[0]
+    assert list(killed[0].x) == [1] and killed[0].marker.size > softmax[0].marker.size
     assert fig.layout.xaxis.dtick == 1 and fig.layout.yaxis.title.text == "loss (nats)"
     errors = by_group(figures.curve(groups, 1, "error1", "error@1 (%)"))[0]
     assert [(t.line.dash, list(t.y)) for t in errors] == [

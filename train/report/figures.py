@@ -57,8 +57,9 @@ def curve(groups: list[Group], stage: int, key: str, title: str) -> go.Figure | 
             seeds = [f" ± {s:.3g}" if s else "" for s in spread]
             trace = line(i, x, mean, about or group.label, dash, seeds)
             stars = [epoch in chosen and split is not None for epoch in x]
-            trace.marker.symbol = ["star" if star else "circle" for star in stars]
-            trace.marker.size = [11 if star else (7 if len(x) == 1 else 4) for star in stars]
+            if any(stars):
+                trace.marker.symbol = ["star" if star else "circle" for star in stars]
+                trace.marker.size = [11 if star else trace.marker.size for star in stars]
             fig.add_trace(trace)
     epoch_axis(fig, most)
     if key == "lr":

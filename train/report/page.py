@@ -18,7 +18,7 @@ from train.report.runs import STAGES, Group, settings, typed
 from train.report.traces import color_of
 
 HERE = Path(__file__).parent
-MANY = 20  # elements of a list that the page has once for all traces
+MANY = 2  # A list of more elements is in the page once for all traces that have it.
 
 
 @dataclass
