@@ -81,8 +81,11 @@ class Config:
     """Mirror small images at random; the other transforms always do so."""
     image_size: NotNegativeCount = 0
     """Side of the images in pixels. 0: small images keep their size, others get at most 224."""
-    net: Annotated[str, Field(pattern="^(auto|convnet|resnet10|resnet50|timm:.+)$")] = "auto"
-    """convnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image size."""
+    net: Annotated[str, Field(pattern="^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$")] = (
+        "auto"
+    )
+    """convnet or gridnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image
+    size."""
     pretrained: bool = False
     """Let timm load the pretrained weights of timm:NAME."""
     model: Path | None = None
@@ -179,7 +182,7 @@ def settle(config: Config, images: int, evaluated: int, small: bool) -> Config:
     images after an epoch, all of them `small` or not."""
     chosen: dict[str, Any] = {}
     if config.net == "auto":
-        chosen["net"] = "convnet" if small else "resnet10"
+        chosen["net"] = "gridnet" if small else "resnet10"
     if not config.batch_size:
         most = max(1, images * config.epochs // ENOUGH_STEPS)
         chosen["batch_size"] = min(

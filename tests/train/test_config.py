@@ -189,6 +189,6 @@ def test_evaluation_costs_at_most_a_fifth(evaluated, every):
 
 
 def test_net_follows_from_the_size_of_the_images():
-    assert settle(Config(), 10, 10, small=True).net == "convnet"
+    assert settle(Config(), 10, 10, small=True).net == "gridnet"
     assert settle(Config(), 10, 10, small=False).net == "resnet10"
     assert settle(Config(net="resnet50"), 10, 10, small=True).net == "resnet50"

@@ -123,12 +123,11 @@ def test_start_from_means(tmp_path):
     random = head.weight.detach().clone()
     stage2.start_from_means(run, net, head)
     net.eval()
-    features, labels = zip(
-        *((net(x).detach(), y) for x, y in run.loaders["train"](*run.epoch(1, run.config.epochs))),
-        strict=True,
-    )
-    features, labels = F.normalize(torch.cat(features)), torch.cat(labels)
-    assert sorted(labels.tolist()) == [0] * 9 + [1] * 5 + [3] * 2
+    loader = run.loader(data.train, train=False)
+    batches = [(net(images).detach(), y) for images, y in loader(*run.test_epoch(16))]
+    features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    features = F.normalize(features)
+    assert labels.tolist() == [0] * 9 + [1] * 5 + [3] * 2
     for c in (0, 1, 3):
         mean = F.normalize(features[labels == c].sum(0), dim=0)
         torch.testing.assert_close(head.weight[c].detach(), mean)
