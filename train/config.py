@@ -43,6 +43,7 @@ Count = Annotated[int, Field(ge=1)]
 NotNegativeCount = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NETS = "^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$"
 Kappa = Annotated[float, Field(gt=-0.5, allow_inf_nan=False)]
 
 
@@ -113,9 +114,9 @@ class Config:
     sampling: Literal["classes", "sqrt", "images"] = "classes"
     """Stage 2 draws every class equally often, by the square root of its size, or every image
     equally often."""
-    stage2_start: Literal["fresh", "means"] = "fresh"
-    """Weights of stage 2's head at the start: random, or the mean training feature of each
-    class."""
+    stage2_start: Literal["fresh", "means", "stage1"] = "fresh"
+    """Weights of stage 2's head at the start: random, the mean training feature of each class, or
+    those of stage 1's head."""
     stage2_kappa: Kappa = 0.0
     """Kappa of stage 2's head; 0 is the cosine head."""
     stage2_prior: NotNegative = 0.0

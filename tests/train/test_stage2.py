@@ -8,6 +8,7 @@ from torch import nn
 from tests.train.runs import configure, equal, feat, in_memory, load_state, records, train_both
 from train import stage2, stages
 from train.features import Cached
+from train.fit import Fit
 from train.model import make_head, make_net
 from train.session import Session
 
@@ -167,3 +168,25 @@ def test_sampling_of_stage2(tmp_path, sampling):
     wanted = data.counts.double() ** power
     torch.testing.assert_close(shares, wanted / wanted.sum(), rtol=0, atol=0.03)
     assert torch.equal(run.epoch(1, 0)[0].sort().values, torch.arange(529))
+
+
+@pytest.mark.parametrize("head", ["softmax", "tvmf"])
+def test_start_from_stage1(monkeypatch, small_net, tmp_path, head):
+    data, started = in_memory(), []
+    run = Fit.run
+
+    def spy(self):
+        started.append(self.head.weight.detach().clone())
+        return run(self)
+
+    monkeypatch.setattr(Fit, "run", spy)
+    config = configure(tmp_path / "first", head=head, stage2_start="stage1")
+    train_both(config, data)
+    trained = load_state(tmp_path / "first/stage1.pt")["fc_state_dict"]["weight"]
+    torch.testing.assert_close(started[1], F.normalize(trained))
+
+    # A model with other classes starts from class means.
+    fewer = in_memory((13, 7, 4), (5, 4, 4))
+    model = tmp_path / "first/stage1.pt"
+    train_both(configure(tmp_path / "second", model=model, stage2_start="stage1"), fewer)
+    torch.testing.assert_close(started[2].norm(dim=1), torch.ones(3))
