@@ -22,7 +22,7 @@ else:
 
 RECIPES = Path(__file__).with_name("recipes.toml")
 # A batch of 0 becomes the largest power of two with which stage 1 has this many steps.
-ENOUGH_STEPS, SMALLEST_BATCH = 3000, 16
+ENOUGH_STEPS, SMALLEST_BATCH = 2000, 16
 # Fields that do not decide a run's result: --resume may change them, and runs that differ in them
 # alone are one group in a report.
 NO_RESULT = (

@@ -173,7 +173,7 @@ def test_identity_is_what_decides_the_result():
 
 @pytest.mark.parametrize(
     "images, epochs, batch",
-    [(6_151, 15, 16), (6_151, 90, 128), (6_151, 300, 256), (50, 1, 16), (437_513, 90, 256)],
+    [(6_151, 15, 32), (6_151, 60, 128), (6_151, 90, 256), (50, 1, 16), (437_513, 90, 256)],
 )
 def test_batch_of_zero_follows_from_the_number_of_images(images, epochs, batch):
     config = settle(Config(batch_size=0, epochs=epochs), images, 100, small=True)
