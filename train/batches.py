@@ -113,19 +113,13 @@ class Lighting(v2.Transform):
         return image + (self.components @ (torch.randn(3) * self.std)).view(3, 1, 1)
 
 
-def file_transforms(augment: str, size: int, train: bool, erase: float = 0.0) -> v2.Transform:
-    """The transforms of the paper's code, or affine ones, from a PIL image to float32
-    [3, size, size]."""
+def file_transforms(augment: str, size: int, train: bool) -> v2.Transform:
+    """The transforms of the paper's code, from a PIL image to float32 [3, size, size]."""
     tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    normalise = [v2.Normalize(*STATISTICS["inat" if augment == "inat" else "imagenet"])]
-    crop = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+    normalise = [v2.Normalize(*STATISTICS[augment])]
     if not train:
+        crop = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
         return v2.Compose(crop + tensor + normalise)
-    if augment == "affine":
-        sizes = (math.exp(-SCALE), math.exp(SCALE))
-        shear = math.degrees(math.atan(SHEAR))
-        crop.append(v2.RandomAffine(TURN, (MOVE, MOVE), sizes, shear))
-        return v2.Compose(crop + tensor + normalise + [v2.RandomErasing(erase)])
     crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     if augment == "imagenet":
         crop.append(v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4))
@@ -182,9 +176,9 @@ class FileImages(TorchDataset):
     """Maps (index, epoch's seed, position) to (image [3, size, size], label, None), or to (zeros,
     NO_LABEL, message) where the file cannot be read."""
 
-    def __init__(self, split: Split, augment: str, size: int, train: bool, erase: float = 0.0):
+    def __init__(self, split: Split, augment: str, size: int, train: bool):
         self.split, self.size, self.train = split, size, train
-        self.transforms = file_transforms(augment, size, train, erase)
+        self.transforms = file_transforms(augment, size, train)
 
     def __getitem__(self, item: tuple[int, int, int]):
         index, *position = item
@@ -255,7 +249,7 @@ class Loader:
             self.mean, self.std = (s.view(-1, 1, 1).to(device) for s in statistics)
             self.reach = max(1, round(image_size / 14))  # 2 pixels for MNIST's 28
         else:
-            files, self.sampler = FileImages(split, augment, image_size, train, erase), []
+            files, self.sampler = FileImages(split, augment, image_size, train), []
             self.files = DataLoader(
                 files,
                 batch_sampler=self.sampler,

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from train import checkpoint, distributed
 from train.config import Config, settle
-from train.data import load_data
+from train.data import IN_MEMORY, load_data
 from train.log import has_tensorboard
 from train.metrics import FIGURES, SIZES
 from train.session import Session, Stopped
@@ -33,7 +33,7 @@ def run(config: Config) -> None:
     rank, world, device = distributed.start(config.device)
     data = load_data(config, quiet=rank > 0)
     evaluated = len(data.test if data.val is None else data.val)
-    config = settle(config, len(data.train), evaluated, data.in_memory)
+    config = settle(config, len(data.train), evaluated, data.augment in IN_MEMORY)
     session = Session(config, data, rank, world, device)
     heed_signals(session)
     describe(session)

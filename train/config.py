@@ -22,7 +22,7 @@ else:
 
 RECIPES = Path(__file__).with_name("recipes.toml")
 # A batch of 0 becomes the largest power of two with which stage 1 has this many steps.
-ENOUGH_STEPS, SMALLEST_BATCH = 3000, 16
+ENOUGH_STEPS, SMALLEST_BATCH = 2000, 16
 # Fields that do not decide a run's result: --resume may change them, and runs that differ in them
 # alone are one group in a report.
 NO_RESULT = (
@@ -43,6 +43,7 @@ Count = Annotated[int, Field(ge=1)]
 NotNegativeCount = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NETS = "^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$"
 Kappa = Annotated[float, Field(gt=-0.5, allow_inf_nan=False)]
 
 
@@ -81,8 +82,11 @@ class Config:
     """Mirror small images at random; the other transforms always do so."""
     image_size: NotNegativeCount = 0
     """Side of the images in pixels. 0: small images keep their size, others get at most 224."""
-    net: Annotated[str, Field(pattern="^(auto|convnet|resnet10|resnet50|timm:.+)$")] = "auto"
-    """convnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image size."""
+    net: Annotated[str, Field(pattern="^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$")] = (
+        "auto"
+    )
+    """convnet or gridnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image
+    size."""
     pretrained: bool = False
     """Let timm load the pretrained weights of timm:NAME."""
     model: Path | None = None
@@ -110,9 +114,9 @@ class Config:
     sampling: Literal["classes", "sqrt", "images"] = "classes"
     """Stage 2 draws every class equally often, by the square root of its size, or every image
     equally often."""
-    stage2_start: Literal["fresh", "means"] = "fresh"
-    """Weights of stage 2's head at the start: random, or the mean training feature of each
-    class."""
+    stage2_start: Literal["fresh", "means", "stage1"] = "fresh"
+    """Weights of stage 2's head at the start: random, the mean training feature of each class, or
+    those of stage 1's head."""
     stage2_kappa: Kappa = 0.0
     """Kappa of stage 2's head; 0 is the cosine head."""
     stage2_prior: NotNegative = 0.0
@@ -179,7 +183,7 @@ def settle(config: Config, images: int, evaluated: int, small: bool) -> Config:
     images after an epoch, all of them `small` or not."""
     chosen: dict[str, Any] = {}
     if config.net == "auto":
-        chosen["net"] = "convnet" if small else "resnet10"
+        chosen["net"] = "gridnet" if small else "resnet10"
     if not config.batch_size:
         most = max(1, images * config.epochs // ENOUGH_STEPS)
         chosen["batch_size"] = min(

@@ -19,7 +19,7 @@ from train.batches import (
 from train.config import Config
 from train.metrics import COLUMNS, image_rows
 from train.report.analysis import sample
-from train.splits import LongTailed
+from train.splits import LongTailed, Split
 from tvmf_ext.margin import log_prior
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,22 +46,25 @@ class Session:
         self.sample = sample(data.train, data.num_classes)
         self.log_prior = log_prior(data.counts).to(self.device)
         images = data.train.images
-        statistics = channel_statistics(images) if isinstance(images, Tensor) else None
-        self.loaders = {
-            name: Loader(
-                split,
-                data.augment,
-                data.image_size,
-                self.device,
-                train=name == "train",
-                flip=config.flip,
-                erase=config.erase,
-                statistics=statistics,
-                skip_bad=config.bad_images == "skip",
-                workers=config.workers,
-            )
-            for name, split in (*data.splits(), ("sample", self.sample))
-        }
+        self.statistics = channel_statistics(images) if isinstance(images, Tensor) else None
+        splits = (*data.splits(), ("sample", self.sample))
+        self.loaders = {name: self.loader(split, name == "train") for name, split in splits}
+
+    def loader(self, split: Split, train: bool) -> Loader:
+        """Batches of a split, augmented for training or as they are tested."""
+        config, data = self.config, self.data
+        return Loader(
+            split,
+            data.augment,
+            data.image_size,
+            self.device,
+            train=train,
+            flip=config.flip,
+            erase=config.erase,
+            statistics=self.statistics,
+            skip_bad=config.bad_images == "skip",
+            workers=config.workers,
+        )
 
     def say(self, text: str) -> None:
         """Prints a line, in the first process alone."""
@@ -97,10 +100,11 @@ class Session:
         mine = torch.arange(self.rank, size, self.world)
         return torch.arange(size), list(mine.split(EVAL_BATCH)) if len(mine) else [], 0
 
-    def features(self, net: nn.Module, split: str, *epoch):
+    def features(self, net: nn.Module, split: str | Loader, *epoch):
         """Yields features and labels of an epoch's batches. A run that is asked to stop leaves at
         once, as these are computed again when it is resumed."""
-        for images, labels in self.loaders[split](*epoch):
+        loader = self.loaders[split] if isinstance(split, str) else split
+        for images, labels in loader(*epoch):
             if self.stopping and self.world == 1:  # others might wait for this process
                 raise Stopped
             with self.autocast():

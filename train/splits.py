@@ -44,7 +44,6 @@ class LongTailed:
     counts: Tensor | None = None
     """[C]: training images of each class, after --subset and before --label-noise."""
     augment: str = "small"
-    in_memory: bool = True
     image_size: int = 0
     bad_images: int = 0
     """Images left out while small images were read; Session counts those that it meets later."""

@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train import checkpoint, distributed
@@ -88,8 +89,7 @@ def train_stage2(
 ) -> dict:
     """Trains a new cosine head on the frozen backbone, on every class equally often."""
     config = session.config
-    if config.model is None:
-        checkpoint.fill(net, config.out / "stage1.pt", config.net)
+    before = checkpoint.fill(net, config.model or config.out / "stage1.pt", config.net)["weight"]
     net.requires_grad_(False)
     torch.manual_seed(seed_of(config.seed, 2))
     counts, tau, kappa = session.data.counts, config.stage2_prior, config.stage2_kappa
@@ -100,7 +100,10 @@ def train_stage2(
         shift_statistics(session, net)
     cached = cache_features(session, net) if config.views else None
     head = head.to(session.device)
-    if config.stage2_start == "means" and saved is None:
+    if config.stage2_start == "stage1" and before.shape == head.weight.shape:
+        with torch.no_grad():
+            head.weight.copy_(F.normalize(before))
+    elif config.stage2_start != "fresh" and saved is None:  # --model may have other classes
         start_from_means(session, net, head)
     fit = Fit(session, 2, net, head, cached, results)
     if saved:

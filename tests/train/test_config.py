@@ -173,7 +173,7 @@ def test_identity_is_what_decides_the_result():
 
 @pytest.mark.parametrize(
     "images, epochs, batch",
-    [(6_151, 15, 16), (6_151, 90, 128), (6_151, 300, 256), (50, 1, 16), (437_513, 90, 256)],
+    [(6_151, 15, 32), (6_151, 60, 128), (6_151, 90, 256), (50, 1, 16), (437_513, 90, 256)],
 )
 def test_batch_of_zero_follows_from_the_number_of_images(images, epochs, batch):
     config = settle(Config(batch_size=0, epochs=epochs), images, 100, small=True)
@@ -189,6 +189,6 @@ def test_evaluation_costs_at_most_a_fifth(evaluated, every):
 
 
 def test_net_follows_from_the_size_of_the_images():
-    assert settle(Config(), 10, 10, small=True).net == "convnet"
+    assert settle(Config(), 10, 10, small=True).net == "gridnet"
     assert settle(Config(), 10, 10, small=False).net == "resnet10"
     assert settle(Config(net="resnet50"), 10, 10, small=True).net == "resnet50"

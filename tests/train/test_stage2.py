@@ -8,6 +8,7 @@ from torch import nn
 from tests.train.runs import configure, equal, feat, in_memory, load_state, records, train_both
 from train import stage2, stages
 from train.features import Cached
+from train.fit import Fit
 from train.model import make_head, make_net
 from train.session import Session
 
@@ -123,12 +124,11 @@ def test_start_from_means(tmp_path):
     random = head.weight.detach().clone()
     stage2.start_from_means(run, net, head)
     net.eval()
-    features, labels = zip(
-        *((net(x).detach(), y) for x, y in run.loaders["train"](*run.epoch(1, run.config.epochs))),
-        strict=True,
-    )
-    features, labels = F.normalize(torch.cat(features)), torch.cat(labels)
-    assert sorted(labels.tolist()) == [0] * 9 + [1] * 5 + [3] * 2
+    loader = run.loader(data.train, train=False)
+    batches = [(net(images).detach(), y) for images, y in loader(*run.test_epoch(16))]
+    features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    features = F.normalize(features)
+    assert labels.tolist() == [0] * 9 + [1] * 5 + [3] * 2
     for c in (0, 1, 3):
         mean = F.normalize(features[labels == c].sum(0), dim=0)
         torch.testing.assert_close(head.weight[c].detach(), mean)
@@ -168,3 +168,25 @@ def test_sampling_of_stage2(tmp_path, sampling):
     wanted = data.counts.double() ** power
     torch.testing.assert_close(shares, wanted / wanted.sum(), rtol=0, atol=0.03)
     assert torch.equal(run.epoch(1, 0)[0].sort().values, torch.arange(529))
+
+
+@pytest.mark.parametrize("head", ["softmax", "tvmf"])
+def test_start_from_stage1(monkeypatch, small_net, tmp_path, head):
+    data, started = in_memory(), []
+    run = Fit.run
+
+    def spy(self):
+        started.append(self.head.weight.detach().clone())
+        return run(self)
+
+    monkeypatch.setattr(Fit, "run", spy)
+    config = configure(tmp_path / "first", head=head, stage2_start="stage1")
+    train_both(config, data)
+    trained = load_state(tmp_path / "first/stage1.pt")["fc_state_dict"]["weight"]
+    torch.testing.assert_close(started[1], F.normalize(trained))
+
+    # A model with other classes starts from class means.
+    fewer = in_memory((13, 7, 4), (5, 4, 4))
+    model = tmp_path / "first/stage1.pt"
+    train_both(configure(tmp_path / "second", model=model, stage2_start="stage1"), fewer)
+    torch.testing.assert_close(started[2].norm(dim=1), torch.ones(3))
