@@ -4,6 +4,7 @@ Every random draw is a function of (seed, stage, epoch, position in the epoch). 
 keeps no generator's state, and the number of workers or processes changes no image.
 """
 
+import math
 import os
 import signal
 import threading
@@ -20,6 +21,9 @@ from torchvision.transforms import v2
 from train.images import bad_image, read_image
 from train.splits import Split
 
+# The reach of random affine transforms: degrees, the logarithm of the scale, the shear's slope, and
+# the part of the image's side.
+TURN, SCALE, SHEAR, MOVE = 10, 0.2, 0.1, 0.1
 GROUP = 4  # images of one class in a row, as in the paper's code
 NO_LABEL = -100  # label of an image that could not be read; the heads ignore it
 
@@ -68,6 +72,21 @@ def balanced_over_classes(labels: Tensor, batch_size: int, seed: int) -> Tensor:
         members = images[next(classes)]
         order += [next(members) for _ in range(GROUP)]
     return torch.tensor(order[:size])
+
+
+def balanced_over_square_roots(labels: Tensor, batch_size: int, seed: int) -> Tensor:
+    """The order of an epoch of stage 2, [N]: draws with replacement in which the share of a class
+    is proportional to the square root of its size."""
+    weights = torch.bincount(labels).double().rsqrt()[labels]
+    draw = torch.Generator().manual_seed(seed)
+    return torch.multinomial(weights, len(labels), replacement=True, generator=draw)
+
+
+SAMPLING = {
+    "images": balanced_over_images,
+    "sqrt": balanced_over_square_roots,
+    "classes": balanced_over_classes,
+}
 
 
 def steps_of(size: int, batch_size: int, parts: int) -> int:
@@ -121,6 +140,36 @@ def shift(images: Tensor, offsets: Tensor, reach: int) -> Tensor:
     # Indices on both sides of the channels move these to the end.
     moved = padded[item[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2)
+
+
+def random_affine(images: Tensor, draws: Tensor) -> Tensor:
+    """Turns, stretches, shears and moves each image, and repeats the pixels of its border.
+
+    images [B, channels, height, width], draws [B, 6] uniform in [0, 1).
+    """
+    turn, size, stretch, shear, *move = (2 * draws - 1).unbind(1)
+    turn = math.radians(TURN) * turn
+    wide, high = torch.exp(SCALE * size), torch.exp(SCALE * size + SCALE / 2 * stretch)
+    across, down = (2 * MOVE * m for m in move)  # the image goes from -1 to 1
+    rows = (
+        torch.stack([turn.cos() * wide, (SHEAR * shear - turn.sin()) * wide, across], 1),
+        torch.stack([turn.sin() * high, turn.cos() * high, down], 1),
+    )
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def erase(images: Tensor, draws: Tensor, share: float, fill: Tensor) -> Tensor:
+    """Fills a rectangle in a share of the images, as random erasing does (Zhong et al., AAAI 2020).
+
+    images [B, channels, height, width], draws [B, 5] uniform in [0, 1), fill [channels, 1, 1].
+    """
+    inside = draws[:, 4, None, None] < share
+    for axis, length in enumerate(images.shape[2:]):
+        place = torch.arange(length, device=images.device) / length
+        centre, side = draws[:, axis, None], 0.1 + 0.4 * draws[:, axis + 2, None]
+        inside = inside & ((place - centre).abs() < side / 2).unsqueeze(2 - axis)
+    return torch.where(inside[:, None], fill, images)
 
 
 class FileImages(TorchDataset):
@@ -186,11 +235,13 @@ class Loader:
         *,
         train: bool,
         flip: bool = False,
+        erase: float = 0.0,
         statistics: tuple[Tensor, Tensor] | None = None,
         skip_bad: bool = False,
         workers: int = 0,
     ):
         self.device, self.train, self.flip, self.skip_bad = device, train, flip, skip_bad
+        self.augment, self.erase = augment, erase
         self.bad: set[str] = set()
         self.in_memory = isinstance(split.images, Tensor)
         if self.in_memory:
@@ -221,18 +272,28 @@ class Loader:
 
     def _from_memory(self, order, batches, epoch_seed):
         if self.train:
-            draws = torch.rand(len(order), 3, generator=torch.Generator().manual_seed(epoch_seed))
+            width = 3 if self.augment == "small" else 14
+            draw = torch.Generator().manual_seed(epoch_seed)
+            draws = torch.rand(len(order), width, generator=draw)
         for batch in batches:
             index = order[batch].to(self.device, non_blocking=True)
             images = self.images[index].float().div_(255)
             if self.train:
-                drawn = draws[batch].to(self.device, non_blocking=True)
-                offsets = (drawn[:, :2] * (2 * self.reach + 1)).long().t() - self.reach
-                images = shift(images, offsets, self.reach)
-                if self.flip:
-                    mirrored = drawn[:, 2, None, None, None] < 0.5
-                    images = torch.where(mirrored, images.flip(3), images)
+                images = self._augmented(images, draws[batch].to(self.device, non_blocking=True))
             yield (images - self.mean) / self.std, self.labels[index]
+
+    def _augmented(self, images, drawn):
+        if self.augment == "small":
+            offsets = (drawn[:, :2] * (2 * self.reach + 1)).long().t() - self.reach
+            images = shift(images, offsets, self.reach)
+        else:
+            images = random_affine(images, drawn[:, 3:9])
+        if self.flip:
+            mirrored = drawn[:, 2, None, None, None] < 0.5
+            images = torch.where(mirrored, images.flip(3), images)
+        if self.erase:
+            images = erase(images, drawn[:, 9:14], self.erase, self.mean)
+        return images
 
     def _from_files(self, order, batches, epoch_seed):
         # Workers stay from epoch to epoch and hold this one list, which is therefore filled anew.

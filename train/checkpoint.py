@@ -43,8 +43,8 @@ def lock(config: Config, rank: int) -> TextIO:
 def clear(out: Path) -> None:
     """Removes the files of an older run, which must not pass for those of the next one."""
     out.mkdir(parents=True, exist_ok=True)
-    models = ("stage1.pt", "stage2.pt")
-    for name in (NAME, PREVIOUS, *models, "result.json", "metrics.jsonl"):
+    stages = (f"stage{n}.{kind}" for n in (1, 2) for kind in ("pt", "analysis.json"))
+    for name in (NAME, PREVIOUS, *stages, "result.json", "metrics.jsonl"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "logs", ignore_errors=True)
 

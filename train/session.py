@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from train import distributed
 from train.batches import (
+    SAMPLING,
     Loader,
-    balanced_over_classes,
-    balanced_over_images,
     channel_statistics,
     seed_of,
     share,
@@ -19,7 +18,9 @@ from train.batches import (
 )
 from train.config import Config
 from train.metrics import COLUMNS, image_rows
-from train.splits import LongTailed
+from train.report.analysis import sample
+from train.splits import LongTailed, Split
+from tvmf_ext.margin import log_prior
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVAL_BATCH = 256
@@ -42,22 +43,28 @@ class Session:
         self.device, self.console = torch.device(device), Console(quiet=rank > 0)
         self.parts = world * config.accumulate
         self.bad: set[str] = set()
+        self.sample = sample(data.train, data.num_classes)
+        self.log_prior = log_prior(data.counts).to(self.device)
         images = data.train.images
-        statistics = channel_statistics(images) if isinstance(images, Tensor) else None
-        self.loaders = {
-            name: Loader(
-                split,
-                data.augment,
-                data.image_size,
-                self.device,
-                train=name == "train",
-                flip=config.flip,
-                statistics=statistics,
-                skip_bad=config.bad_images == "skip",
-                workers=config.workers,
-            )
-            for name, split in data.splits()
-        }
+        self.statistics = channel_statistics(images) if isinstance(images, Tensor) else None
+        splits = (*data.splits(), ("sample", self.sample))
+        self.loaders = {name: self.loader(split, name == "train") for name, split in splits}
+
+    def loader(self, split: Split, train: bool) -> Loader:
+        """Batches of a split, augmented for training or as they are tested."""
+        config, data = self.config, self.data
+        return Loader(
+            split,
+            data.augment,
+            data.image_size,
+            self.device,
+            train=train,
+            flip=config.flip,
+            erase=config.erase,
+            statistics=self.statistics,
+            skip_bad=config.bad_images == "skip",
+            workers=config.workers,
+        )
 
     def say(self, text: str) -> None:
         """Prints a line, in the first process alone."""
@@ -76,12 +83,14 @@ class Session:
         """The order of an epoch's images; this process's batches, each of positions in that order,
         `accumulate` batches a step; and the seed of the augmentation."""
         config, seed = self.config, seed_of(self.config.seed, stage, epoch)
-        draw = balanced_over_images if stage == 1 else balanced_over_classes
-        order = draw(self.data.train.labels, config.batch_size, seed)
+        sampling, size = "images", config.batch_size
+        if stage == 2:
+            sampling, size = config.sampling, config.stage2_batch_size or size
+        order = SAMPLING[sampling](self.data.train.labels, size, seed)
         first = self.rank * config.accumulate
         batches = [
-            share(step, len(order), config.batch_size, part, self.parts)
-            for step in range(steps_of(len(order), config.batch_size, self.parts))
+            share(step, len(order), size, part, self.parts)
+            for step in range(steps_of(len(order), size, self.parts))
             for part in range(first, first + config.accumulate)
         ]
         return order, batches, seed
@@ -91,10 +100,11 @@ class Session:
         mine = torch.arange(self.rank, size, self.world)
         return torch.arange(size), list(mine.split(EVAL_BATCH)) if len(mine) else [], 0
 
-    def features(self, net: nn.Module, split: str, *epoch):
+    def features(self, net: nn.Module, split: str | Loader, *epoch):
         """Yields features and labels of an epoch's batches. A run that is asked to stop leaves at
         once, as these are computed again when it is resumed."""
-        for images, labels in self.loaders[split](*epoch):
+        loader = self.loaders[split] if isinstance(split, str) else split
+        for images, labels in loader(*epoch):
             if self.stopping and self.world == 1:  # others might wait for this process
                 raise Stopped
             with self.autocast():
@@ -107,19 +117,27 @@ class Session:
         return images.contiguous(memory_format=torch.channels_last) if last else images
 
     @torch.no_grad()
-    def evaluate(self, split: str, net: nn.Module, head: nn.Module, cached=None) -> Tensor:
-        """[M, COLUMNS] for the M images of a split, in every process; from the features in
-        `cached` where it is given."""
+    def evaluate(
+        self,
+        split: str,
+        net: nn.Module,
+        head: nn.Module,
+        cached=None,
+        rows_of=image_rows,
+        width: int = len(COLUMNS),
+    ) -> Tensor:
+        """The rows [M, width] that `rows_of` makes of the M images of a split, in every process;
+        from the features in `cached` where it is given."""
         net.eval()
-        size = len(getattr(self.data, split))
-        rows = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device=self.device)
+        size = len(self.sample if split == "sample" else getattr(self.data, split))
+        rows = torch.zeros(size, width, dtype=torch.float64, device=self.device)
         epoch = self.test_epoch(size)
         batches = self.features(net, split, *epoch)
         if cached:
             batches = map(cached[split].batch, range(len(epoch[1])))
         for positions, (features, labels) in zip(epoch[1], batches, strict=True):
             with self.autocast():
-                rows[positions] = image_rows(head, features, labels)
+                rows[positions] = rows_of(head, features, labels, self.log_prior)
         return distributed.total(rows).cpu()
 
     def bad_images(self) -> set[str]:

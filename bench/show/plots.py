@@ -16,7 +16,7 @@ def pyplot():
     try:
         import matplotlib
     except ModuleNotFoundError:
-        sys.exit("error: a plot needs the package matplotlib: pip install -e '.[train]'")
+        sys.exit("error: a plot needs the package matplotlib: pip install matplotlib")
     matplotlib.use("agg")
     import matplotlib.pyplot
 

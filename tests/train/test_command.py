@@ -128,12 +128,14 @@ def test_resuming_a_finished_run_changes_nothing(command_run, folder):
 def test_new_run_removes_what_an_older_one_left(folder, tmp_path):
     made = ["checkpoint.pt", "stage1.pt", "result.json", "metrics.jsonl"]
     old = [*made, "checkpoint.previous.pt", "stage2.pt", "logs/stage1/events.old"]
+    old += [f"stage{n}.analysis.json" for n in (1, 2)]
     (tmp_path / "logs/stage1").mkdir(parents=True)
     for name in old:
         (tmp_path / name).write_text("old")
     flags = [*FLAGS, "--data", folder, "--out", tmp_path, "--epochs", 1, "--stage2-epochs", 0]
     main(flags)
-    assert [name for name in old if (tmp_path / name).exists()] == made
+    left = [*made, "stage1.analysis.json"]
+    assert [name for name in old if (tmp_path / name).exists()] == left
     assert "old" not in (tmp_path / "metrics.jsonl").read_text()
     assert "stage2" not in json.loads((tmp_path / "result.json").read_text())
 
@@ -227,7 +229,7 @@ def test_full_disk_is_told_by_the_command(folder, tmp_path, monkeypatch):
 
 def imported(importtime):
     """Which heavy libraries are in the output of `python -X importtime`."""
-    heavy = {"torch", "torchvision", "matplotlib", "pandas", "seaborn", "scipy", "sklearn"}
+    heavy = {"torch", "torchvision", "matplotlib", "plotly", "scipy", "sklearn"}
     heavy |= {"tensorboard", "timm"}
     return heavy & {line.rpartition("|")[2].strip() for line in importtime.splitlines()}
 
