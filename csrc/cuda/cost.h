@@ -35,6 +35,11 @@ struct WeightLayout {
   bool aligned = true;             // whether its first element lies on a 16-byte boundary
 };
 
+// Rows that a call can have: a tile reaches beyond the last row by less than kLargestTile, and
+// every row that it reaches has a 32-bit index.
+constexpr int64_t kLargestTile = 256;
+constexpr int64_t kMostRows = (int64_t(1) << 31) - 1 - kLargestTile;
+
 struct CudaProblem {
   int64_t N, C, D;
   DType x;

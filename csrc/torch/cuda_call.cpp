@@ -160,6 +160,18 @@ const Device& device_at(int index) {
   return found->second;
 }
 
+// Makes a device the current one, as long as this object lives, for torch and for the copy of the
+// CUDA runtime in this library, which has a current device of its own.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int index) : guard_(index) {
+    check(cudaSetDevice(index), "cudaSetDevice");
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
 MatrixRef matrix(const Tensor& tensor) {
   return {tensor.data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(1)};
 }
@@ -202,7 +214,7 @@ class Call {
   explicit Call(const Head& head)
       : head_(head),
         index_(head.input.get_device()),
-        guard_(index_),
+        current_(index_),
         weight_(to_dtype(head.weight, torch_dtype(weight_dtype_read(dtype_of(head.input),
                                                                     dtype_of(head.weight))))),
         kappa_(head.kappa),
@@ -210,12 +222,9 @@ class Call {
         C(head.weight.size(0)),
         D(head.input.size(1)),
         accumulator(compute_dtype(head.input)) {
-    // Tiles reach beyond the last row, by less than the largest tile has.
-    if (N > std::numeric_limits<int32_t>::max() - 128)
-      throw std::invalid_argument("input must have fewer than 2^31 - 128 rows on CUDA, got " +
-                                  std::to_string(N));
-    // The copy of the CUDA runtime in this library has a current device of its own.
-    check(cudaSetDevice(index_), "cudaSetDevice");
+    if (N > kMostRows)
+      throw std::invalid_argument("input must have at most " + std::to_string(kMostRows) +
+                                  " rows on CUDA, got " + std::to_string(N));
     device_ = &device_at(index_);
     raise_for_bad_label(*device_, index_);
     // The kernels take stride 0 for one kappa of all classes, which has one gradient. A tensor [C]
@@ -312,7 +321,7 @@ class Call {
 
   const Head& head_;
   int32_t index_;
-  torch::stable::accelerator::DeviceGuard guard_;
+  CurrentDevice current_;
   Tensor weight_;
   OptionalTensor kappa_;
   const Device* device_;
@@ -396,9 +405,13 @@ const Backend kCudaBackend{.row_statistics = row_statistics,
                            .cross_entropy = cross_entropy,
                            .cross_entropy_backward = cross_entropy_backward};
 
-const Gpu& cuda_gpu(int32_t device) { return device_at(device).gpu; }
+const Gpu& cuda_gpu(int32_t device) {
+  const CurrentDevice current(device);
+  return device_at(device).gpu;
+}
 
 void check_targets(int64_t device) {
+  const CurrentDevice current(int32_t(device));
   raise_for_bad_label(device_at(int32_t(device)), int32_t(device));
 }
 

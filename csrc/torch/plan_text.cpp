@@ -63,6 +63,7 @@ std::string plan_text(int64_t N, int64_t C, int64_t D, std::string dtype, std::s
   const DType x = dtype_named(dtype), weight = dtype_named(weight_dtype);
   if (device == "cpu") return cpu_text(N, C, D, x, kept);
 
+  TVMF_CHECK(N <= kMostRows, "N must be at most ", kMostRows, " on CUDA, got ", N);
   const Gpu gpu = gpu_named(device);
   const CudaProblem problem{.N = N,
                             .C = C,

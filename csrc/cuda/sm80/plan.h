@@ -16,6 +16,8 @@ constexpr int64_t kStepBytes = 64;  // bytes of a row of features in one step of
 // Bytes of shared memory of class_gradient without a resident gradient tile.
 constexpr int64_t gradient_shared_bytes(Math math) { return math == Math::kF64 ? 55872 : 52544; }
 
+static_assert(kLargeTile <= kLargestTile && kGradientRows <= kLargestTile);
+
 struct Plan {
   static constexpr bool kKeepsProducts = true;
 

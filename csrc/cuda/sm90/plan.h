@@ -13,6 +13,8 @@ constexpr int kProductRows = 128, kProductCols = 256;   // a tile of dw or of dx
 constexpr int kAtom = 64;   // 16-bit elements of a line of 128 bytes, within which copies swizzle
 constexpr int kDepth = 64;  // elements of a row in one step of the main loops
 
+static_assert(kCosineRows <= kLargestTile && kProductRows <= kLargestTile);
+
 struct Plan {
   // The backward pass makes the cosines again, which takes less time than reading kept products.
   static constexpr bool kKeepsProducts = false;
