@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from typing import TYPE_CHECKING, Any
 
 if "torch" not in sys.modules:
     # Without NumPy, which nothing here needs, torch warns while it is imported.
@@ -25,12 +26,16 @@ from .info import VERSION, build_info
 from .modules import TvMFLoss
 from .planning import CpuPlan, CudaPlan, plan
 
+if TYPE_CHECKING:
+    from .distributed import ShardedTvMFLoss
+
 __version__ = VERSION
 
 __all__ = [
     "CpuPlan",
     "CudaPlan",
     "RowStatistics",
+    "ShardedTvMFLoss",
     "SoftplusScale",
     "TvMFLoss",
     "build_info",
@@ -44,3 +49,12 @@ __all__ = [
     "tvmf_cross_entropy",
     "tvmf_logits",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # torch.distributed.tensor takes seconds to import, and a head on one device does not need it.
+    if name == "ShardedTvMFLoss":
+        from .distributed import ShardedTvMFLoss
+
+        return ShardedTvMFLoss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,7 +52,7 @@ def check_loss_options(reduction: str, label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
-def _explained(error: RuntimeError) -> RuntimeError:
+def explained(error: RuntimeError) -> RuntimeError:
     """Names the way out where torch says that torch.func or forward mode is not implemented."""
     unsupported = "setup_context" in str(error) or "jvp" in str(error)
     return NotImplementedError(ops.ONCE) if unsupported else error
@@ -80,9 +80,9 @@ def _with_margins(
     return cosine - cosine_margin
 
 
-def _target_logits(head: ops.Head, cosine: Tensor) -> Tensor:
-    """`z'` of each row, made of its target's cosine: 0 for an ignored row, and NaN, without a
-    gradient, for a label that names no class."""
+def target_logits(head: ops.Head, cosine: Tensor) -> Tensor:
+    """`z'` of each row, made of its target's cosine: 0 for an ignored row or, in a shard, for the
+    class of another, and NaN, without a gradient, for a label that names no class."""
     target, dtype = head.target, cosine.dtype
     ignored = target == head.ignore_index
     valid = (target >= 0) & (target < head.weight.shape[0]) & ~ignored
@@ -106,12 +106,13 @@ def _target_logits(head: ops.Head, cosine: Tensor) -> Tensor:
     gap = 1 - moved
     score = (moved - kappa * gap) / (1 + kappa * gap) + of_target(head.bias, 0.0)
     logit = scale * score + of_target(head.prior, 0.0)
-    return torch.where(valid, logit, torch.where(ignored, 0.0, torch.nan).to(dtype))
+    without = ignored if head.target_score is None else torch.ones_like(ignored)
+    return torch.where(valid, logit, torch.where(without, 0.0, torch.nan).to(dtype))
 
 
-def _in_compute_dtype(value: Any, input: Any) -> Any:
+def in_compute_dtype(value: Any, input: Any) -> Any:
     if isinstance(value, SoftplusScale):
-        return SoftplusScale(_in_compute_dtype(value.s, input))
+        return SoftplusScale(in_compute_dtype(value.s, input))
     if isinstance(value, Tensor) and isinstance(input, Tensor) and value.dtype in ops.DTYPES:
         return value.to(ops.compute_dtype(input.dtype))
     return value
@@ -143,9 +144,9 @@ def row_statistics(
         input,
         linear_weight,
         target,
-        _in_compute_dtype(kappa, input),
-        _in_compute_dtype(scale, input),
-        _in_compute_dtype(linear_bias, input),
+        in_compute_dtype(kappa, input),
+        in_compute_dtype(scale, input),
+        in_compute_dtype(linear_bias, input),
         prior,
         weight,
         ignore_index,
@@ -155,8 +156,8 @@ def row_statistics(
     try:
         others, cosine, total, rank = ops.row_statistics(*head, True, kept)
     except RuntimeError as error:
-        raise _explained(error) from None
-    return RowStatistics(others, cosine, _target_logits(head, cosine), total, rank)
+        raise explained(error) from None
+    return RowStatistics(others, cosine, target_logits(head, cosine), total, rank)
 
 
 def tvmf_cross_entropy(
@@ -263,7 +264,7 @@ def tvmf_cross_entropy(
     try:
         return ops.cross_entropy(*head, float(label_smoothing), _REDUCTIONS[reduction], kept)
     except RuntimeError as error:
-        raise _explained(error) from None
+        raise explained(error) from None
 
 
 def check_targets(device: torch.device | str | int | None = None) -> None:
@@ -287,6 +288,32 @@ def check_targets(device: torch.device | str | int | None = None) -> None:
     torch.ops.tvmf_ext.check_targets(index)
 
 
+def row_losses(
+    statistics: RowStatistics,
+    valid: Tensor,
+    row_weight: Tensor,
+    total_weight: float | Tensor,
+    label_smoothing: float,
+    smooth: float,
+) -> Tensor:
+    """The loss of each row, `[N]`, and 0 where it is not `valid`.
+
+    `row_weight` is the class weight of its target, `total_weight` the sum of all class weights, and
+    `smooth` is `label_smoothing / C`.
+    """
+    # The statistics of an ignored row may be NaN, which must not reach the sum.
+    others = torch.where(valid, statistics.others, 0)
+    target_logit = torch.where(valid, statistics.target, 0)
+    # Above its threshold F.softplus returns its argument.
+    softplus = F.softplus(others - target_logit, threshold=40)
+    loss = (1 - label_smoothing) * row_weight * softplus
+    if label_smoothing > 0:
+        lse, total = torch.logaddexp(others, target_logit), torch.where(valid, statistics.sum, 0)
+        of_all = lse * total_weight - total - row_weight * target_logit
+        loss = loss + smooth * torch.where(valid, of_all, 0)
+    return loss
+
+
 def loss_of_statistics(
     statistics: RowStatistics,
     target: Tensor,
@@ -307,24 +334,15 @@ def loss_of_statistics(
     if label_smoothing > 0 and classes is None:
         raise ValueError("num_classes must be given for label smoothing, got None")
     valid = target != (IGNORE_INDEX if ignore_index is None else ignore_index)
-    # The statistics of an ignored row may be NaN, which must not reach the sum.
-    others, target_logit, total = (
-        torch.where(valid, t, 0) for t in (statistics.others, statistics.target, statistics.sum)
-    )
-    row_weight = valid.to(others.dtype)
+    row_weight = valid.to(statistics.others.dtype)
     total_weight: float | Tensor = classes or 0
     if weight is not None:
         # A label that names no class has a loss of NaN already, and must not be looked up.
         named = valid & (target >= 0) & (target < weight.shape[0])
-        row_weight = row_weight * weight.to(others.dtype)[torch.where(named, target, 0)]
-        total_weight = weight.sum().to(others.dtype)
-    # Above its threshold F.softplus returns its argument.
-    softplus = F.softplus(others - target_logit, threshold=40)
-    loss = (1 - label_smoothing) * row_weight * softplus
-    if label_smoothing > 0:
-        lse = torch.logaddexp(others, target_logit)
-        smooth = lse * total_weight - total - row_weight * target_logit
-        loss = loss + label_smoothing / (classes or 1) * torch.where(valid, smooth, 0)
+        row_weight = row_weight * weight.to(row_weight.dtype)[torch.where(named, target, 0)]
+        total_weight = weight.sum().to(row_weight.dtype)
+    smooth = label_smoothing / (classes or 1)
+    loss = row_losses(statistics, valid, row_weight, total_weight, label_smoothing, smooth)
     if reduction == "none":
         return loss
     return loss.sum() / row_weight.sum() if reduction == "mean" else loss.sum()

@@ -166,6 +166,17 @@ def _margin(name: str, value: Any) -> tuple[Tensor | None, float]:
     return value, 0.0
 
 
+def autocast_input(input: Tensor) -> Tensor:
+    """The features, rounded as autocast wants them."""
+    if (
+        input.dtype == torch.float32
+        and (input.is_cpu or input.is_cuda)  # other devices may not know of autocast
+        and torch.is_autocast_enabled(input.device.type)
+    ):
+        return input.to(torch.get_autocast_dtype(input.device.type))
+    return input
+
+
 def make_head(
     input: Tensor,
     linear_weight: Tensor,
@@ -194,12 +205,7 @@ def make_head(
         ignore_index = IGNORE_INDEX
     elif not isinstance(ignore_index, (int, Integral)):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if (
-        input.dtype == torch.float32
-        and (input.is_cpu or input.is_cuda)  # other devices may not know of autocast
-        and torch.is_autocast_enabled(input.device.type)
-    ):
-        input = input.to(torch.get_autocast_dtype(input.device.type))
+    input = autocast_input(input)
     softplus_scale = isinstance(scale, SoftplusScale)
     if isinstance(scale, SoftplusScale):
         scale = scale.s

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from .functional import (
 )
 from .head import IGNORE_INDEX, SoftplusScale, check_margins
 from .margin import check_prior
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _MARGINS = ("cosine_margin", "angular_margin")
 
@@ -158,18 +161,25 @@ class TvMFLoss(nn.Module):
                 self._initial[name] = _initial_constant(name, margin, num_classes)
         given = [self._initial.get(name, getattr(self, name, None)) for name in _MARGINS]
         check_margins(kappa, *given)
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features, **options))
+        self._initial = {
+            name: self._own(values) if values is not None and len(values) > 1 else values
+            for name, values in self._initial.items()
+        }
+        self.weight = nn.Parameter(self._per_class(num_classes, in_features, **options))
         s_ = torch.empty(1, **options)
         if learn_scale:
             self.s_ = nn.Parameter(s_)
         else:
             self.register_buffer("s_", s_)
         if bias:
-            self.bias = nn.Parameter(torch.empty(num_classes, **options))
+            self.bias = nn.Parameter(self._per_class(num_classes, **options))
         else:
             self.register_parameter("bias", None)
         device = self.weight.device  # also where torch.device is a context
-        kappa = torch.empty_like(kappa, device=device)
+        if kappa.numel() == 1:
+            kappa = torch.empty_like(kappa, device=device)
+        else:
+            kappa = self._per_class(num_classes, device=device, dtype=kappa.dtype)
         if learn_kappa:
             self.kappa = nn.Parameter(kappa)
         else:
@@ -182,10 +192,18 @@ class TvMFLoss(nn.Module):
             self.register_buffer(name, empty, persistent=False)
         self.reset_parameters()
 
+    def _per_class(self, *size: int, **options: Any) -> Tensor:
+        """An uninitialised tensor with a row for each class."""
+        return torch.empty(*size, **options)
+
+    def _own(self, values: Tensor) -> Tensor:
+        """Of values `[C]`, those of the classes that this process holds."""
+        return values
+
     @classmethod
     def arcface(
         cls, in_features: int, num_classes: int, *, margin: float = 0.5, **options: Any
-    ) -> "TvMFLoss":
+    ) -> "Self":
         """ArcFace (Deng et al., CVPR 2019): cosine, scale 64 and an angular margin in radians.
 
         `options` are further arguments of the class; they may replace the preset's.
@@ -196,7 +214,7 @@ class TvMFLoss(nn.Module):
     @classmethod
     def cosface(
         cls, in_features: int, num_classes: int, *, margin: float = 0.35, **options: Any
-    ) -> "TvMFLoss":
+    ) -> "Self":
         """CosFace (Wang et al., CVPR 2018): cosine, scale 64 and a margin of the cosine.
 
         `options` are further arguments of the class; they may replace the preset's.

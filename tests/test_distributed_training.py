@@ -1,0 +1,229 @@
+"""Training with a sharded head: optimizers, clipping, checkpoints, mixed meshes, torch.compile."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.problem import error
+from tests.ranks import run_ranks
+from tvmf_ext import TvMFLoss
+from tvmf_ext.distributed import ShardedTvMFLoss, clip_grad_norm_
+
+# All worlds divide the rows. Of 9 classes 4 ranks have 3, 3, 3 and 0.
+ROWS, PIXELS, FEATURES, CLASSES = 24, 10, 8, 9
+OPTIONS = {
+    "kappa": torch.linspace(1, 20, CLASSES),
+    "learn_kappa": True,
+    "bias": True,
+    "weight": torch.linspace(0.5, 2, CLASSES),
+    "label_smoothing": 0.1,
+    "dtype": torch.float64,
+}
+OPTIMIZERS = {
+    "SGD": lambda groups: torch.optim.SGD(
+        groups, 0.1, momentum=0.9, weight_decay=1e-2, foreach=True
+    ),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, 1e-2, weight_decay=1e-2, foreach=True),
+}
+
+
+@functools.cache
+def batches(count):
+    g = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count):
+        target = torch.randint(CLASSES, (ROWS,), generator=g)
+        target[torch.rand(ROWS, generator=g) < 0.2] = -100
+        found.append((torch.randn(ROWS, PIXELS, generator=g).double(), target))
+    return found
+
+
+def backbone():
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(PIXELS, FEATURES), nn.Tanh()).double()
+
+
+def plain_head():
+    torch.manual_seed(3)
+    return TvMFLoss(FEATURES, CLASSES, **OPTIONS)
+
+
+def sharded_head(mesh):
+    head = ShardedTvMFLoss(FEATURES, CLASSES, mesh=mesh, **OPTIONS)
+    head.load_state_dict(plain_head().state_dict())
+    return head
+
+
+def groups_of(net, head):
+    """An optimizer with foreach wants DTensors and plain parameters in groups of their own."""
+    sharded = [p for p in head.parameters() if p.dim() and p.shape[0] == CLASSES]
+    rest = [p for p in head.parameters() if all(p is not q for q in sharded)]
+    return [{"params": sharded}, {"params": [*net.parameters(), *rest]}]
+
+
+def train(net, head, optimizer, part, steps, clip=True):
+    """Steps on the rows `part` of each batch. Returns the norms of the gradients."""
+    norms = []
+    for input, target in batches(5)[:steps]:
+        optimizer.zero_grad()
+        head(net(input[part]), target[part]).backward()
+        if clip:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norms.append(clip_grad_norm_(parameters, 0.05).item())
+        optimizer.step()
+    return norms
+
+
+def values(*modules):
+    """All parameters in full."""
+    return {
+        f"{i}.{name.removeprefix('module.')}": (
+            p.full_tensor() if hasattr(p, "full_tensor") else p
+        ).detach()
+        for i, module in enumerate(modules)
+        for name, p in module.named_parameters()
+    }
+
+
+def part_of(rank, world):
+    return slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+
+
+def trained(rank, world, mesh, optimizer_name):
+    net, head = DistributedDataParallel(backbone()), sharded_head(mesh)
+    optimizer = OPTIMIZERS[optimizer_name](groups_of(net, head))
+    norms = train(net, head, optimizer, part_of(rank, world), 5)
+    return {"norms": torch.tensor(norms), **values(net, head)}
+
+
+def saved_and_loaded(rank, world, mesh, folder):
+    """Three ranks save after two steps. All ranks load that, and take two more steps."""
+    net, head = DistributedDataParallel(backbone()), sharded_head(mesh)
+    optimizer = OPTIMIZERS["AdamW"](groups_of(net, head))
+    model = nn.ModuleDict({"net": net.module, "head": head})
+    if world == 3:
+        train(net, head, optimizer, part_of(rank, world), 2)
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.save(state, checkpoint_id=folder / "three")
+    load(model, optimizer, folder / "three")
+    train(net, head, optimizer, part_of(rank, world), 2)
+    after_plain = sharded_head(mesh)
+    state = after_plain.state_dict()
+    dcp.load(state, checkpoint_id=folder / "plain")
+    after_plain.load_state_dict(state)
+    return {"three": values(net, head), "plain": values(after_plain)}
+
+
+def load(model, optimizer, path):
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(state, checkpoint_id=path)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+
+
+def message(error_type, function):
+    """The message of the error that the function raises."""
+    with pytest.raises(error_type) as caught:
+        function()
+    return str(caught.value)
+
+
+def refused(rank, world, mesh):
+    """What each rank raises where one of them has a bad label or other rows."""
+    head, found = sharded_head(mesh), {}
+    input = torch.randn(4, FEATURES).double()
+    target = torch.zeros(4, dtype=torch.int64)
+    rows = input if rank else input[:3]
+    found["rows"] = message(ValueError, lambda: head(rows, target[: len(rows)]))
+    dtype = torch.float64 if rank else torch.float32
+    found["dtype"] = message(ValueError, lambda: head(input.to(dtype), target))
+    for wrong in (CLASSES, -1):
+        bad = target.clone()
+        if rank == world - 1:
+            bad[2] = wrong
+        found[wrong] = message(IndexError, lambda bad=bad: head(input, bad))
+    assert head(input, target).isfinite()  # the ranks still agree
+    return found
+
+
+def every_job(rank, world, folder):
+    mesh = init_device_mesh("cpu", (world,))
+    found = {name: trained(rank, world, mesh, name) for name in OPTIMIZERS}
+    found["checkpoints"] = saved_and_loaded(rank, world, mesh, folder)
+    if world > 1:
+        found["refused"] = refused(rank, world, mesh)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    dcp.save(plain_head().state_dict(), checkpoint_id=folder / "plain", no_dist=True)
+
+    @functools.cache
+    def run(world):
+        if world != 3:
+            run(3)  # which saves what the others load
+        return folder, run_ranks(every_job, world, folder / str(world), folder)
+
+    return run
+
+
+def assert_close(found, wanted, tolerance=1e-10):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert error(found[name], value) <= tolerance, name
+
+
+@functools.cache
+def trained_by_one(optimizer_name):
+    net, head = backbone(), plain_head()
+    optimizer = OPTIMIZERS[optimizer_name](groups_of(net, head))
+    norms = train(net, head, optimizer, slice(None), 5)
+    assert min(norms) > 0.05  # every step is clipped
+    return {"norms": torch.tensor(norms), **values(net, head)}
+
+
+WORLDS = pytest.mark.parametrize("world", [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@WORLDS
+def test_five_clipped_steps_with_a_backbone_equal_one_process(results, world, optimizer):
+    for found in results(world)[1]:
+        assert_close(found[optimizer], trained_by_one(optimizer))
+
+
+@WORLDS
+def test_a_checkpoint_of_three_ranks_continues_on_any_number(results, world):
+    folder, found = results(world)
+    net, head = backbone(), plain_head()
+    optimizer = OPTIMIZERS["AdamW"](groups_of(net, head))
+    load(nn.ModuleDict({"net": net, "head": head}), optimizer, folder / "three")
+    assert not torch.equal(head.weight, plain_head().weight)
+    train(net, head, optimizer, slice(None), 2)
+    for each in found:
+        assert_close(each["checkpoints"]["three"], values(net, head))
+        for name, value in values(plain_head()).items():
+            assert torch.equal(each["checkpoints"]["plain"][name], value)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_rank_raises_alike(results, world):
+    first, *others = (found["refused"] for found in results(world)[1])
+    assert all(each == first for each in others)
+    counts = [3] + [4] * (world - 1)
+    assert first["rows"] == f"all ranks must have the same number of rows, got {counts}"
+    assert "must have the same dtype on all ranks" in first["dtype"]
+    for wrong in (CLASSES, -1):
+        assert first[wrong] == (
+            f"target[2] of rank {world - 1} is {wrong}, wanted a class in [0, {CLASSES}) or "
+            "ignore_index -100"
+        )

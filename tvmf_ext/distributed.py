@@ -1,0 +1,495 @@
+"""A head whose classes are spread over the ranks of a DeviceMesh: `ShardedTvMFLoss`.
+
+Every rank sees the features of all ranks and compares them with its own classes. The statistics of
+a row are merged over the ranks, and make the loss that one process has for the joined batch.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from . import ops
+from .collectives import (
+    EmptyShard,
+    GatherRows,
+    Group,
+    MergeShards,
+    OwnRows,
+    SumGradients,
+    Total,
+    exchange,
+    gather,
+    own_part,
+    total,
+)
+from .functional import (
+    RowStatistics,
+    explained,
+    in_compute_dtype,
+    row_losses,
+    target_logits,
+    topk,
+    tvmf_logits,
+)
+from .head import SoftplusScale, autocast_input, check_tensor, make_head
+from .modules import TvMFLoss
+
+# The first weights are drawn for so many classes at a time, each time from a seed of its own, so
+# that they do not depend on the number of ranks.
+_INIT_CLASSES = 4096
+
+
+def clip_grad_norm_(
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` for plain parameters and DTensors together.
+
+    All ranks must call it together. A plain gradient must be the same on all ranks, as it is after
+    DistributedDataParallel; it counts once.
+
+    Returns:
+        The norm of all gradients before they were clipped, the same on all ranks.
+    """
+    kinds: dict[Any, list[Tensor]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            kind = (p.grad.device_mesh, p.grad.placements) if isinstance(p.grad, DTensor) else None
+            kinds.setdefault(kind, []).append(p)
+    norms = []
+    for same in kinds.values():
+        norm = get_total_norm([p.grad for p in same if p.grad is not None], norm_type)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not norms:
+        return torch.tensor(0.0)
+    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), norm_type)
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(f"the norm of the gradients must be finite, got {norm.item()}")
+    for same in kinds.values():
+        clip_grads_with_norm_(same, max_norm, norm)
+    return norm
+
+
+class _LabelCheck:
+    """Raises IndexError on every rank alike for a label that names no class.
+
+    A call on CUDA does not wait for the device, so that there the next call raises.
+    """
+
+    def __init__(self) -> None:
+        self._earlier: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __call__(self, labels: Tensor, wrong: Tensor, wanted: str, ranks: int) -> None:
+        if ops.is_recorded():
+            return
+        if not labels.is_cuda:
+            if wrong.any():
+                row = int(wrong.nonzero()[0])
+                rank, row_of_rank = divmod(row, len(labels) // ranks)
+                raise IndexError(
+                    f"target[{row_of_rank}] of rank {rank} is {labels[row].item()}, wanted {wanted}"
+                )
+            return
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if self._earlier is not None:
+            flag, copied = self._earlier
+            copied.synchronize()
+            if flag.item():
+                self._earlier = None
+                raise IndexError(f"a target of an earlier call is none of what is wanted: {wanted}")
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+        flag.copy_(wrong.any(), non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._earlier = flag, copied
+
+
+class _Rows:
+    """The rows of all ranks of a group, and their statistics."""
+
+    def __init__(
+        self, statistics: RowStatistics, valid: Tensor, weight: Tensor, labels: Tensor
+    ) -> None:
+        self.statistics, self.valid, self.weight = statistics, valid, weight
+        self.labels = labels
+
+
+def _group(mesh: DeviceMesh, dim: int) -> Group:
+    group = mesh.get_group(dim)
+    return Group(group.group_name, mesh.size(dim), mesh.get_local_rank(dim))
+
+
+class ShardedTvMFLoss(TvMFLoss):
+    """`TvMFLoss` for more classes than one device holds.
+
+    `head(features, labels)` takes the rank's own rows, as many on every rank, and labels in
+    `[0, C)`. It returns the loss that `TvMFLoss` has for the batch of all ranks, the same on every
+    rank; for `reduction="none"` it returns the losses of the own rows. `row_statistics`, `logits`
+    and `topk` are of the own rows, too.
+
+    The gradients are those of the mean over ranks of what the ranks return, which is the rule of
+    DistributedDataParallel: the backbone belongs in one, and the head does not. The features'
+    gradient is that of one process, times the number of ranks, by which the backbone's average
+    divides it again. The gradients of the head's parameters are final.
+
+    `weight`, `bias` and a kappa for each class are DTensors, sharded over the classes. No rank ever
+    holds all class vectors. `s_` and a single kappa are plain tensors, and equal on all ranks.
+
+    Args:
+        in_features, num_classes: as for `TvMFLoss`.
+        mesh: the ranks, a DeviceMesh. If it has two dimensions, the classes are spread over the
+            ranks of the last one, and each of these groups has a copy of the head and sees rows of
+            its own.
+        reduce_dtype: the dtype in which the gradient of the features is summed over ranks, by
+            default float32 (float64 for float64 features). torch.bfloat16 sends half as much.
+        device: by default that of the mesh.
+        weight, options: as for `TvMFLoss`. Values for each class, `[C]`, are given for all classes
+            on every rank, and each rank keeps those of its own classes.
+
+    Raises:
+        IndexError: a label of any rank is neither in [0, C) nor ignore_index. Every rank raises; on
+            CUDA the next call does.
+        ValueError: in the first call, that the ranks have different numbers of rows.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        mesh: DeviceMesh,
+        reduce_dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
+        if mesh.ndim not in (1, 2):
+            raise ValueError(f"mesh must have one or two dimensions, got {mesh.ndim}")
+        if reduce_dtype not in (None, *ops.DTYPES):
+            raise ValueError(f"reduce_dtype must be a floating-point dtype, got {reduce_dtype}")
+        if device is None and torch.get_default_device().type != "meta":
+            device = mesh.device_type
+        # TvMFLoss's constructor makes the parameters and buffers by the layout that is set here.
+        self.mesh = mesh
+        self.reduce_dtype = reduce_dtype
+        *self._data_groups, self._group = (_group(mesh, dim) for dim in range(mesh.ndim))
+        self._groups = (*self._data_groups, self._group)
+        self._world: int = mesh.size()
+        self._chunk = -(-num_classes // self._group.size)  # torch.chunk's, as DTensor has it
+        self.first_class = min(self._group.rank * self._chunk, num_classes)
+        self.own_classes = min(self._chunk, num_classes - self.first_class)
+        self._checked_rows = False
+        self._check_labels = _LabelCheck()
+        super().__init__(in_features, num_classes, weight=weight, device=device, **options)
+        self._total_weight = (
+            float(num_classes) if weight is None else float(torch.as_tensor(weight).double().sum())
+        )
+
+    def _per_class(self, *size: int, **options: Any) -> Tensor:
+        local = torch.empty(self.own_classes, *size[1:], **options)
+        return self._as_sharded(local, torch.Size(size))
+
+    def _as_sharded(self, local: Tensor, size: torch.Size) -> DTensor:
+        placements: list[Placement] = [Replicate() for _ in self._data_groups]
+        placements.append(Shard(0))
+        stride = torch.empty(size, device="meta").stride()
+        return DTensor.from_local(
+            local, self.mesh, placements, run_check=False, shape=size, stride=stride
+        )
+
+    def _own(self, values: Tensor) -> Tensor:
+        return values[self.first_class : self.first_class + self.own_classes].clone()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gives all parameters and buffers the values that the constructor gives them.
+
+        All ranks must call it together. The weight and the bias have the distribution of
+        `nn.Linear`'s. They follow from the first rank's seed, whatever the number of ranks is.
+        """
+        if not self.weight.is_meta:
+            seed = torch.zeros(1, dtype=torch.int64)
+            if all(group.rank == 0 for group in self._groups):
+                seed.random_(1 << 62)
+            first = int(total(seed.to(self.weight.device), *self._groups))
+            bound = 1 / math.sqrt(self.in_features)
+            for number, values in enumerate((self.weight, self.bias)):
+                if isinstance(values, DTensor):
+                    self._draw(values.to_local(), bound, first + (number << 62))
+        self._restore(self._initial)
+
+    def _draw(self, values: Tensor, bound: float, seed: int) -> None:
+        """Fills the own classes' part of what the seed gives to all classes."""
+        begin, end = self.first_class, self.first_class + self.own_classes
+        generator = torch.Generator(values.device)
+        for block in range(begin // _INIT_CLASSES, -(-end // _INIT_CLASSES)):
+            first = block * _INIT_CLASSES
+            drawn = values.new_empty(_INIT_CLASSES, *values.shape[1:])
+            drawn.uniform_(-bound, bound, generator=generator.manual_seed(seed + block))
+            low, high = max(begin, first), min(end, first + _INIT_CLASSES)
+            values[low - begin : high - begin] = drawn[low - first : high - first]
+
+    @torch.no_grad()
+    def _restore(self, names: Iterable[str]) -> None:
+        for name in names:
+            values, now = self._initial[name], getattr(self, name)
+            if values is not None:
+                now = now.to_local() if isinstance(now, DTensor) else now
+                now.copy_(values)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Takes also the tensors of all classes that a `TvMFLoss` has."""
+        for name in ("weight", "bias", "kappa"):
+            now, loaded = getattr(self, name), state_dict.get(prefix + name)
+            sharded = isinstance(now, DTensor) and not isinstance(loaded, DTensor)
+            if sharded and loaded is not None and loaded.shape == now.shape:
+                own = self._own(loaded).to(now.device)
+                state_dict[prefix + name] = self._as_sharded(own, loaded.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_rows(self, input: Tensor, target: Tensor) -> None:
+        """Checks what the collectives cannot: in the first call also that all ranks agree."""
+        check_tensor("input", input)
+        check_tensor("target", target)
+        if input.dim() != 2 or input.shape[1] != self.in_features:
+            raise ValueError(
+                f"input must have shape [N, {self.in_features}], got {list(input.shape)}"
+            )
+        if target.shape != input.shape[:1] or target.dtype != torch.int64:
+            raise ValueError(
+                f"target must be int64 of shape [N] = [{len(input)}], got {target.dtype} of shape "
+                f"{list(target.shape)}"
+            )
+        if input.dtype not in ops.DTYPES:
+            raise ValueError(
+                f"input must be float16, bfloat16, float32 or float64, got {input.dtype}"
+            )
+        self._agree(input)
+
+    def _agree(self, input: Tensor) -> None:
+        if self._checked_rows or ops.is_recorded():
+            return
+        own = torch.tensor([len(input), ops.DTYPES.index(input.dtype)], device=input.device)
+        (joined,) = gather(self._group, own)
+        rows, dtypes = joined.view(-1, 2).T.tolist()
+        if len(set(rows)) > 1:
+            raise ValueError(f"all ranks must have the same number of rows, got {rows}")
+        if len(set(dtypes)) > 1:
+            names = [str(ops.DTYPES[index]) for index in dtypes]
+            raise ValueError(f"input must have the same dtype on all ranks, got {names}")
+        self._checked_rows = True
+
+    def _gathered(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features and labels of the group's ranks, and which of the labels name no class."""
+        self._check_rows(input, target)
+        input = autocast_input(input)
+        dtype = self.reduce_dtype or ops.compute_dtype(input.dtype)
+        rows, labels = GatherRows.apply(input, target, self._group, self._world, dtype)
+        C, ignored = self.num_classes, self.ignore_index
+        wrong = (labels != ignored) & ((labels < 0) | (labels >= C))
+        wanted = f"a class in [0, {C}) or ignore_index {ignored}"
+        self._check_labels(labels, wrong, wanted, self._group.size)
+        return rows, labels, wrong
+
+    def _arguments(self, input: Tensor) -> dict[str, Any]:
+        """Weight, kappa, scale and bias of the own classes. The gradients of what other ranks hold,
+        too, are summed over these ranks."""
+        local = {"weight": self.weight, "kappa": self.kappa, "scale": self.s_}
+        if self.bias is not None:
+            local["bias"] = self.bias
+        sharded = {name: isinstance(value, DTensor) for name, value in local.items()}
+        for name, value in local.items():
+            value = value.to_local() if isinstance(value, DTensor) else value
+            local[name] = value if name == "weight" else in_compute_dtype(value, input)
+        for names, groups in (
+            ([n for n in local if not sharded[n]], self._groups),
+            (["weight"], tuple(self._data_groups)),
+            ([n for n in local if sharded[n] and n != "weight"], tuple(self._data_groups)),
+        ):
+            names = [n for n in names if local[n].requires_grad]
+            if names and groups:
+                local |= zip(
+                    names, SumGradients.apply(groups, *(local[n] for n in names)), strict=True
+                )
+        return {"bias": None, **local, "scale": SoftplusScale(local["scale"])}
+
+    def _statistics(self, input: Tensor, target: Tensor, with_sum: bool) -> _Rows:
+        """The statistics of all rows of the group over all classes."""
+        rows, labels, wrong = self._gathered(input, target)
+        valid = labels != self.ignore_index
+        arguments = self._arguments(rows)
+        dtype = ops.compute_dtype(rows.dtype)
+        more: list[Tensor] = []
+        if self.own_classes:
+            own = labels - self.first_class
+            mine = (own >= 0) & (own < self.own_classes) & valid
+            # Any number but a class of the shard says that the class is another shard's.
+            local = torch.where(valid, torch.where(mine, own, self.own_classes), -1)
+            score = total(self._target_scores(rows, own, mine, arguments), self._group)
+            head, kept = make_head(
+                rows,
+                arguments["weight"],
+                local,
+                arguments["kappa"],
+                arguments["scale"],
+                arguments["bias"],
+                self.prior,
+                self.class_weight,
+                -1,
+                self.cosine_margin,
+                self.angular_margin,
+                score,
+            )
+            try:
+                others, cosine, sum_, rank = ops.row_statistics(*head, with_sum, kept)
+            except RuntimeError as error:
+                raise explained(error) from None
+            logit = target_logits(head, cosine)
+            if self.class_weight is not None:
+                omega = self.class_weight.to(dtype)[torch.where(mine, own, 0)]
+                more = [torch.where(mine, omega, 0)]
+        else:
+            total(rows.new_zeros(len(rows), dtype=dtype), self._group)
+            scale = arguments.pop("scale").s
+            others, cosine, sum_, rank = EmptyShard.apply(rows, dtype, scale, *arguments.values())
+            logit = torch.zeros_like(cosine)
+            if self.class_weight is not None:
+                more = [torch.zeros_like(cosine.detach())]
+        if with_sum:
+            more.append(sum_)
+        merged = MergeShards.apply(self._group, others, logit, cosine, rank, *more)
+        others, logit, cosine, rank, *more = merged
+        sum_ = more.pop() if with_sum else others.new_empty(0)
+        weight = more[0] if more else valid.to(dtype)
+        logit = torch.where(wrong, torch.nan, logit)
+        return _Rows(RowStatistics(others, cosine, logit, sum_, rank), valid, weight, labels)
+
+    @torch.no_grad()
+    def _target_scores(
+        self, input: Tensor, own: Tensor, mine: Tensor, arguments: dict[str, Any]
+    ) -> Tensor:
+        """`phi + bias` of each row's target, before its margins; 0 where another shard has it.
+
+        The roundings are those of the kernels, so that equal classes have equal scores.
+        """
+        dtype = ops.compute_dtype(input.dtype)
+        column = torch.where(mine, own, 0)
+        weight = arguments["weight"][column].to(dtype)
+        input = input.to(dtype)
+        product = (input.double() * weight.double()).sum(1).to(dtype)
+        rnorm = [1 / t.norm(dim=1).clamp_min(1e-12) for t in (weight, input)]
+        cosine = (product * (rnorm[0] * rnorm[1])).clamp(-1, 1)
+        kappa, bias = arguments["kappa"], arguments["bias"]
+        kappa = kappa[column] if isinstance(self.kappa, DTensor) else kappa
+        gap = 1 - cosine
+        score = (cosine - kappa * gap) * (1 / (1 + kappa * gap))
+        if bias is not None:
+            score = score + bias[column]
+        return torch.where(mine, score, 0)
+
+    def _reduced(
+        self, losses: Tensor, weight: Tensor, groups: tuple[Group, ...], count: int
+    ) -> Tensor:
+        """The sum or the mean of the losses of the rows, summed over the ranks of the groups."""
+        value = Total.apply(losses.sum(), groups, self._groups, count)
+        if self.reduction == "mean":
+            value = value / total(weight.sum(), *groups)
+        return value
+
+    def _losses(self, statistics: RowStatistics, valid: Tensor, weight: Tensor) -> Tensor:
+        e = self.label_smoothing
+        return row_losses(statistics, valid, weight, self._total_weight, e, e / self.num_classes)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of the rows of all ranks; for `reduction="none"` the losses of the own rows."""
+        rows = self._statistics(input, target, self.label_smoothing > 0)
+        losses = self._losses(rows.statistics, rows.valid, rows.weight)
+        if self.reduction == "none":
+            return OwnRows.apply(losses, self._group, self._world)
+        return self._reduced(losses, rows.weight, tuple(self._data_groups), self._world)
+
+    def row_statistics(self, input: Tensor, target: Tensor) -> RowStatistics:
+        """`others, cosine, target, sum, rank` of the own rows, over all classes."""
+        rows = self._statistics(input, target, with_sum=True)
+        *values, rank = rows.statistics
+        others, cosine, logit, sum_ = OwnRows.apply(torch.stack(values), self._group, self._world)
+        return RowStatistics(others, cosine, logit, sum_, own_part(self._group, rank))
+
+    def loss(self, statistics: RowStatistics, target: Tensor) -> Tensor:
+        """The loss that `forward` returns, made of the own rows' statistics."""
+        valid = target != self.ignore_index
+        weight = valid.to(statistics.others.dtype)
+        if self.class_weight is not None:
+            weight = own_part(self._group, self._row_weights(target, weight.dtype))
+        losses = self._losses(statistics, valid, weight)
+        return (
+            losses if self.reduction == "none" else self._reduced(losses, weight, self._groups, 1)
+        )
+
+    def _row_weights(self, target: Tensor, dtype: torch.dtype) -> Tensor:
+        """The class weights of the targets of all ranks."""
+        (labels,) = gather(self._group, target)
+        own = labels - self.first_class
+        mine = (own >= 0) & (own < self.own_classes) & (labels != self.ignore_index)
+        weight = torch.zeros(len(labels), dtype=dtype, device=labels.device)
+        if self.own_classes:
+            assert self.class_weight is not None
+            weight = torch.where(mine, self.class_weight.to(dtype)[torch.where(mine, own, 0)], 0)
+        return total(weight, self._group)
+
+    def _own_logit_arguments(self, input: Tensor) -> dict[str, Any]:
+        found = self._arguments(input)
+        return {
+            "linear_weight": found["weight"],
+            "kappa": found["kappa"],
+            "scale": found["scale"],
+            "linear_bias": found["bias"],
+        }
+
+    @torch.no_grad()
+    def logits(self, input: Tensor) -> Tensor:
+        """The logits `[N, C]` of the own rows, without the prior and without gradients."""
+        (rows,) = gather(self._group, input)
+        dtype = ops.compute_dtype(rows.dtype)
+        padded = rows.new_zeros(len(rows), self._chunk, dtype=dtype)
+        if self.own_classes:
+            padded[:, : self.own_classes] = tvmf_logits(rows, **self._own_logit_arguments(rows))
+        parts = exchange(self._group, padded).view(self._group.size, len(input), self._chunk)
+        return parts.transpose(0, 1).reshape(len(input), -1)[:, : self.num_classes]
+
+    @torch.no_grad()
+    def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits of the own rows, without the prior, and their classes."""
+        if not 1 <= k <= self.num_classes:
+            raise ValueError(f"k must be from 1 to C = {self.num_classes}, got {k}")
+        (rows,) = gather(self._group, input)
+        size = (len(rows), min(k, self._chunk))
+        values = rows.new_full(size, -torch.inf, dtype=ops.compute_dtype(rows.dtype))
+        classes = torch.full(size, -1, dtype=torch.int64, device=rows.device)
+        if self.own_classes:
+            found = min(k, self.own_classes)
+            best, own = topk(rows, k=found, **self._own_logit_arguments(rows))
+            values[:, :found], classes[:, :found] = best, own + self.first_class
+        parts = [exchange(self._group, t) for t in (values, classes)]
+        shape = (self._group.size, len(input), size[1])
+        values, classes = (t.view(shape).transpose(0, 1).flatten(1) for t in parts)
+        values, order = values.topk(k, dim=1)
+        return values, classes.gather(1, order)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mesh={tuple(self.mesh.shape)}"
