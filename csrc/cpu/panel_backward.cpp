@@ -169,7 +169,7 @@ class PanelBackward {
         block_,
         block_,
         block_,
-        kFeaturePanels * std::max(panel_call_.packed_distance(block_), kClassDepth * kPanel)};
+        kFeaturePanels * std::max(panel_call_.packed_distance(block_), panel_call_.packed_distance(kClassDepth))};
     memory_ = Buffer(panel_call_.slots * std::accumulate(sizes.begin(), sizes.end(), int64_t(0)));
     float* next = memory_.data();
     for (int64_t i = 0; i < panel_call_.slots; ++i) {
@@ -192,7 +192,8 @@ class PanelBackward {
     const int64_t kept_panels = find_products(slot, classes, w);
     const float* kept = saved_.product + call_.N * classes.begin();
     float* lanes[]{slot.lanes_dot, slot.lanes_bias, slot.lanes_kappa};
-    for (float* sums : lanes) std::fill_n(sums, count * kPanel, 0.f);
+    for (float* sums : lanes)
+      if (of_classes() || sums == slot.lanes_dot) std::fill_n(sums, count * kPanel, 0.f);
     const ClassTerms<float> terms =
         slot.terms.fill(classes.begin(), count, count, saved_.weight_rnorm);
     for (int64_t p = 0; p < panels_; ++p) {
@@ -279,6 +280,8 @@ class PanelBackward {
                        const WeightRows& out) const {
     const int64_t D = call_.D, b_distance = panel_call_.N_elements * kPanel;
     const int64_t distance = panel_call_.packed_distance(classes.count);
+    for (int64_t i = 0; i < classes.count; ++i)
+      slot.col_dot[i] = projection(slot.col_dot[i], saved_.weight_rnorm[classes.begin() + i]);
     for (int64_t j = 0; j < panel_call_.D_panels; j += kFeaturePanels) {
       kernels_.multiply({.rows = classes.count,
                          .panels = std::min(kFeaturePanels, panel_call_.D_panels - j),
@@ -291,12 +294,16 @@ class PanelBackward {
                          .out_distance = distance,
                          .add = false});
       const int64_t d = j * kPanel;
-      for (int64_t i = 0; i < classes.count; ++i)
-        panel_call_.tile.unpack_row(
-            slot.features + i * kPanel, distance, &w(classes.first + i, d),
-            projection(slot.col_dot[i], saved_.weight_rnorm[classes.begin() + i]),
-            std::min(kFeaturePanels * kPanel, D - d), out.row(classes.wave, classes.first + i) + d,
-            out.direct());
+      panel_call_.tile.unpack({.count = classes.count,
+                               .cols = std::min(kFeaturePanels * kPanel, D - d),
+                               .panels = slot.features,
+                               .distance = distance,
+                               .other = &w(classes.first, d),
+                               .other_stride = w.row_stride,
+                               .factor = slot.col_dot,
+                               .out = out.row(classes.wave, classes.first) + d,
+                               .out_stride = D,
+                               .past_caches = out.direct()});
     }
   }
 
@@ -322,7 +329,7 @@ class PanelBackward {
       const int64_t count = std::min(kFeaturePanels, features.end - j), d = j * kPanel;
       for (int64_t begin = 0; begin < w.rows; begin += kClassDepth) {
         const int64_t classes = std::min(kClassDepth, w.rows - begin);
-        const int64_t elements = ceil_div(classes, per), distance = elements * kPanel;
+        const int64_t elements = ceil_div(classes, per), distance = elements * kPanel + kPanel;
         for (int64_t k = 0; k < elements; ++k)
           kernels_.pack_rows(&w(begin + k * per, d), w.row_stride, std::min(per, classes - k * per),
                              std::min(count * kPanel, call_.D - d), slot.features + k * kPanel,
@@ -343,14 +350,20 @@ class PanelBackward {
     }
   }
 
-  void project_input() const {
+  void project_input() {
     const Matrix<float>& x = panel_call_.x;
-    float* to = data<float>(out_.input);
+    for (int64_t n = 0; n < call_.N; ++n) row_dot_[n] = projection(row_dot_[n], saved_.x_rnorm[n]);
     parallel_rows(call_.N, call_.D, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n)
-        panel_call_.tile.unpack_row(input_grad_.data() + n * kPanel, width_ * kPanel, &x(n, 0),
-                                    projection(row_dot_[n], saved_.x_rnorm[n]), call_.D,
-                                    to + n * call_.D, false);
+      panel_call_.tile.unpack({.count = end - begin,
+                               .cols = call_.D,
+                               .panels = input_grad_.data() + begin * kPanel,
+                               .distance = width_ * kPanel,
+                               .other = &x(begin, 0),
+                               .other_stride = x.row_stride,
+                               .factor = &row_dot_[begin],
+                               .out = data<float>(out_.input) + begin * call_.D,
+                               .out_stride = call_.D,
+                               .past_caches = false});
     });
   }
 

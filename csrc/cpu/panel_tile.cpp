@@ -202,20 +202,24 @@ inline void end_of_stream() {
 #endif
 }
 
-void unpack_row(const float* panels, int64_t distance, const float* other, float factor,
-                int64_t cols, float* out, bool past_caches) {
-  const bool aligned = past_caches && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
-  for (int64_t k = 0; k < cols; k += kPanel, panels += distance) {
-    if (cols - k >= kPanel) {
+void unpack(const UnpackedRows& rows) {
+  bool streamed = false;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const float *panel = rows.panels + i * kPanel, *other = rows.other + i * rows.other_stride;
+    const float factor = rows.factor[i];
+    float* out = rows.out + i * rows.out_stride;
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
+    const bool past_caches = rows.past_caches && aligned;
+    int64_t k = 0;
+    for (; k + kPanel <= rows.cols; k += kPanel, panel += rows.distance)
       for (int64_t j = 0; j < kPanel; j += S::kWidth) {
-        const Vec value = S::load(panels + j) + S::load(other + k + j) * factor;
-        aligned ? stream(out + k + j, value) : S::store(out + k + j, value);
+        const Vec value = S::load(panel + j) + S::load(other + k + j) * factor;
+        past_caches ? stream(out + k + j, value) : S::store(out + k + j, value);
       }
-    } else {
-      for (int64_t j = 0; j < cols - k; ++j) out[k + j] = panels[j] + other[k + j] * factor;
-    }
+    for (int64_t j = 0; k + j < rows.cols; ++j) out[k + j] = panel[j] + other[k + j] * factor;
+    streamed |= past_caches;
   }
-  if (aligned) end_of_stream();
+  if (streamed) end_of_stream();
 }
 
 }  // namespace
@@ -225,6 +229,6 @@ const PanelTileKernels kPanelTile{.forward = forward,
                                   .merge = merge,
                                   .backward = backward,
                                   .add_lanes = add_lanes,
-                                  .unpack_row = unpack_row};
+                                  .unpack = unpack};
 
 }  // namespace tvmf::cpu::TVMF_ISA

@@ -50,6 +50,19 @@ struct BackwardPanel {
   float* col_kappa;                    // [count, 16]
 };
 
+// out[i, k] = panels[k / 16, i, k % 16] + factor[i] * other[i, k]
+struct UnpackedRows {
+  int64_t count, cols;
+  const float* panels;
+  int64_t distance;
+  const float* other;
+  int64_t other_stride;
+  const float* factor;  // [count]
+  float* out;
+  int64_t out_stride;
+  bool past_caches;  // for memory that is not read again soon
+};
+
 struct PanelTileKernels {
   void (*forward)(const ForwardPanel& panel, const PanelStatistics& out);
   // into (+)= more, always in the order of classes
@@ -57,10 +70,7 @@ struct PanelTileKernels {
   void (*backward)(const BackwardPanel& panel);
   // out[i] = sum of rows[i, :], rows [count, 16]
   void (*add_lanes)(const float* rows, int64_t count, float* out);
-  // out[k] = the row's column k + factor * other[k]. The row is the first one of `panels`. Memory
-  // that is not read again soon is best written past the caches.
-  void (*unpack_row)(const float* panels, int64_t distance, const float* other, float factor,
-                     int64_t cols, float* out, bool past_caches);
+  void (*unpack)(const UnpackedRows& rows);
 };
 
 }  // namespace tvmf::cpu

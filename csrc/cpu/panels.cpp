@@ -177,8 +177,12 @@ void pack_row(const float* row, int64_t cols, float* out, int64_t distance) {
   }
 }
 
-void pack_rows(const float* rows, [[maybe_unused]] int64_t row_stride,
-               [[maybe_unused]] int64_t count, int64_t cols, float* out, int64_t distance) {
+void pack_rows(const float* rows, int64_t row_stride, [[maybe_unused]] int64_t count, int64_t cols,
+               float* out, int64_t distance) {
+  // The rows are pieces of longer ones, too short for the hardware to see where the next one is.
+  constexpr int64_t kAhead = 4;
+  const float* later = rows + kAhead * row_stride;
+  for (int64_t k = 0; k < cols; k += kPanel) __builtin_prefetch(later + k);
   for (int64_t k = 0; k < cols; k += kPanel, rows += kPanel, out += distance) {
 #ifdef TVMF_PAIRS
     if (count == 1)
