@@ -37,7 +37,7 @@ struct InstructionSet {
 InstructionSet choose() {
 #ifdef TVMF_X86
   const char* forced = std::getenv("TVMF_CPU_CAPABILITY");
-  const std::string limit = forced ? forced : "avx512";
+  const std::string limit = forced ? forced : "avx512_bf16";
 #ifdef TVMF_EMULATED
   const bool has_avx2 = true, has_avx512 = true, has_bf16 = true;
 #else
@@ -47,8 +47,10 @@ InstructionSet choose() {
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
   const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  if (has_avx512 && limit == "avx512")
-    return {"avx512", TVMF_KERNELS_OF(avx512), has_bf16 ? &avx512_bf16::kPanels : nullptr};
+  if (has_bf16 && limit == "avx512_bf16")
+    return {"avx512_bf16", TVMF_KERNELS_OF(avx512), &avx512_bf16::kPanels};
+  if (has_avx512 && limit.starts_with("avx512"))
+    return {"avx512", TVMF_KERNELS_OF(avx512), nullptr};
   if (has_avx2 && limit != "baseline") return {"avx2", TVMF_KERNELS_OF(avx2), nullptr};
 #endif
   return {"baseline", TVMF_KERNELS_OF(baseline), nullptr};
