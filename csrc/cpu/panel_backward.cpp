@@ -169,7 +169,8 @@ class PanelBackward {
         block_,
         block_,
         block_,
-        kFeaturePanels * std::max(panel_call_.packed_distance(block_), panel_call_.packed_distance(kClassDepth))};
+        kFeaturePanels * std::max(panel_call_.packed_distance(block_),
+                                  panel_call_.packed_distance(kClassDepth))};
     memory_ = Buffer(panel_call_.slots * std::accumulate(sizes.begin(), sizes.end(), int64_t(0)));
     float* next = memory_.data();
     for (int64_t i = 0; i < panel_call_.slots; ++i) {
