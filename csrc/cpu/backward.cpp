@@ -1,7 +1,7 @@
 #include "cpu/backward.h"
 
 #include "cpu/isa.h"
-#include "similarity.h"
+#include "cpu/panel_backward.h"
 
 namespace tvmf::cpu {
 namespace {
@@ -31,13 +31,6 @@ Gradients in_own_dtypes(const Head& head, Gradients gradients, int64_t wanted) {
   if (wanted & kScale) gradients.scale = to_dtype(gradients.scale, head.scale->scalar_type());
   if (wanted & kBias) gradients.bias = to_dtype(gradients.bias, head.bias->scalar_type());
   return gradients;
-}
-
-// The factor of the row v in the projection of its gradient, dot / |v|^2, with its sign. A row
-// shorter than eps is divided by a constant, and so has no projection.
-template <class T>
-T projection(T dot, T rnorm) {
-  return rnorm < T(1 / kEps) ? -dot * rnorm * rnorm : T(0);
 }
 
 // What the tasks of one block sum: along rows for each stripe of columns, and along columns for
@@ -223,11 +216,15 @@ template <class T>
 Gradients backward(const Call<T>& call, const Saved<const T>& saved, const Upstream<T>& upstream,
                    int64_t wanted) {
   Gradients out = empty_gradients<T>(call.head, wanted);
-  if (call.N > 0)
-    BackwardPass<T>(call, saved, upstream, wanted, out).run();
-  else
+  if (call.N == 0) {
     for (Tensor* gradient : {&out.weight, &out.kappa, &out.scale, &out.bias})
       torch::stable::zero_(*gradient);
+  } else if (call.own_products) {
+    if constexpr (std::is_same_v<T, float>)
+      panel_backward(call, *call.own_products, saved, upstream, wanted, out);
+  } else {
+    BackwardPass<T>(call, saved, upstream, wanted, out).run();
+  }
   return in_own_dtypes(call.head, out, wanted);
 }
 

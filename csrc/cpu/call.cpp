@@ -32,6 +32,7 @@ Call<T>::Call(const Head& head)
       N(head.input.size(0)),
       C(head.weight.size(0)),
       D(head.input.size(1)),
+      own_products(cpu::own_products(head.input.scalar_type(), N, C, D)),
       plan(plan_cpu(N, C, D, sizeof(T))),
       terms(head),
       label(read_labels(head)) {}

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/blocks.h"
+#include "cpu/choice.h"
 #include "cpu/plan.h"
 #include "cpu/product.h"
 #include "cpu/terms.h"
@@ -18,7 +19,8 @@ struct Call {
 
   const Head& head;
   int64_t N, C, D;
-  CpuPlan plan;
+  const PanelKernels* own_products;  // null where the library's products serve
+  CpuPlan plan;                      // for these
   HeadTerms<T> terms;
   std::vector<int64_t> label;  // [N]  the class of a row, kIgnored or kElsewhere
 };

@@ -4,49 +4,11 @@
 #include <limits>
 
 #include "cpu/isa.h"
+#include "cpu/panel_forward.h"
+#include "cpu/target.h"
 
 namespace tvmf::cpu {
 namespace {
-
-// For each row the cosine and the logit of its target, and the target's score phi + bias before the
-// margins. They come before the blocks of classes, so that the rank is counted in the same pass as
-// the other statistics.
-template <class T>
-void target_logits(const Call<T>& call, const Matrix<T>& x, Rows<T>& weight, const Saved<T>& saved,
-                   T* score) {
-  constexpr int64_t kGathered = 256;  // rows of the weight that are converted together
-  const auto& kernels = tile_kernels<T>();
-  const int64_t N = call.N, D = call.D;
-  std::vector<int64_t> row(N);  // of the target's weight, in the matrix `w`
-  for (int64_t begin = 0; begin < N; begin += kGathered) {
-    const int64_t count = std::min(kGathered, N - begin);
-    Matrix<T> w;
-    Tensor gathered;
-    for (int64_t n = begin; n < begin + count; ++n) row[n] = std::max<int64_t>(call.label[n], 0);
-    if (weight.direct()) {
-      w = weight.block(0, call.C);
-    } else {
-      gathered = weight.gathered(row.data() + begin, count);
-      w = {data<T>(gathered), count, D, D};
-      for (int64_t i = 0; i < count; ++i) row[begin + i] = i;
-    }
-    parallel_rows(count, D, [&](int64_t first, int64_t last) {
-      for (int64_t n = begin + first; n < begin + last; ++n) {
-        const int64_t y = call.label[n];
-        saved.target_cosine[n] = saved.target_logit[n] = score[n] = 0;
-        if (y < 0) continue;
-        const T* target_weight = w.data + row[n] * w.row_stride;
-        const auto [product, cosine] = kernels.target(x.data + n * x.row_stride, target_weight, D);
-        saved.target_cosine[n] = T(cosine);
-        saved.target_logit[n] = T(target_logit(cosine, call.terms.of_target(y)).value);
-        T weight_rnorm;
-        kernels.rnorm(target_weight, w.row_stride, 1, D, &weight_rnorm);
-        score[n] = kernels.score(T(product), saved.x_rnorm[n], weight_rnorm, call.terms.kappa[y],
-                                 call.terms.bias[y]);
-      }
-    });
-  }
-}
 
 // The statistics of each stripe of a block's columns, [stripes, N] each.
 template <class T>
@@ -87,17 +49,14 @@ void forward(const Call<T>& call, const Statistics<T>& out) {
     return;
   }
   std::fill(saved.weight_rnorm + C, saved.product, T(0));  // the padding
+  if constexpr (std::is_same_v<T, float>)
+    if (call.own_products) return panel_forward(call, *call.own_products, out);
 
   Rows<T> input(call.head.input, N), weight(call.head.weight, plan.class_block);
   const Matrix<T> x = input.block(0, N);
   rnorm(x, saved.x_rnorm);
   std::vector<T> target_score(N);
   target_logits(call, x, weight, saved, target_score.data());
-  if (call.head.target_score) {
-    const int64_t stride = call.head.target_score->stride(0);
-    const T* given = data<T>(*call.head.target_score);
-    for (int64_t n = 0; n < N; ++n) target_score[n] = given[n * stride];
-  }
   std::fill(saved.max, saved.max + N, -std::numeric_limits<T>::infinity());
   std::fill(saved.sum_exp, saved.sum_exp + N, T(0));
   std::fill(out.rank, out.rank + N, 0);

@@ -1,0 +1,79 @@
+#include "cpu/panel_call.h"
+
+#include "cpu/isa.h"
+
+namespace tvmf::cpu {
+
+PanelPlan::PanelPlan(int64_t N, int64_t C, int64_t D, int64_t threads) {
+  // The packed weights of a block fit the second-level cache of a core.
+  block = 128;
+  // Between two merges the threads share the gradient of a wave, of 2 MiB, and read its weights
+  // twice, 8 MiB. Many threads need more blocks to share.
+  constexpr int64_t kGradient = int64_t(2) << 20, kWeights = int64_t(8) << 20, kMost = 4096;
+  const int64_t fitting = std::min(kGradient / 4 / N, kWeights / 4 / D);
+  const int64_t most = std::max(std::min(fitting, kMost), threads * block);
+  const int64_t waves = ceil_div(C, std::max(most / kClassDepth * kClassDepth, kClassDepth));
+  wave = round_up(ceil_div(C, waves), kClassDepth);
+}
+
+PanelCall::PanelCall(const Call<float>& call, const PanelKernels& kernels)
+    : call(call),
+      kernels(kernels),
+      tile(panel_tile_kernels()),
+      slots(torch::stable::get_num_threads()),
+      plan(call.N, call.C, call.D, slots),
+      panels(ceil_div(call.N, kPanel)),
+      D_panels(ceil_div(call.D, kPanel)),
+      D_elements(ceil_div(call.D, kernels.per_element)),
+      N_elements(ceil_div(call.N, kernels.per_element)),
+      input(call.head.input, call.N),
+      x(input.block(0, call.N)) {}
+
+Buffer PanelCall::columns_of_features() const {
+  Buffer out(panels * D_elements * kPanel);
+  run_tasks(panels, slots, [&](int64_t, int64_t p) {
+    kernels.pack_columns(&x(p * kPanel, 0), x.row_stride, std::min(kPanel, call.N - p * kPanel),
+                         call.D, out.data() + p * D_elements * kPanel);
+  });
+  return out;
+}
+
+Buffer PanelCall::rows_of_features() const {
+  const int64_t distance = N_elements * kPanel, per = kernels.per_element;
+  Buffer out(D_panels * distance);
+  run_tasks(ceil_div(N_elements, kPanel), slots, [&](int64_t, int64_t group) {
+    for (int64_t k = group * kPanel; k < std::min((group + 1) * kPanel, N_elements); ++k)
+      kernels.pack_rows(&x(k * per, 0), x.row_stride, std::min(per, call.N - k * per), call.D,
+                        out.data() + k * kPanel, distance);
+  });
+  return out;
+}
+
+void PanelCall::pack_weights(const Matrix<float>& w, float* packed) const {
+  for (int64_t i = 0; i < w.rows; ++i)
+    kernels.pack_row(&w(i, 0), call.D, packed + i * kPanel, packed_distance(w.rows));
+}
+
+void PanelCall::targets(int64_t begin, int64_t count, int64_t panel, int32_t* out) const {
+  for (int64_t i = 0; i < kPanel; ++i) {
+    const int64_t n = panel * kPanel + i, c = n < call.N ? call.label[n] - begin : -1;
+    out[i] = c >= 0 && c < count ? static_cast<int32_t>(c) : -1;
+  }
+}
+
+void PanelCall::multiply(const float* packed, int64_t count, const Buffer& columns, int64_t begin,
+                         int64_t end, float* out, int64_t out_distance) const {
+  if (begin == end) return;
+  kernels.multiply({.rows = count,
+                    .panels = end - begin,
+                    .depth = D_elements,
+                    .a = packed,
+                    .a_distance = packed_distance(count),
+                    .b = columns.data() + begin * D_elements * kPanel,
+                    .b_distance = D_elements * kPanel,
+                    .out = out,
+                    .out_distance = out_distance,
+                    .add = false});
+}
+
+}  // namespace tvmf::cpu

@@ -1,0 +1,146 @@
+"""The CPU's products: the library's and our own, forced by TVMF_CPU_PRODUCT, by the error rule.
+
+Our own for AVX-512 are built once more with emulated instructions, so that they run anywhere.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_resources import output_of
+
+ROOT = Path(__file__).parent.parent
+
+# Features and weight of each case have one of the DTYPES, and there is room to keep all products,
+# those of half of the classes, or none. Then each matrix is a part of a larger one, and transposed.
+CHECKS = """
+import itertools, torch
+from tests.problem import *
+from tvmf_ext import functional, row_statistics, tvmf_cross_entropy
+functional._KEEP_MIN_FEATURES = 1
+SHAPES = (1, 1, 2), (1, 8, 8), (3, 130, 17), (16, 16, 16), (33, 300, 131), (300, 701, 33)
+OPTIONS = (
+    dict(),
+    dict(kappa="[C]", scale="softplus", bias=True, prior=True, class_weight=True, ignored=0.2,
+         label_smoothing=0.1, cosine_margin=0.1, angular_margin=0.2, reduction="none"),
+    dict(kappa="[]", scale="[]", ignored=0.5, class_weight=True, reduction="sum"),
+)
+for shape, (i, options) in itertools.product(SHAPES, enumerate(OPTIONS)):
+    N, C, D = shape
+    for dtypes in DTYPES:
+        dtype, weight_dtype = (getattr(torch, name) for name in dtypes.split("/"))
+        kept = (1 << 30, 4 * N * (C // 2), 0)[(N + i) % 3]
+        functional._KEEP_BYTES = kept
+        problem = make_problem(*shape, dtype=dtype, weight_dtype=weight_dtype, **options)
+        for function in (tvmf_cross_entropy, row_statistics):
+            check(function, problem)
+        if product_dtype(problem["input"]) != torch.bfloat16 or weight_dtype == torch.bfloat16:
+            check_rank(problem)
+    padded = {k: v for k, v in make_problem(N, C, D, **options).items()}
+    for name in ("input", "linear_weight"):
+        rows, cols = padded[name].shape
+        padded[name] = torch.nn.functional.pad(padded[name], (3, 4))[:, 3:3 + cols]
+        check(tvmf_cross_entropy, padded)
+        padded[name] = padded[name].t().contiguous().t()
+        check(tvmf_cross_entropy, padded)
+print("done")
+"""
+DTYPES = ("float32/float32", "bfloat16/float32", "float16/float16", "float32/bfloat16")
+
+# Waves of classes grow with the number of threads; sums over classes must not notice.
+BITS = """
+import hashlib, sys, torch
+from tests.problem import *
+from tvmf_ext import build_info, row_statistics, tvmf_cross_entropy
+digests = []
+for threads in THREADS:
+    torch.set_num_threads(threads)
+    digest = hashlib.sha256()
+    for dtype, shape in ((torch.float32, (70, 5000, 129)), (torch.bfloat16, (40, 3000, 64))):
+        problem = make_problem(
+            *shape, dtype=dtype, weight_dtype=torch.float32, kappa="[C]", scale="[]", bias=True,
+            class_weight=True, ignored=0.1, label_smoothing=0.1,
+        )
+        statistics = statistics_arguments(problem)
+        digest.update(row_statistics(**statistics).rank.numpy().tobytes())
+        for result in (evaluate(row_statistics, statistics), evaluate(tvmf_cross_entropy, problem)):
+            for tensors in result:
+                for tensor in tensors.values():
+                    digest.update(tensor.double().numpy().tobytes())
+    digests.append(digest.hexdigest())
+print(*digests)
+"""
+
+
+def start(code, package, **environment):
+    """A Python process that finds the folder `package` before the tests."""
+    paths = (package, ROOT, os.environ.get("PYTHONPATH", ""))
+    environment = {"OMP_NUM_THREADS": "1"} | environment
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=package,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def checks(*dtypes):
+    return CHECKS.replace("DTYPES", repr(dtypes))
+
+
+@pytest.mark.parametrize("product", ["own", "library"])
+def test_products_follow_the_error_rule(product):
+    process = start(checks(*DTYPES), ROOT, TVMF_CPU_PRODUCT=product)
+    assert output_of(process) == ["done"]
+
+
+def test_our_own_products_give_the_same_bits_on_any_number_of_threads():
+    code = BITS.replace("THREADS", "(1, 2, 8, 1)")
+    digests = output_of(start(code, ROOT, TVMF_CPU_PRODUCT="own"))
+    assert len(digests) == 4 and len({*digests}) == 1
+
+
+def test_another_product_is_refused():
+    process = start(
+        "import torch, tvmf_ext\n"
+        "x = torch.ones(1, 2)\n"
+        "tvmf_ext.tvmf_cross_entropy(x, x, torch.zeros(1, dtype=torch.int64))",
+        ROOT,
+        TVMF_CPU_PRODUCT="ours",
+    )
+    assert "TVMF_CPU_PRODUCT must be own or library, got ours" in process.communicate()[1]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The package with emulated AVX-512, in a folder of its own."""
+    if not shutil.which("cmake") or "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("needs cmake and AVX2")
+    folder = tmp_path_factory.mktemp("emulated")
+    package = folder / "tvmf_ext"
+    shutil.copytree(ROOT / "tvmf_ext", package, ignore=shutil.ignore_patterns("*.so"))
+    settings = ("-DTVMF_EMULATED=ON", f"-DTVMF_OUTPUT_DIR={package}")
+    for command in (
+        ("-S", ROOT, "-B", folder / "build", "-G", "Ninja", *settings),
+        ("--build", folder / "build"),
+    ):
+        subprocess.run(["cmake", *command], env=os.environ | {"TVMF_CUDA": "0"}, check=True)
+    return folder
+
+
+def test_emulated_avx512_follows_the_error_rule(emulated):
+    code = checks("float32/float32", "bfloat16/bfloat16", "bfloat16/float32")
+    assert output_of(start(code, emulated, TVMF_CPU_PRODUCT="own")) == ["done"]
+
+
+def test_emulated_avx512_gives_the_same_bits_on_any_number_of_threads(emulated):
+    code = BITS.replace("THREADS", "(1, 3)")
+    digests = output_of(start(code, emulated, TVMF_CPU_PRODUCT="own"))
+    assert len(digests) == 2 and len({*digests}) == 1
