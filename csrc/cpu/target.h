@@ -7,7 +7,7 @@ namespace tvmf::cpu {
 
 // For each row the cosine and the logit of its target, and the target's score phi + bias before the
 // margins. They come before the blocks of classes, so that the rank is counted in the same pass as
-// the other statistics.
+// the other statistics. A score that the caller gives takes the place of the target's own.
 template <class T>
 void target_logits(const Call<T>& call, const Matrix<T>& x, Rows<T>& weight, const Saved<T>& saved,
                    T* score);
