@@ -164,11 +164,18 @@ const Device& device_at(int index) {
 // CUDA runtime in this library, which has a current device of its own.
 class CurrentDevice {
  public:
-  explicit CurrentDevice(int index) : guard_(index) {
+  explicit CurrentDevice(int index) : guard_(found(index)) {
     check(cudaSetDevice(index), "cudaSetDevice");
   }
 
  private:
+  // Asks for the driver before torch's guard does, whose error would not say what to do.
+  static int found(int index) {
+    int count = 0;
+    check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    return index;
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
