@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from train import checkpoint, distributed
 from train.batches import seed_of
 from train.config import Config, TrainError
+from train.images import LostImages
 from train.log import Log
 from train.metrics import error_report, full_report
 from train.model import Classifier
@@ -115,11 +116,16 @@ class Fit:
         if session.rank == 0:
             parts = ("net", "head", "optimizer", "scaler")
             state = {name: getattr(self, name).state_dict() for name in parts}
-            state |= {"config": session.config.identity(), "stage": self.stage}
+            state |= {"config": session.identity(), "stage": self.stage}
             state |= {"epoch": self.epoch, "step": self.step, "totals": totals.cpu()}
             state |= {"history": self.history, "best": self.best, "results": self.results}
             checkpoint.save(session.config.out, state | {"bad_images": sorted(bad)})
         self.saved_at = time.monotonic()
+
+    def save_alone(self) -> None:
+        """Saves before the run ends for a reason of this process, for which others would wait."""
+        if self.session.world == 1:
+            self.save()
 
     def save_or_stop(self, due: bool) -> None:
         """Saves if that is due in any process, and leaves if any was asked to stop."""
@@ -172,7 +178,11 @@ class Fit:
         sizes, batches = self.batches()
         began, images = time.perf_counter(), sum(sizes[self.step :])
         while self.step < len(sizes):
-            self.train_step(batches, sizes[self.step])
+            try:
+                self.train_step(batches, sizes[self.step])
+            except LostImages:
+                self.save_alone()
+                raise
             progress.update(bar, completed=self.epoch + self.step / len(sizes))
             if self.step % LOOK == 0:
                 loss, count = self.totals[:2].tolist()
@@ -220,8 +230,9 @@ class Fit:
         session, config = self.session, self.session.config
         # Dropout draws from the global generator.
         torch.manual_seed(seed_of(config.seed, self.stage, self.epoch, self.step, session.rank))
-        for part in range(config.accumulate):
-            images, labels = next(batches)
+        # Before anything changes, as an image that cannot be read makes the run save and end.
+        parts = [next(batches) for _ in range(config.accumulate)]
+        for part, (images, labels) in enumerate(parts):
             if not self.cached:
                 images = session.laid_out(images)
             wait = session.world > 1 and part + 1 < config.accumulate
@@ -244,8 +255,8 @@ class Fit:
             distributed.average_buffers(self.net)  # they differ between processes
         try:
             rows = session.evaluate(self.evaluated, self.net, self.head, self.cached)
-        except Stopped:
-            self.save()
+        except (Stopped, LostImages):
+            self.save_alone()
             raise
         record[self.evaluated] = error_report(rows)
         error = record[self.evaluated]["error1"]
@@ -272,7 +283,7 @@ class Fit:
         """Loads the chosen model and tests it."""
         session = self.session
         distributed.barrier()  # until the first process has written the file
-        states = checkpoint.load_model(self.model_file)
+        states = checkpoint.load_model(self.model_file, "--resume")
         for module, state in zip((self.net, self.head), states, strict=True):
             module.load_state_dict(state)
         rows = session.evaluate("test", self.net, self.head, self.cached)
@@ -281,8 +292,8 @@ class Fit:
         report["epoch"] = self.best[1]
         report["scale"] = self.head.scale.item() if self.has_scale else None
         if self.has_scale and still_rises(self.history, self.epochs):
-            session.say(
-                f"[yellow]warning:[/] the scale still rose at the end of stage {self.stage}, from "
+            session.warn(
+                f"the scale still rose at the end of stage {self.stage}, from "
                 f"{self.history[0]:.2f} to {self.history[-1]:.2f}: the head is short of training; "
                 "try --scale-start, --scale-lr or more epochs"
             )

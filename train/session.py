@@ -1,6 +1,7 @@
 """The state that both stages of a run share: configuration, data, device, processes, terminal."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from train import distributed
 from train.batches import (
     Loader,
+    Readers,
     balanced_over_classes,
     balanced_over_images,
     channel_statistics,
@@ -39,11 +41,16 @@ class Session:
 
     def __init__(self, config: Config, data: LongTailed, rank=0, world=1, device="cpu"):
         self.config, self.data, self.rank, self.world = config, data, rank, world
-        self.device, self.console = torch.device(device), Console(quiet=rank > 0)
+        self.device, self.console = (
+            torch.device(device),
+            Console(quiet=rank > 0, markup=False, emoji=False),
+        )  # brackets and colons may belong to a path
         self.parts = world * config.accumulate
         self.bad: set[str] = set()
         images = data.train.images
         statistics = channel_statistics(images) if isinstance(images, Tensor) else None
+        self.data_summary = data.summary()
+        readers = Readers(config.workers, self.device)
         self.loaders = {
             name: Loader(
                 split,
@@ -54,14 +61,21 @@ class Session:
                 flip=config.flip,
                 statistics=statistics,
                 skip_bad=config.bad_images == "skip",
-                workers=config.workers,
+                readers=readers,
             )
             for name, split in data.splits()
         }
 
-    def say(self, text: str) -> None:
+    def identity(self) -> dict[str, Any]:
+        """What decides the result of the run: a checkpoint of another one does not fit."""
+        return self.config.identity() | {"data set": self.data_summary}
+
+    def say(self, text: str, style: str | None = None) -> None:
         """Prints a line, in the first process alone."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, style=style, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}", "yellow")
 
     def autocast(self) -> AbstractContextManager:
         dtype = DTYPES[self.config.precision]

@@ -18,6 +18,7 @@ def build_net(session: Session) -> nn.Module:
     config, images = session.config, session.data.train.images
     channels = images.shape[1] if isinstance(images, Tensor) else 3
     net = make_net(config.net, channels, config.pretrained).to(session.device)
+    check_net(net, config.net, channels, session.data.image_size)
     if config.sync_bn:
         if session.device.type != "cuda":
             raise TrainError("--sync-bn: got CPU processes, wanted GPUs: PyTorch has none for CPUs")
@@ -27,6 +28,22 @@ def build_net(session: Session) -> nn.Module:
     if config.compile:
         net.compile()
     return net
+
+
+def check_net(net: nn.Module, name: str, channels: int, size: int) -> None:
+    """Refuses a net that cannot take images of that size, such as most vision transformers."""
+    try:
+        with torch.no_grad():
+            images = torch.zeros(1, channels, size, size, device=next(net.parameters()).device)
+            features = net.eval()(images)
+        if features.shape != (1, net.num_features):
+            raise ValueError(f"its output is {list(features.shape)}")
+    except Exception as error:  # each net of timm fails in a way of its own
+        raise TrainError(
+            f"--net: got {name} ({checkpoint.first_line(error)}), wanted a net that makes features "
+            f"of {size} x {size} pixels, or another --image-size"
+        ) from None
+    net.train()
 
 
 def check_session(session: Session) -> None:
@@ -49,7 +66,7 @@ def train(session: Session) -> dict[str, dict]:
     check_session(session)
     saved = None
     if config.resume:
-        saved = checkpoint.load(config.out, config, lambda text: session.say(f"warning: {text}"))
+        saved = checkpoint.load(config.out, session.identity(), session.warn)
         session.bad |= set(saved["bad_images"])
     results = saved["results"] if saved else {}
     torch.manual_seed(config.seed)
@@ -85,7 +102,7 @@ def train_stage2(
     """Trains a new cosine head on the frozen backbone, on every class equally often."""
     config = session.config
     if config.model is None:
-        checkpoint.fill(net, config.out / "stage1.pt", config.net)
+        checkpoint.fill(net, config.out / "stage1.pt", config.net, "--resume")
     net.requires_grad_(False)
     torch.manual_seed(seed_of(config.seed, 2))
     head = make_head("cosine", net.num_features, session.data.num_classes, config)
