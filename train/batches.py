@@ -12,32 +12,26 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from torchvision import transforms
 
+from train.augment import (
+    STATISTICS,
+    augment_colours,
+    centre,
+    draw_colours,
+    draw_part,
+    erase,
+    mirror,
+    random_affine,
+    shift,
+)
 from train.images import LostImages, bad_image, read_image
 from train.splits import Split
 
 GROUP = 4  # images of one class in a row, as in the paper's code
 NO_LABEL = -100  # label of an image that could not be read; the heads ignore it
-
-STATISTICS = {  # mean and standard deviation of the channels, as in the paper's code
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
-}
-# Principal components of ImageNet's colours (Krizhevsky et al., NeurIPS 2012; fb.resnet.torch).
-EIGENVALUES = (0.2175, 0.0188, 0.0045)
-EIGENVECTORS = (
-    (-0.5675, 0.7192, 0.4009),
-    (-0.5808, -0.0045, -0.8140),
-    (-0.5836, -0.6948, 0.4203),
-)
-GREY = (0.299, 0.587, 0.114)  # parts of red, green and blue in the brightness of a pixel
-JITTER = (0.6, 1.4)  # range of the factors of brightness, contrast and saturation
-LIGHTING = 0.1  # standard deviation of the coefficients of the principal components
 
 
 def seed_of(*position: int) -> int:
@@ -75,6 +69,21 @@ def balanced_over_classes(labels: Tensor, batch_size: int, seed: int) -> Tensor:
     return torch.tensor(order[:size])
 
 
+def balanced_over_square_roots(labels: Tensor, batch_size: int, seed: int) -> Tensor:
+    """The order of an epoch of stage 2, [N]: draws with replacement in which the share of a class
+    is proportional to the square root of its size."""
+    weights = torch.bincount(labels).double().rsqrt()[labels]
+    draw = torch.Generator().manual_seed(seed)
+    return torch.multinomial(weights, len(labels), replacement=True, generator=draw)
+
+
+SAMPLING = {
+    "images": balanced_over_images,
+    "sqrt": balanced_over_square_roots,
+    "classes": balanced_over_classes,
+}
+
+
 def steps_of(size: int, batch_size: int, parts: int) -> int:
     """Steps of an epoch. A last batch is dropped if it gives a part fewer than two images."""
     steps, rest = divmod(size, batch_size)
@@ -87,86 +96,20 @@ def share(step: int, size: int, batch_size: int, part: int, parts: int) -> Tenso
     return batch.tensor_split(parts)[part]
 
 
-def draw_part(width: int, height: int) -> tuple[int, int, int, int]:
-    """The random part of an image, of 8 to 100 % of its area, that training crops."""
-    sides = torch.empty(1, height, width, device="meta")
-    top, left, height, width = transforms.RandomResizedCrop.get_params(
-        sides, (0.08, 1), (3 / 4, 4 / 3)
-    )
-    return left, top, left + width, top + height
-
-
-def draw_colours(jitter: bool) -> Tensor:
-    """What an image's augmentation draws beside its part, [10]: whether it is mirrored (below 0.5);
-    the turns of brightness (0), contrast (1) and saturation (2), and their factors; coefficients of
-    the principal components. These are the draws of torchvision's transforms, in their order."""
-    draws = [torch.rand(1), torch.zeros(9)]
-    if jitter:
-        turns, *factors, _ = transforms.ColorJitter.get_params(JITTER, JITTER, JITTER, None)
-        turns = [turn for turn in turns.tolist() if turn < 3]  # 3 would be the hue
-        draws[1:] = [
-            torch.tensor([*turns, *(factors[t] for t in turns)]),
-            torch.randn(3) * LIGHTING,
-        ]
-    return torch.cat(draws)
-
-
-def centre(size: int, width: int, height: int) -> tuple[float, float, float, float]:
-    """The part that is left when the shorter side is resized to size * 256 / 224 pixels, and a
-    square of `size` is cut from the middle."""
-    shorter = round(size * 256 / 224)
-    scaled = [shorter * side // min(width, height) for side in (width, height)]
-    begin = [round((side - size) / 2) for side in scaled]
-    ratio = [side / after for side, after in zip((width, height), scaled, strict=True)]
-    left, top = (b * r for b, r in zip(begin, ratio, strict=True))
-    return left, top, left + size * ratio[0], top + size * ratio[1]
-
-
-def augment_colours(images: Tensor, draws: Tensor) -> Tensor:
-    """Colour jitter and lighting for images [B, 3, height, width] in [0, 1], as draws [B, 10] say.
-
-    Each turn of the jitter moves an image from, or to, its black, mean grey or grey image.
-    """
-    draws = draws[:, :, None, None, None]
-    weights = images.new_tensor(GREY).view(3, 1, 1)
-    for turn in range(3):
-        kind, factor = draws[:, 1 + turn], draws[:, 4 + turn]
-        grey = (images * weights).sum(1, keepdim=True)
-        against = torch.where(kind == 2, grey, (kind == 1) * grey.mean((2, 3), keepdim=True))
-        images = torch.lerp(against, images, factor).clamp_(0, 1)
-    components = images.new_tensor(EIGENVECTORS) * images.new_tensor(EIGENVALUES)
-    return images + (draws[:, 7:, 0, 0, 0] @ components.t())[:, :, None, None]
-
-
-def shift(images: Tensor, offsets: Tensor, reach: int) -> Tensor:
-    """Moves image i by offsets[:, i], each in [-reach, reach], filling with zeros.
-
-    images [B, channels, height, width], offsets [2, B] (rows, columns).
-    """
-    height, width = images.shape[2:]
-    padded = F.pad(images, (reach,) * 4)
-    rows = torch.arange(height, device=images.device) + reach - offsets[0, :, None]
-    columns = torch.arange(width, device=images.device) + reach - offsets[1, :, None]
-    item = torch.arange(len(images), device=images.device)
-    # Indices on both sides of the channels move these to the end.
-    moved = padded[item[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return moved.permute(0, 3, 1, 2)
-
-
 class FileImages(TorchDataset):
-    """The images of a split. read(index, *position in the training) returns pixels, uint8
+    """The images of a split. read(train, index, *position in the training) returns pixels, uint8
     [size, size, 3]; draws [10] of the augmentation, or None where there is none; label; and None,
     or a message where the file cannot be read, when the pixels are zeros and the label NO_LABEL."""
 
-    def __init__(self, split: Split, augment: str, size: int, train: bool):
-        self.split, self.size, self.train, self.jitter = split, size, train, augment == "imagenet"
+    def __init__(self, split: Split, augment: str, size: int):
+        self.split, self.size, self.jitter = split, size, augment == "imagenet"
 
-    def read(self, index: int, *position: int):
+    def read(self, train: bool, index: int, *position: int):
         state = torch.get_rng_state()  # without workers the training draws from this generator
         torch.default_generator.manual_seed(seed_of(*position))
-        choose = draw_part if self.train else partial(centre, self.size)
+        choose = draw_part if train else partial(centre, self.size)
         pixels = read_image(self.split.images[index], self.size, choose)
-        draws = draw_colours(self.jitter) if self.train else None
+        draws = draw_colours(self.jitter) if train else None
         torch.set_rng_state(state)
         if isinstance(pixels, str):
             return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), draws, NO_LABEL, pixels
@@ -219,9 +162,11 @@ class Readers(TorchDataset):
             generator=torch.Generator(),  # so that it draws nothing from torch's
         )
 
-    def add(self, split: FileImages) -> int:
-        self.splits.append(split)
-        return len(self.splits) - 1
+    def add(self, images: FileImages) -> int:
+        """The number of a split, which is added unless it is there."""
+        known = [other.split is images.split for other in self.splits]
+        self.splits += [] if any(known) else [images]
+        return known.index(True) if any(known) else len(known)
 
     def __getitem__(self, item: tuple[int, ...]):
         number, *place = item
@@ -231,10 +176,13 @@ class Readers(TorchDataset):
         """The items of each batch of the epoch that `read` was last called for."""
         return iter(self.batches)
 
-    def read(self, number: int, order: Tensor, batches: list[Tensor], seed: int) -> Iterator:
+    def read(self, number: int, train: bool, order, batches: list[Tensor], seed: int) -> Iterator:
         """What `collate` makes of each batch of positions in `order`, for the split `number`."""
         self.batches = (
-            [(number, i, seed, p) for i, p in zip(order[b].tolist(), b.tolist(), strict=True)]
+            [
+                (number, train, i, seed, p)
+                for i, p in zip(order[b].tolist(), b.tolist(), strict=True)
+            ]
             for b in batches
         )
         files = iter(self.files)
@@ -271,20 +219,22 @@ class Loader:
         *,
         train: bool,
         flip: bool = False,
+        erase: float = 0.0,
         statistics: tuple[Tensor, Tensor] | None = None,
         skip_bad: bool = False,
         readers: Readers | None = None,
     ):
         self.device, self.train, self.flip, self.skip_bad = device, train, flip, skip_bad
+        self.augment, self.erase = augment, erase
         self.bad: set[str] = set()
-        self.in_memory, self.jitter = isinstance(split.images, Tensor), augment == "imagenet"
+        self.in_memory = isinstance(split.images, Tensor)
         if self.in_memory:
             self.images, self.labels = split.images.to(device), split.labels.to(device)
             self.reach = max(1, round(image_size / 14))  # 2 pixels for MNIST's 28
         else:
             statistics = [torch.tensor(s) for s in STATISTICS[augment]]
             self.readers = readers
-            self.number = readers.add(FileImages(split, augment, image_size, train))
+            self.number = readers.add(FileImages(split, augment, image_size))
         self.mean, self.std = (s.view(-1, 1, 1).to(device) for s in statistics)
 
     def __call__(
@@ -298,20 +248,32 @@ class Loader:
 
     def _from_memory(self, order, batches, epoch_seed):
         if self.train:
-            draws = torch.rand(len(order), 3, generator=torch.Generator().manual_seed(epoch_seed))
+            width = 3 if self.augment == "small" else 14
+            draw = torch.Generator().manual_seed(epoch_seed)
+            draws = torch.rand(len(order), width, generator=draw)
         for batch in batches:
             index = order[batch].to(self.device, non_blocking=True)
             images = self.images[index].float().div_(255)
             if self.train:
-                drawn = draws[batch].to(self.device, non_blocking=True)
-                offsets = (drawn[:, :2] * (2 * self.reach + 1)).long().t() - self.reach
-                images = shift(images, offsets, self.reach)
-                if self.flip:
-                    images = mirror(images, drawn[:, 2])
+                images = self._augmented(images, draws[batch].to(self.device, non_blocking=True))
             yield (images - self.mean) / self.std, self.labels[index]
 
+    def _augmented(self, images, drawn):
+        if self.augment == "small":
+            offsets = (drawn[:, :2] * (2 * self.reach + 1)).long().t() - self.reach
+            images = shift(images, offsets, self.reach)
+        else:
+            images = random_affine(images, drawn[:, 3:9])
+        if self.flip:
+            images = mirror(images, drawn[:, 2])
+        if self.erase:
+            images = erase(images, drawn[:, 9:14], self.erase, self.mean)
+        return images
+
     def _from_files(self, order, batches, epoch_seed):
-        for *batch, messages in self.readers.read(self.number, order, batches, epoch_seed):
+        for *batch, messages in self.readers.read(
+            self.number, self.train, order, batches, epoch_seed
+        ):
             if messages and not self.skip_bad:
                 raise bad_image(messages[0])
             self.bad.update(messages)
@@ -321,19 +283,5 @@ class Loader:
             images = pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
             if self.train:
                 images = mirror(images, draws[:, 0])
-                images = augment_colours(images, draws) if self.jitter else images
+                images = augment_colours(images, draws) if self.augment == "imagenet" else images
             yield (images - self.mean) / self.std, labels
-
-
-def mirror(images: Tensor, draws: Tensor) -> Tensor:
-    """Mirrors the images whose number in [0, 1) is below 0.5."""
-    return torch.where(draws[:, None, None, None] < 0.5, images.flip(3), images)
-
-
-def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of uint8 images, as fractions of 255."""
-    parts = images.split(1000)
-    mean = sum(p.double().sum((0, 2, 3)) for p in parts) / images[:, 0].numel()
-    square = sum(p.double().square().sum((0, 2, 3)) for p in parts) / images[:, 0].numel()
-    std = (square - mean**2).clamp(min=1).sqrt()  # at least one grey level: constant images have 0
-    return (mean / 255).float(), (std / 255).float()

@@ -10,8 +10,8 @@ import torch
 from rich.table import Table
 
 from train import checkpoint, distributed
-from train.config import Config, TrainError
-from train.data import load_data
+from train.config import Config, TrainError, settle
+from train.data import IN_MEMORY, load_data
 from train.log import has_tensorboard
 from train.metrics import FIGURES, SIZES
 from train.session import Session, Stopped
@@ -41,9 +41,8 @@ def run(config: Config) -> None:
     """Trains or tests in one process of the run."""
     rank, world, device = distributed.start(config.device)
     data = load_data(config, quiet=rank > 0)
-    if config.net == "auto":
-        net = "convnet" if data.augment == "small" else "resnet10"
-        config = dataclasses.replace(config, net=net)
+    evaluated = len(data.test if data.val is None else data.val)
+    config = settle(config, len(data.train), evaluated, data.augment in IN_MEMORY)
     if config.model:  # tables name the head in the file, as the flags say nothing about it
         config = dataclasses.replace(config, **checkpoint.trained_head(config.model))
     session = Session(config, data, rank, world, device)
@@ -76,8 +75,9 @@ def describe(session: Session) -> None:
         f"{config.dataset}: {len(data.train):,} training images of {data.num_classes:,} classes, "
         f"{int(data.counts.max()):,} to {int(data.counts.min()):,} a class, "
         f"{len(data.val or ()):,} for validation, {len(data.test):,} for the test; {config.net}, "
-        f"{data.augment} transforms at {data.image_size} pixels, {session.world} process(es), "
-        f"{session.device.type}" + (f"; {empty} classes have no training image" if empty else "")
+        f"{data.augment} transforms at {data.image_size} pixels, batches of {config.batch_size}, "
+        f"{session.world} process(es), {session.device.type}"
+        + (f"; {empty} classes have no training image" if empty else "")
     )
     for note in data.notes:
         session.warn(note)
@@ -109,12 +109,13 @@ def print_table(session: Session, results: dict[str, dict]) -> None:
     head = str(config.model) if config.evaluate else head
     title = f"error in %, {config.dataset}, {head}, {len(session.data.test):,} test images"
     table = Table("stage", title=title)
-    shown = ("error1", "error5", *SIZES)
+    shown = ("error1", "adjusted_error1", "error5", *SIZES)
     for name in shown:
         size = f"\n{SIZES[name]}" if name in SIZES else ""
         table.add_column(FIGURES[name] + size, justify="right")
     table.add_column("selected on", justify="right")
     for stage, report in results.items():
         cells = ("-" if report[name] is None else f"{report[name]:.1f}" for name in shown)
-        table.add_row(stage.removeprefix("stage"), *cells, report["selected_on"])
+        mark = " (!)" if report.get("warning") else ""
+        table.add_row(stage.removeprefix("stage") + mark, *cells, report["selected_on"])
     session.console.print(table)

@@ -19,6 +19,8 @@ from rich.progress import Progress
 from train.config import TrainError, parse_config
 from train.shell import one_line_errors
 
+# What a run replaces by its own choice (train.config.settle), beside "auto".
+SETTLED = (("batch_size", 0), ("eval_every", 0))
 HEADS = "softmax,cosine,tvmf:4,tvmf:16,tvmf:64"
 
 
@@ -33,7 +35,8 @@ def train_one(out: Path, head: str, seed: str, flags: list[str], threads: int) -
     if (out / "result.json").exists():
         had = json.loads((out / "result.json").read_text())["config"]
         wanted = parse_config(flags).identity()
-        if odd := {k: had[k] for k, v in wanted.items() if v not in (had[k], "auto")}:
+        wanted = {k: v for k, v in wanted.items() if v != "auto" and (k, v) not in SETTLED}
+        if odd := {k: had.get(k) for k, v in wanted.items() if v != had.get(k)}:
             raise TrainError(f"--out: got {out}, a run with {odd}; wanted another directory")
         return
     command = [sys.executable, "-m", "train", *flags, "--out", str(out)]

@@ -21,6 +21,8 @@ else:
     import tomli as tomllib
 
 RECIPES = Path(__file__).with_name("recipes.toml")
+# A batch of 0 becomes the largest power of two with which stage 1 has this many steps.
+ENOUGH_STEPS, SMALLEST_BATCH = 3000, 16
 # Fields that do not decide a run's result: --resume may change them, and runs that differ in them
 # alone are one group in a report.
 NO_RESULT = (
@@ -41,6 +43,7 @@ Count = Annotated[int, Field(ge=1)]
 NotNegativeCount = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Kappa = Annotated[float, Field(gt=-0.5, allow_inf_nan=False)]
 
 
 class TrainError(ValueError):
@@ -69,15 +72,20 @@ class Config:
     """Share of training labels to replace by another class, drawn uniformly: symmetric noise."""
     bad_images: Literal["stop", "skip"] = "stop"
     """What to do with an image that cannot be read; those skipped are counted."""
-    augment: Literal["auto", "imagenet", "inat", "small"] = "auto"
-    """Transforms: ImageNet's, iNaturalist's, or a shift of small images, which are kept in memory;
-    auto: by image size."""
+    augment: Literal["auto", "imagenet", "inat", "small", "affine"] = "auto"
+    """Transforms: ImageNet's, iNaturalist's, small: a shift of small images, or affine: shift,
+    rotation, scale and shear; auto: by image size."""
+    erase: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the images in which affine transforms erase a random rectangle."""
     flip: bool = False
     """Mirror small images at random; the other transforms always do so."""
     image_size: NotNegativeCount = 0
     """Side of the images in pixels. 0: small images keep their size, others get at most 224."""
-    net: Annotated[str, Field(pattern="^(auto|convnet|resnet10|resnet50|timm:.+)$")] = "auto"
-    """convnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image size."""
+    net: Annotated[str, Field(pattern="^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$")] = (
+        "auto"
+    )
+    """convnet or gridnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image
+    size."""
     pretrained: bool = False
     """Let timm load the pretrained weights of timm:NAME."""
     model: Path | None = None
@@ -86,8 +94,13 @@ class Config:
     """Only test MODEL, with the head that it holds."""
     head: Literal["softmax", "cosine", "tvmf"] = "tvmf"
     """Head of stage 1."""
-    kappa: Annotated[float, Field(gt=-0.5, allow_inf_nan=False)] = 16.0
+    kappa: Kappa = 16.0
     """Concentration of the t-vMF similarity; the other heads have none."""
+    learn_kappa: bool = False
+    """Train kappa, too, from the value of --kappa on."""
+    prior: NotNegative = 0.0
+    """TAU of logit adjustment in stage 1: the loss adds TAU times the logarithm of the class
+    frequencies to the logits. 1 is balanced softmax."""
     scale_start: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1 + math.log(2)
     """Scale of the cosine and t-vMF heads at the start; 1 + ln 2 in the paper's code."""
     scale_lr: NotNegative = 1.0
@@ -95,11 +108,26 @@ class Config:
     epochs: Count = 90
     """Epochs of stage 1: backbone and head, every image equally often."""
     stage2_epochs: NotNegativeCount = 30
-    """Epochs of stage 2: a new cosine head on the frozen backbone, every class equally often."""
-    batch_size: Count = 256
-    """Images in a step, over all processes."""
+    """Epochs of stage 2: a new head on the frozen backbone, by default a cosine head that sees
+    every class equally often."""
+    sampling: Literal["classes", "sqrt", "images"] = "classes"
+    """Stage 2 draws every class equally often, by the square root of its size, or every image
+    equally often."""
+    stage2_start: Literal["fresh", "means"] = "fresh"
+    """Weights of stage 2's head at the start: random, or the mean training feature of each
+    class."""
+    stage2_kappa: Kappa = 0.0
+    """Kappa of stage 2's head; 0 is the cosine head."""
+    stage2_prior: NotNegative = 0.0
+    """TAU of logit adjustment in stage 2."""
+    batch_size: NotNegativeCount = 256
+    """Images in a step, over all processes. 0: so few that stage 1 has enough steps."""
+    stage2_batch_size: NotNegativeCount = 0
+    """The same in stage 2. 0: that of stage 1."""
     lr: Positive = 0.2
-    """Learning rate of the first epoch of each stage; it falls to zero as a half cosine."""
+    """Learning rate of the first epoch; it falls to zero as a half cosine."""
+    stage2_lr: NotNegative = 0.0
+    """The same in stage 2. 0: that of stage 1."""
     weight_decay: NotNegative = 1e-4
     """Weight decay of all parameters."""
     bn: Literal["batch", "shift", "frozen"] = "batch"
@@ -111,8 +139,9 @@ class Config:
     select: Literal["auto", "val", "last", "test"] = "auto"
     """Which epoch's model is the result: the best on val, the last, or, knowingly, the best on
     test; auto is val where there is one, else last."""
-    eval_every: Count = 1
-    """Epochs between evaluations; the last is always evaluated."""
+    eval_every: NotNegativeCount = 0
+    """Epochs between evaluations; the last is always evaluated. 0: so many that evaluation costs at
+    most a fifth of the training."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of autocast."""
     channels_last: bool = False
@@ -146,6 +175,23 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result of a run: equal for a run and its continuation."""
         return {k: v for k, v in self.as_dict().items() if k not in NO_RESULT}
+
+
+def settle(config: Config, images: int, evaluated: int, small: bool) -> Config:
+    """The configuration with what it leaves to the data set: `images` training images, `evaluated`
+    images after an epoch, all of them `small` or not."""
+    chosen: dict[str, Any] = {}
+    if config.net == "auto":
+        chosen["net"] = "gridnet" if small else "resnet10"
+    if not config.batch_size:
+        most = max(1, images * config.epochs // ENOUGH_STEPS)
+        chosen["batch_size"] = min(
+            max(1 << most.bit_length() - 1, SMALLEST_BATCH), Config.batch_size
+        )
+    if not config.eval_every:
+        # An image costs a third in evaluation of what its forward and backward pass cost.
+        chosen["eval_every"] = math.ceil(5 * evaluated / (3 * images))
+    return dataclasses.replace(config, **chosen)
 
 
 def load_recipe(name: str) -> Config:

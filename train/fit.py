@@ -11,7 +11,7 @@ from rich.progress import Progress, TaskID
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train import checkpoint, distributed
+from train import advice, checkpoint, distributed
 from train.batches import seed_of
 from train.config import Config, TrainError
 from train.images import LostImages
@@ -23,6 +23,7 @@ from train.stage2 import freeze
 
 MOMENTUM = 0.9  # the paper's, without Nesterov's correction
 LOOK = 50  # steps between looks at the loss, each of which waits for the device
+SMALLEST_KAPPA = -0.4  # of one that is learnt; the similarity ends at -1/2
 CHEAP = 10  # seconds of epochs on cached features that are cheaper to repeat than to save
 AGREE = 8  # steps after which several processes agree on whether to stop
 
@@ -32,22 +33,14 @@ def cosine_lr(lr: float, epoch: int, epochs: int) -> float:
     return 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
 
 
-def still_rises(scales: list[float], epochs: int) -> bool:
-    """Whether a scale (before the first epoch and after each) grew, over the last quarter of the
-    sum of learning rates, more than half as fast as on average."""
-    rates = [cosine_lr(1, epoch, epochs) for epoch in range(epochs)]
-    left = [sum(rates[epoch:]) / sum(rates) for epoch in range(epochs)]
-    late = max(epoch for epoch in range(epochs) if left[epoch] >= 0.25)
-    growth = scales[-1] - scales[0]
-    return growth > 0.1 and scales[-1] - scales[late] > 0.5 * left[late] * growth
-
-
 def make_optimizer(net: nn.Module, head: nn.Module, config: Config) -> torch.optim.SGD:
-    """SGD over the parameters that require gradients; the head's scale has a rate of its own."""
+    """SGD over the parameters that require gradients; the head's scale has a rate of its own, and
+    kappa no weight decay, which would draw it to the cosine's 0."""
     named = [*net.named_parameters(), *head.named_parameters()]
-    scale = [p for name, p in named if name == "s_"]
-    others = [p for name, p in named if name != "s_" and p.requires_grad]
+    scale, kappa = ([p for name, p in named if name == own] for own in ("s_", "kappa"))
+    others = [p for name, p in named if name not in ("s_", "kappa") and p.requires_grad]
     groups = [{"params": others, "factor": 1.0}, {"params": scale, "factor": config.scale_lr}]
+    groups.append({"params": kappa, "factor": 1.0, "weight_decay": 0.0})
     return torch.optim.SGD(
         groups, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=True
     )
@@ -74,7 +67,12 @@ class Fit:
         config = session.config
         self.session, self.stage, self.net, self.head = session, stage, net, head
         self.cached, self.results = cached, results
-        self.epochs = config.epochs if stage == 1 else config.stage2_epochs
+        self.epochs, self.batch_size, self.lr = config.epochs, config.batch_size, config.lr
+        if stage == 2:
+            self.epochs = config.stage2_epochs
+            self.batch_size = config.stage2_batch_size or self.batch_size
+            self.lr = config.stage2_lr or self.lr
+        self.learns_kappa = any(name == "kappa" for name, _ in head.named_parameters())
         self.has_scale = any(name == "s_" for name, _ in head.named_parameters())
         self.optimizer = make_optimizer(net, head, config)
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=config.precision == "fp16")
@@ -90,7 +88,7 @@ class Fit:
 
         self.epoch = self.step = 0
         self.best = None  # error@1 and number, from 1 on, of the epoch whose model is chosen
-        self.history = [head.scale.item()] if self.has_scale else []  # a scale after each epoch
+        self.history = []  # loss, error1 and scale of each epoch
         # Loss, images, errors at 1 and at 5: sums over this process's images of the epoch so far.
         self.totals = torch.zeros(4, dtype=torch.float64, device=session.device)
         self.saved_at = time.monotonic()
@@ -140,7 +138,7 @@ class Fit:
             loss = math.nan  # as the loss of the next step would be
         if not math.isfinite(loss):
             raise TrainError(
-                f"--lr: got {self.session.config.lr}, with which the loss became {loss} in epoch "
+                f"--lr: got {self.lr:g}, with which the loss became {loss} in epoch "
                 f"{self.epoch + 1}; wanted a smaller one or --precision fp32. The last "
                 "checkpoint was saved before that and is whole"
             )
@@ -155,12 +153,13 @@ class Fit:
             bar = progress.add_task(f"{head}, stage {self.stage}", total=self.epochs, note="")
             while self.epoch < self.epochs:
                 record = self.train_epoch(progress, bar)
-                if self.epoch + 1 == self.epochs or (self.epoch + 1) % config.eval_every == 0:
+                number = self.epoch + 1
+                if number == self.epochs or number % (config.eval_every or 1) == 0:
                     self.evaluate(record)
                 progress.update(bar, note=f"loss {record['loss']:.3f}")
                 if log:
                     log.write(record)
-                self.end_epoch(record["scale"])
+                self.end_epoch(record)
         report = self.report()
         if log:
             log.close(report)
@@ -169,7 +168,7 @@ class Fit:
     def train_epoch(self, progress: Progress, bar: TaskID) -> dict[str, Any]:
         """Trains the steps of the epoch that are left; returns the epoch's record."""
         session, config = self.session, self.session.config
-        lr = cosine_lr(config.lr, self.epoch, self.epochs)
+        lr = cosine_lr(self.lr, self.epoch, self.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         self.model.train()
@@ -199,6 +198,7 @@ class Fit:
             "epoch": self.epoch + 1,
             "epochs": self.epochs,
             "lr": lr,
+            "steps": len(sizes),
             "scale": self.head.scale.item() if self.has_scale else None,
             "loss": loss / count,
             "error1": 100 * wrong1 / count,
@@ -213,7 +213,7 @@ class Fit:
         session, config = self.session, self.session.config
         view = self.epoch % len(self.cached["train"]) if self.cached else self.epoch
         order, mine, seed = session.epoch(self.stage, view)
-        sizes = [len(part) for part in order.split(config.batch_size)]
+        sizes = [len(part) for part in order.split(self.batch_size)]
         turn = list(range(len(mine) // config.accumulate))
         if not self.cached:
             mine = mine[self.step * config.accumulate :]
@@ -245,6 +245,8 @@ class Fit:
             self.totals[1:] += counts
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.learns_kappa:
+            self.head.kappa.data.clamp_(min=SMALLEST_KAPPA)
         self.optimizer.zero_grad()
         self.step += 1
 
@@ -271,9 +273,9 @@ class Fit:
                     self.model_file, self.net, self.head, number, session.config.net
                 )
 
-    def end_epoch(self, scale: float | None) -> None:
+    def end_epoch(self, record: dict[str, Any]) -> None:
         """Moves on to the next epoch, and saves unless that costs more than it may lose."""
-        self.history += [scale] if self.has_scale else []
+        self.history.append({key: record[key] for key in ("loss", "error1", "scale", "steps")})
         self.epoch, self.step = self.epoch + 1, 0
         self.totals.zero_()
         seconds = time.monotonic() - self.saved_at
@@ -291,10 +293,26 @@ class Fit:
         report["selected_on"] = "last epoch" if self.select == "last" else self.select
         report["epoch"] = self.best[1]
         report["scale"] = self.head.scale.item() if self.has_scale else None
-        if self.has_scale and still_rises(self.history, self.epochs):
-            session.warn(
-                f"the scale still rose at the end of stage {self.stage}, from "
-                f"{self.history[0]:.2f} to {self.history[-1]:.2f}: the head is short of training; "
-                "try --scale-start, --scale-lr or more epochs"
-            )
+        report["kappa"] = self.head.kappa.mean().item() if self.has_scale else None
+        report["steps"] = sum(epoch["steps"] for epoch in self.history)
+        report["train_loss"], report["train_error1"] = (
+            self.history[-1][key] for key in ("loss", "error1")
+        )
+        selects = self.evaluated == "val" or self.select == "test"
+        report["selection_error1"] = self.best[0] if selects else None
+        self.advise(report)
         return report
+
+    def advise(self, report: dict[str, Any]) -> None:
+        """Warns of a stage that ended badly, here and in its report."""
+        session = self.session
+        if self.stage == 1:
+            text = advice.too_short(session.config, self.history, report["steps"])
+        elif report["selection_error1"] is not None:
+            text = advice.worse_than_stage1(report, self.results)
+        else:
+            classes = session.data.num_classes
+            text = advice.stage2_spoilt(session.config, classes, self.history, self.results)
+        report["warning"] = text
+        if text:
+            session.warn(text)

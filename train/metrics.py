@@ -15,6 +15,7 @@ SIZES = {"many": "> 100", "medium": "20..100", "few": "< 20"}
 # The figures in percent, each with its heading in tables; train.report shows all of them.
 FIGURES = {
     "error1": "error@1",
+    "adjusted_error1": "adjusted",
     "error5": "error@5",
     "many": "many",
     "medium": "medium",
@@ -23,13 +24,15 @@ FIGURES = {
     "ece": "ECE",
 }
 COLUMNS = ("known", "loss", "rank", "predicted", "confidence", "target_cosine", "other_cosine")
+COLUMNS += ("adjusted_rank", "adjusted_predicted")
 BINS, EDGES = 15, torch.linspace(-1, 1, 51)
 
 
 @torch.no_grad()
-def image_rows(head: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
+def image_rows(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
     """[B, COLUMNS] float64 for features [B, D] and labels [B]; zeros where the label is negative,
-    that is, unknown."""
+    that is, unknown. The adjusted columns come from the logits less `prior` [C], the logarithms of
+    the class frequencies: logit adjustment after training (Menon et al., ICLR 2021)."""
     logits = head.logits(features).float()
     cosine = tvmf_logits(features, head.weight, kappa=0.0)
     at = labels.clamp(min=0)[:, None]
@@ -39,7 +42,10 @@ def image_rows(head: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
     confidence, predicted = logits.softmax(1).nan_to_num(0).max(1)
     own = cosine.gather(1, at)[:, 0]
     other = cosine.scatter(1, at, -1.0).amax(1)
+    adjusted = logits - prior
+    adjusted_rank = (~(adjusted <= adjusted.gather(1, at))).sum(1)
     columns = (torch.ones_like(loss), loss, rank, predicted, confidence, own, other)
+    columns += (adjusted_rank, adjusted.argmax(1))
     rows = torch.stack([c.double() for c in columns], 1)
     return torch.where((labels >= 0)[:, None], rows, 0)
 
@@ -108,11 +114,14 @@ def full_report(rows: Tensor, labels: Tensor, counts: Tensor) -> dict[str, Any]:
     known = rows[:, 0] > 0
     report = error_report(rows)
     rows, labels = rows[known], labels[known]
-    _, _, rank, predicted, confidence, own, other = rows.t()
-    right, size = rank < 1, counts[labels]
+    _, _, rank, predicted, confidence, own, other, adjusted_rank, adjusted_predicted = rows.t()
+    right, adjusted, size = rank < 1, adjusted_rank < 1, counts[labels]
     member = {g: (size >= low) & (size <= high) for g, (low, high) in GROUPS.items()}
     report |= {name: percent(~right[m]) for name, m in member.items()}
     macro_f1, accuracy = class_report(predicted.long(), right, labels, len(counts))
+    adjusted_f1, adjusted_accuracy = class_report(
+        adjusted_predicted.long(), adjusted, labels, len(counts)
+    )
     overall = {"overall": torch.ones_like(right)}
     return report | {
         "macro_f1": macro_f1,
@@ -126,4 +135,11 @@ def full_report(rows: Tensor, labels: Tensor, counts: Tensor) -> dict[str, Any]:
             "other": {g: histogram(other[m]) for g, m in member.items()},
         },
         "class_accuracy": accuracy,
+        "adjusted_error1": percent(~adjusted),
+        "adjusted": {
+            "error5": percent(adjusted_rank >= 5),
+            **{name: percent(~adjusted[m]) for name, m in member.items()},
+            "macro_f1": adjusted_f1,
+            "class_accuracy": adjusted_accuracy,
+        },
     }

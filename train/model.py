@@ -1,6 +1,5 @@
 """Backbones, which map images to features [B, num_features], and heads, which classify these."""
 
-import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,17 +13,18 @@ from tvmf_ext import TvMFLoss
 
 
 class ConvNet(nn.Sequential):
-    """Three 3 x 3 convolutions and a global average: enough for images of 28 to 32 pixels."""
+    """Three 3 x 3 convolutions and an average over each of `grid` x `grid` parts of the image:
+    enough for images of 28 to 32 pixels. A global average forgets where things are."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, grid: int = 1):
         widths = (channels, 32, 64, 128)
         layers = []
         for fan_in, fan_out in pairwise(widths):
             layers += [nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(fan_out), nn.ReLU(), nn.MaxPool2d(2)]
-        layers[-1] = nn.AdaptiveAvgPool2d(1)
+        layers[-1] = nn.AdaptiveAvgPool2d(grid)
         super().__init__(*layers, nn.Flatten())
-        self.num_features = widths[-1]
+        self.num_features = widths[-1] * grid**2
 
 
 def resnet(block: type[nn.Module], layers: list[int], channels: int) -> ResNet:
@@ -43,6 +43,8 @@ def make_net(name: str, channels: int, pretrained: bool = False) -> nn.Module:
     """The backbone of that name; its attribute num_features is the length of a feature."""
     if name == "convnet":
         return ConvNet(channels)
+    if name == "gridnet":
+        return ConvNet(channels, grid=3)
     if name == "resnet10":
         return resnet(BasicBlock, [1, 1, 1, 1], channels)
     if name == "resnet50":
@@ -75,24 +77,37 @@ class SoftmaxHead(nn.Linear):
     logits = nn.Linear.forward
     scale = None
 
+    def __init__(self, num_features: int, num_classes: int, bias=True, prior: Tensor | None = None):
+        super().__init__(num_features, num_classes, bias)
+        self.register_buffer("prior", prior, persistent=False)
+
     def row_statistics(self, features: Tensor, labels: Tensor) -> SoftmaxStatistics:
         logits = self(features).float()
         target = logits.gather(1, labels.clamp(min=0)[:, None])
         rank = torch.where(labels < 0, -1, (~(logits <= target)).sum(1))  # a NaN is an error
+        logits = logits if self.prior is None else logits + self.prior
         return SoftmaxStatistics(F.cross_entropy(logits, labels, reduction="none"), rank)
 
     def loss(self, stats: SoftmaxStatistics, labels: Tensor) -> Tensor:
         return stats.loss.sum()
 
 
-def make_head(name: str, num_features: int, num_classes: int, config: Config) -> nn.Module:
-    """The head of that name, whose loss is a sum over images."""
+def make_head(
+    name: str, num_features: int, num_classes: int, config: Config, prior: Tensor | None = None
+) -> nn.Module:
+    """The head of that name, whose loss is a sum over images; `prior` [C] is added to its logits
+    in the loss alone."""
     if name == "softmax":
-        return SoftmaxHead(num_features, num_classes)
-    kappa = config.kappa if name == "tvmf" else 0.0
-    head = TvMFLoss(num_features, num_classes, kappa=kappa, reduction="sum")
-    nn.init.constant_(head.s_, math.log(math.expm1(config.scale_start - 1)))
-    return head
+        return SoftmaxHead(num_features, num_classes, prior=prior)
+    return TvMFLoss(
+        num_features,
+        num_classes,
+        kappa=config.kappa if name == "tvmf" else 0.0,
+        learn_kappa=config.learn_kappa and name == "tvmf",
+        scale=config.scale_start,
+        prior=prior,
+        reduction="sum",
+    )
 
 
 def head_of_state(state: dict[str, Tensor]) -> nn.Module:

@@ -9,19 +9,19 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from train import distributed
+from train.augment import channel_statistics
 from train.batches import (
+    SAMPLING,
     Loader,
     Readers,
-    balanced_over_classes,
-    balanced_over_images,
-    channel_statistics,
     seed_of,
     share,
     steps_of,
 )
 from train.config import Config
 from train.metrics import COLUMNS, image_rows
-from train.splits import LongTailed
+from train.splits import LongTailed, Split
+from tvmf_ext.margin import log_prior
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVAL_BATCH = 256
@@ -41,30 +41,33 @@ class Session:
 
     def __init__(self, config: Config, data: LongTailed, rank=0, world=1, device="cpu"):
         self.config, self.data, self.rank, self.world = config, data, rank, world
-        self.device, self.console = (
-            torch.device(device),
-            Console(quiet=rank > 0, markup=False, emoji=False),
-        )  # brackets and colons may belong to a path
+        self.device = torch.device(device)
+        # Brackets and colons may belong to a path.
+        self.console = Console(quiet=rank > 0, markup=False, emoji=False)
         self.parts = world * config.accumulate
         self.bad: set[str] = set()
+        self.log_prior = log_prior(data.counts).to(self.device)
         images = data.train.images
-        statistics = channel_statistics(images) if isinstance(images, Tensor) else None
         self.data_summary = data.summary()
-        readers = Readers(config.workers, self.device)
-        self.loaders = {
-            name: Loader(
-                split,
-                data.augment,
-                data.image_size,
-                self.device,
-                train=name == "train",
-                flip=config.flip,
-                statistics=statistics,
-                skip_bad=config.bad_images == "skip",
-                readers=readers,
-            )
-            for name, split in data.splits()
-        }
+        self.readers = Readers(config.workers, self.device)
+        self.statistics = channel_statistics(images) if isinstance(images, Tensor) else None
+        self.loaders = {name: self.loader(split, name == "train") for name, split in data.splits()}
+
+    def loader(self, split: Split, train: bool) -> Loader:
+        """Batches of a split, augmented for training or as they are tested."""
+        config, data = self.config, self.data
+        return Loader(
+            split,
+            data.augment,
+            data.image_size,
+            self.device,
+            train=train,
+            flip=config.flip,
+            erase=config.erase,
+            statistics=self.statistics,
+            skip_bad=config.bad_images == "skip",
+            readers=self.readers,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What decides the result of the run: a checkpoint of another one does not fit."""
@@ -90,12 +93,14 @@ class Session:
         """The order of an epoch's images; this process's batches, each of positions in that order,
         `accumulate` batches a step; and the seed of the augmentation."""
         config, seed = self.config, seed_of(self.config.seed, stage, epoch)
-        draw = balanced_over_images if stage == 1 else balanced_over_classes
-        order = draw(self.data.train.labels, config.batch_size, seed)
+        sampling, size = "images", config.batch_size
+        if stage == 2:
+            sampling, size = config.sampling, config.stage2_batch_size or size
+        order = SAMPLING[sampling](self.data.train.labels, size, seed)
         first = self.rank * config.accumulate
         batches = [
-            share(step, len(order), config.batch_size, part, self.parts)
-            for step in range(steps_of(len(order), config.batch_size, self.parts))
+            share(step, len(order), size, part, self.parts)
+            for step in range(steps_of(len(order), size, self.parts))
             for part in range(first, first + config.accumulate)
         ]
         return order, batches, seed
@@ -105,10 +110,11 @@ class Session:
         mine = torch.arange(self.rank, size, self.world)
         return torch.arange(size), list(mine.split(EVAL_BATCH)) if len(mine) else [], 0
 
-    def features(self, net: nn.Module, split: str, *epoch):
+    def features(self, net: nn.Module, split: str | Loader, *epoch):
         """Yields features and labels of an epoch's batches. A run that is asked to stop leaves at
         once, as these are computed again when it is resumed."""
-        for images, labels in self.loaders[split](*epoch):
+        loader = self.loaders[split] if isinstance(split, str) else split
+        for images, labels in loader(*epoch):
             if self.stopping and self.world == 1:  # others might wait for this process
                 raise Stopped
             with self.autocast():
@@ -133,7 +139,7 @@ class Session:
             batches = map(cached[split].batch, range(len(epoch[1])))
         for positions, (features, labels) in zip(epoch[1], batches, strict=True):
             with self.autocast():
-                rows[positions] = image_rows(head, features, labels)
+                rows[positions] = image_rows(head, features, labels, self.log_prior)
         return distributed.total(rows).cpu()
 
     def bad_images(self) -> set[str]:

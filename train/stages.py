@@ -1,5 +1,7 @@
 """The two stages of a run, one after the other; or the test of a model that is given."""
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,8 @@ from train.fit import Fit
 from train.metrics import full_report
 from train.model import head_of_state, make_head, make_net
 from train.session import Session
-from train.stage2 import cache_features, shift_statistics
+from train.stage2 import cache_features, shift_statistics, start_from_means
+from tvmf_ext.margin import log_prior
 
 
 def build_net(session: Session) -> nn.Module:
@@ -89,7 +92,8 @@ def train_stage1(
 ) -> dict:
     """Trains backbone and head on every image equally often."""
     config = session.config
-    head = make_head(config.head, net.num_features, session.data.num_classes, config)
+    prior = log_prior(session.data.counts, config.prior) if config.prior else None
+    head = make_head(config.head, net.num_features, session.data.num_classes, config, prior)
     fit = Fit(session, 1, net, head.to(session.device), None, results)
     if saved:
         fit.restore(saved)
@@ -105,11 +109,17 @@ def train_stage2(
         checkpoint.fill(net, config.out / "stage1.pt", config.net, "--resume")
     net.requires_grad_(False)
     torch.manual_seed(seed_of(config.seed, 2))
-    head = make_head("cosine", net.num_features, session.data.num_classes, config)
+    counts, tau, kappa = session.data.counts, config.stage2_prior, config.stage2_kappa
+    prior = log_prior(counts, tau) if tau else None
+    config2 = dataclasses.replace(config, kappa=kappa)
+    head = make_head("tvmf" if kappa else "cosine", net.num_features, len(counts), config2, prior)
     if config.bn == "shift":
         shift_statistics(session, net)
     cached = cache_features(session, net) if config.views else None
-    fit = Fit(session, 2, net, head.to(session.device), cached, results)
+    head = head.to(session.device)
+    if config.stage2_start == "means" and saved is None:
+        start_from_means(session, net, head)
+    fit = Fit(session, 2, net, head, cached, results)
     if saved:
         fit.restore(saved)
     return fit.run()

@@ -8,7 +8,16 @@ from typing import get_args
 
 import pytest
 
-from train.config import RECIPES, Config, Dataset, TrainError, load_recipe, parse_config, tomllib
+from train.config import (
+    RECIPES,
+    Config,
+    Dataset,
+    TrainError,
+    load_recipe,
+    parse_config,
+    settle,
+    tomllib,
+)
 from train.data import LOADERS
 from train.lists import PUBLISHED
 
@@ -35,12 +44,14 @@ def test_every_data_set_has_a_recipe_that_loads():
 def test_recipes_have_the_numbers_of_the_paper(name):
     config = load_recipe(name)
     assert config.dataset == name
-    assert (config.batch_size, config.lr, config.weight_decay) == (256, 0.2, 1e-4)
+    own = name in ("list", "folder")
+    batch = 0 if own else 256
+    assert (config.batch_size, config.lr, config.weight_decay) == (batch, 0.2, 1e-4)
     assert (config.epochs, config.stage2_epochs) == (90, 30)
     assert (config.head, config.kappa, config.bn, config.select) == ("tvmf", 16, "batch", "auto")
     assert config.scale_start == pytest.approx(1 + math.log(2)) and config.scale_lr == 1
     net, augment = IMAGE_FILES.get(name, ("convnet", "small"))
-    if name in ("list", "folder"):
+    if own:
         net, augment = "auto", "auto"
     assert (config.net, config.augment) == (net, augment)
     assert config.flip == IN_MEMORY.get(name, False)
@@ -107,7 +118,7 @@ def test_missing_and_unknown_recipes_are_refused(tmp_path):
     [
         ("kappa", "-0.5", "greater than -0.5"),
         ("kappa", "nan", "finite"),
-        ("batch_size", "0", "greater than or equal to 1"),
+        ("batch_size", "-1", "greater than or equal to 0"),
         ("epochs", "0", "greater than or equal to 1"),
         ("stage2_epochs", "-1", "greater than or equal to 0"),
         ("lr", "0.0", "greater than 0"),
@@ -158,3 +169,26 @@ def test_identity_is_what_decides_the_result():
     ):
         assert dataclasses.replace(config, **change).identity() != config.identity()
     assert json.loads(json.dumps(config.as_dict())) == config.as_dict()
+
+
+@pytest.mark.parametrize(
+    "images, epochs, batch",
+    [(6_151, 15, 16), (6_151, 90, 128), (6_151, 300, 256), (50, 1, 16), (437_513, 90, 256)],
+)
+def test_batch_of_zero_follows_from_the_number_of_images(images, epochs, batch):
+    config = settle(Config(batch_size=0, epochs=epochs), images, 100, small=True)
+    assert config.batch_size == batch
+    given = settle(Config(batch_size=64, epochs=epochs), images, 100, small=True)
+    assert given.batch_size == 64
+
+
+@pytest.mark.parametrize("evaluated, every", [(100, 1), (600, 1), (1000, 2), (6000, 10)])
+def test_evaluation_costs_at_most_a_fifth(evaluated, every):
+    assert settle(Config(), 1000, evaluated, small=True).eval_every == every
+    assert settle(Config(eval_every=7), 1000, evaluated, small=True).eval_every == 7
+
+
+def test_net_follows_from_the_size_of_the_images():
+    assert settle(Config(), 10, 10, small=True).net == "gridnet"
+    assert settle(Config(), 10, 10, small=False).net == "resnet10"
+    assert settle(Config(net="resnet50"), 10, 10, small=True).net == "resnet50"

@@ -22,7 +22,7 @@ from tests.train.runs import (
     train_both,
 )
 from train import checkpoint, command, fit, stages
-from train.batches import channel_statistics
+from train.augment import channel_statistics
 from train.config import TrainError
 from train.fit import Fit
 from train.model import Classifier, head_of_state
@@ -34,7 +34,6 @@ def unlearning(monkeypatch, small_net):
     """Data for runs whose loss falls for three epochs and then rises. The labels of the test set
     are wrong, so that a late epoch is the best one on it."""
     monkeypatch.setattr(fit, "cosine_lr", lambda lr, epoch, _: lr if epoch < 3 else -lr)
-    monkeypatch.setattr(fit, "still_rises", lambda *_: False)
     data = in_memory((24, 24, 24, 24), (9, 9, 9, 9), (9, 9, 9, 9))
     data.test.labels = (data.test.labels + 1) % 4
     return data
@@ -135,25 +134,8 @@ def test_nan(monkeypatch, undisturbed, small_net, tmp_path, minutes, poison, num
     assert equal(left(tmp_path)[:3], wanted[:3])
 
 
-def test_still_rises():
-    def history(rise):
-        return [1.7 + 10 * rise(t / 20) for t in range(21)]
-
-    assert fit.still_rises(history(lambda t: t), 20)  # steadily in epochs
-    assert fit.still_rises(history(lambda t: math.sin(math.pi * t / 2) ** 1.5), 20)
-    assert not fit.still_rises(history(lambda t: 1 - math.exp(-9 * t)), 20)  # has settled
-    assert not fit.still_rises(history(lambda t: 0.0), 20)
-    assert not fit.still_rises(history(lambda t: -t), 20)
-    assert not fit.still_rises([1.7, 1.75], 1)  # a growth of 0.1 or less is no rise
-    assert fit.still_rises([1.7, 2.5], 1)
-
-
-def test_scale_has_a_start_and_a_rate_of_its_own(small_net, tmp_path, capsys):
+def test_scale_has_a_start_and_a_rate_of_its_own(small_net, tmp_path):
     data, scales = in_memory((60, 30, 8, 4)), {}
-
-    def printed():
-        return " ".join(capsys.readouterr().out.split())
-
     for name, settings in {
         "reference": {},
         "fast": {"scale_lr": 10.0},
@@ -163,8 +145,6 @@ def test_scale_has_a_start_and_a_rate_of_its_own(small_net, tmp_path, capsys):
         config = configure(tmp_path / name, kappa=4.0, **settings)
         train_both(config, data)
         scales[name] = [record["scale"] for record in records(config.out).values()]
-        warned = "the scale still rose at the end of stage 1" in printed()
-        assert warned == (name in ("reference", "fast")), name
     assert scales["fixed"] == pytest.approx([20.0] * 4)
     assert scales["slow"][1] < scales["reference"][1] < scales["fast"][1]
     assert 1 + math.log(2) < scales["slow"][0] < scales["reference"][0]

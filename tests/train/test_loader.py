@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.train.image_files import noise, numbered, spoil
+from train.augment import channel_statistics
 from train.batches import (
     NO_LABEL,
     FileImages,
     Loader,
     Readers,
     balanced_over_images,
-    channel_statistics,
     collate,
     share,
 )
@@ -188,8 +188,11 @@ def test_bad_file_is_unknown_in_evaluation(spoilt, files):
 
 
 def test_a_batch_of_bad_files_leaves_batch_norm_two_rows(spoilt):
-    data = FileImages(spoilt, "imagenet", 32, True)
-    bad, good = [data.read(2, 0), data.read(7, 0)], [data.read(0, 0), data.read(1, 0)]
+    data = FileImages(spoilt, "imagenet", 32)
+    bad, good = (
+        [data.read(True, 2, 0), data.read(True, 7, 0)],
+        [data.read(True, 0, 0), data.read(True, 1, 0)],
+    )
     assert bad[0][2] == NO_LABEL and not bad[0][0].any() and "2.png" in bad[0][3]
     for items, labels, messages in (
         (bad, [NO_LABEL] * 2, 2),

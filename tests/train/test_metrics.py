@@ -29,20 +29,23 @@ def test_image_rows_by_hand():
     head.load_state_dict({"weight": weight, "bias": torch.tensor([0.0, 0.5, 0.0, 0.0])})
     features = torch.tensor([[2.0, 0.0], [0.6, 0.8], [2.0, 0.0], [1.0, 1.0]])
     labels = torch.tensor([0, 3, 1, -100])
-    rows = image_rows(head, features, labels)
+    prior = torch.tensor([0.0, 0.0, -9.0, -1.0])
+    rows = image_rows(head, features, labels, prior)
     assert rows.shape == (4, len(COLUMNS)) and rows.dtype == torch.float64
     logits = [[2.0, 0.5, -6.0, 2.0], [0.6, 2.1, -1.8, 1.4], [2.0, 0.5, -6.0, 2.0]]
     lse = [math.log(sum(map(math.exp, z))) for z in logits]
     half = math.sqrt(0.5)
     assert rows[0, 2] == 0  # class 3 ties with the target
     wanted = [
-        # known, loss, rank, predicted, confidence, target cosine, other cosine
-        [1, lse[0] - 2.0, 0, 0, math.exp(2.0 - lse[0]), 1.0, half],
-        [1, lse[1] - 1.4, 1, 1, math.exp(2.1 - lse[1]), 1.4 * half, 0.8],
-        [1, lse[2] - 0.5, 2, 0, math.exp(2.0 - lse[2]), 0.0, 1.0],
-        [0] * 7,
+        # known, loss, rank, predicted, confidence, target cosine, other cosine; then rank and
+        # predicted of the logits [2, 0.5, 3, 3], [0.6, 2.1, 7.2, 2.4] and again the first
+        [1, lse[0] - 2.0, 0, 0, math.exp(2.0 - lse[0]), 1.0, half, 2, 2],
+        [1, lse[1] - 1.4, 1, 1, math.exp(2.1 - lse[1]), 1.4 * half, 0.8, 1, 2],
+        [1, lse[2] - 0.5, 2, 0, math.exp(2.0 - lse[2]), 0.0, 1.0, 3, 2],
+        [0] * 9,
     ]
     rows[0, 3] = rows[2, 3] = 0  # the first or the other of two that tie
+    rows[0, 8] = rows[2, 8] = 2
     torch.testing.assert_close(rows, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
@@ -50,7 +53,7 @@ def test_image_rows_of_a_similarity_head():
     torch.manual_seed(0)
     head = make_head("tvmf", 8, 6, Config(kappa=4.0, scale_start=9.0))
     features, labels = torch.randn(30, 8), torch.arange(30) % 6
-    rows = image_rows(head, features, labels)
+    rows = image_rows(head, features, labels, torch.zeros(head.weight.shape[0]))
     cosine = F.linear(F.normalize(features), F.normalize(head.weight))
     own = cosine[torch.arange(30), labels]
     other = torch.stack([cosine[:, [j for j in range(6) if j != c]].amax(1) for c in range(6)], 1)
@@ -62,7 +65,7 @@ def test_image_rows_of_a_similarity_head():
 
 
 def test_error_report_by_hand():
-    rows = rows_of([1, 1, 0, 1, 1], [1, 2, 0, 3, 6], [0, 4, 0, 5, 9], *[[0] * 5] * 4)
+    rows = rows_of([1, 1, 0, 1, 1], [1, 2, 0, 3, 6], [0, 4, 0, 5, 9], *[[0] * 5] * 6)
     assert error_report(rows) == {"error1": 75, "error5": 50, "loss": 3}
 
 
@@ -77,7 +80,10 @@ def example():
     own = [0.9, 0.7, 0.5, 0.9, 0.2, 0.4, -1.0, 0.0, 1.0, 0.0]
     other = [0.1, 0.2, 0.6, 0.1, 0.1, 0.5, 0.3, -0.2, 0.0, 0.0]
     loss = [0.5, 0.5, 2.0, 0.5, 0.5, 3.0, 1.5, 0.3, 0.2, 0.0]
-    return rows_of(known, loss, rank, predicted, confidence, own, other), labels, counts
+    adjusted_rank = [0, 5, 0, 0, 0, 0, 2, 0, 0, 0]
+    adjusted = [0, 4, 0, 0, 1, 1, 0, 2, 3, 0]
+    columns = (known, loss, rank, predicted, confidence, own, other, adjusted_rank, adjusted)
+    return rows_of(*columns), labels, counts
 
 
 def test_full_report_by_hand():
@@ -88,6 +94,13 @@ def test_full_report_by_hand():
     for name, value in wanted.items():
         assert report[name] == pytest.approx(value), name
     assert report["class_accuracy"] == [75, 50, 50, 100, None]
+    assert report["adjusted_error1"] == pytest.approx(100 * 2 / 9)
+    adjusted = report["adjusted"]
+    assert adjusted["error5"] == pytest.approx(100 / 9)
+    assert [adjusted[group] for group in ("many", "medium", "few")] == [25, 25, 0]
+    assert adjusted["class_accuracy"] == [75, 100, 50, 100, None]
+    # f1 of the classes: 6 / 8, 2 * 2 / 4, 2 / 3, 2 / 2
+    assert adjusted["macro_f1"] == pytest.approx(100 * (6 / 8 + 1 + 2 / 3 + 1) / 4)
 
     f1 = f1_score(labels[:9], rows[:9, 3], labels=[0, 1, 2, 3], average="macro")
     assert report["macro_f1"] == pytest.approx(100 * f1)
@@ -150,10 +163,12 @@ def test_full_report_against_sklearn_and_plain_loops():
     rank = (predicted != labels).double() * 3
     confidence = torch.rand(n, generator=generator).double()
     zeros = torch.zeros(n).double()
-    rows = torch.stack([zeros + 1, zeros, rank, predicted, confidence, zeros, zeros], 1)
+    columns = (zeros + 1, zeros, rank, predicted, confidence, zeros, zeros, rank, predicted)
+    rows = torch.stack(columns, 1)
     report = full_report(rows, labels, torch.arange(classes) * 20)
     f1 = f1_score(labels, predicted, labels=range(classes - 1), average="macro")
     assert report["macro_f1"] == pytest.approx(100 * f1)
+    assert report["adjusted"]["macro_f1"] == report["macro_f1"]
     ece = 0
     for b in range(15):
         m = (confidence > b / 15) & (confidence <= (b + 1) / 15)
@@ -166,7 +181,7 @@ def test_a_model_of_nan_has_a_report():
     head = SoftmaxHead(4, 5)
     features, labels = torch.randn(6, 4), torch.arange(6) % 5
     features[2] = math.nan
-    rows = image_rows(head, features, labels)
+    rows = image_rows(head, features, labels, torch.zeros(head.weight.shape[0]))
     report = full_report(rows, labels, torch.full((5,), 50))
     assert rows[2, 2] >= 5 and report["error5"] == pytest.approx(100 / 6)
     assert math.isfinite(report["ece"]) and math.isfinite(report["macro_f1"])

@@ -135,7 +135,7 @@ def test_ties_are_no_errors_and_nan_is_one(name):
     features[1] = math.nan
     rank = head.row_statistics(features, torch.tensor([2, 2])).rank
     assert rank[0] == 0 and rank[1] >= 1
-    rows = image_rows(head, features, torch.tensor([2, 2]))
+    rows = image_rows(head, features, torch.tensor([2, 2]), torch.zeros(6))
     assert rows[0, 2] == 0 and rows[1, 2] >= 1
 
 
@@ -206,3 +206,18 @@ def test_classifier_sums_losses_and_errors(name):
     wrong1, wrong5 = ((~top[:, :k].any(1) & (labels >= 0)).sum().item() for k in (1, 5))
     assert counts.tolist() == [39, wrong1, wrong5] and wrong1 > wrong5 > 0
     assert not counts.requires_grad
+
+
+@pytest.mark.parametrize("name", ["softmax", "cosine", "tvmf"])
+def test_a_prior_is_in_the_loss_alone(name):
+    torch.manual_seed(0)
+    prior = torch.tensor([-0.1, -2.0, -5.0, -3.0])
+    head = make_head(name, 6, 4, Config(), prior)
+    features, labels = torch.randn(20, 6), torch.arange(20) % 4
+    stats = head.row_statistics(features, labels)
+    logits = head.logits(features)
+    wanted = F.cross_entropy(logits + prior, labels, reduction="sum")
+    torch.testing.assert_close(head.loss(stats, labels), wanted)
+    own = logits.gather(1, labels[:, None])
+    assert torch.equal(stats.rank, (logits > own).sum(1))
+    assert "prior" not in head.state_dict()  # it belongs to the data

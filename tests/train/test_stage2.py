@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tests.train.runs import configure, equal, feat, in_memory, load_state, records, train_both
 from train import stage2, stages
 from train.features import Cached
-from train.model import make_net
+from train.model import make_head, make_net
 from train.session import Session
 
 
@@ -112,3 +113,57 @@ def test_views_are_used_again_in_another_order(monkeypatch, small_net, tmp_path)
     assert order[0] != order[2] != order[3] != order[1]
     views = [{id(cached) for cached, _ in epoch} for epoch in epochs]
     assert views[0] == views[2] != views[1] == views[3] and len(views[0]) == 1
+
+
+def test_start_from_means(tmp_path):
+    data = in_memory((9, 5, 0, 2))
+    run = Session(configure(tmp_path, batch_size=4), data)
+    net = stages.build_net(run)
+    head = make_head("cosine", net.num_features, 4, run.config)
+    random = head.weight.detach().clone()
+    stage2.start_from_means(run, net, head)
+    net.eval()
+    loader = run.loader(data.train, train=False)
+    batches = [(net(images).detach(), y) for images, y in loader(*run.test_epoch(16))]
+    features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    features = F.normalize(features)
+    assert labels.tolist() == [0] * 9 + [1] * 5 + [3] * 2
+    for c in (0, 1, 3):
+        mean = F.normalize(features[labels == c].sum(0), dim=0)
+        torch.testing.assert_close(head.weight[c].detach(), mean)
+    assert torch.equal(head.weight[2], random[2])  # class 2 has no image
+
+
+def test_stage2_has_settings_of_its_own(monkeypatch, small_net, tmp_path):
+    data, made = in_memory((60, 30, 4, 2)), []
+
+    def spy(*args):
+        made.append(make_head(*args))
+        return made[-1]
+
+    monkeypatch.setattr(stages, "make_head", spy)
+    own = {"stage2_kappa": 4.0, "stage2_prior": 0.5, "stage2_batch_size": 8, "stage2_lr": 0.05}
+    config = configure(tmp_path, batch_size=32, lr=0.1, prior=1.0, kappa=16.0, **own)
+    train_both(config, data)
+    first, second = made
+    frequency = torch.tensor([60, 30, 4, 2]) / 96
+    torch.testing.assert_close(first.prior, frequency.log())
+    torch.testing.assert_close(second.prior, 0.5 * frequency.log())
+    assert first.kappa == 16 and second.kappa == 4
+    logged = records(tmp_path)
+    assert (logged[1, 1]["steps"], logged[1, 1]["lr"]) == (3, 0.1)
+    assert (logged[2, 1]["steps"], logged[2, 1]["lr"]) == (12, 0.05)
+
+
+@pytest.mark.parametrize("sampling", ["classes", "sqrt", "images"])
+def test_sampling_of_stage2(tmp_path, sampling):
+    data = in_memory((400, 100, 25, 4))
+    run = Session(configure(tmp_path, batch_size=23, sampling=sampling), data)
+    shares = torch.stack(
+        [torch.bincount(data.train.labels[run.epoch(2, e)[0]], minlength=4) for e in range(9)]
+    ).double()
+    shares = shares.sum(0) / shares.sum()
+    power = {"classes": 0, "sqrt": 0.5, "images": 1}[sampling]
+    wanted = data.counts.double() ** power
+    torch.testing.assert_close(shares, wanted / wanted.sum(), rtol=0, atol=0.03)
+    assert torch.equal(run.epoch(1, 0)[0].sort().values, torch.arange(529))
