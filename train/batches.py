@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -151,13 +151,17 @@ class Readers(TorchDataset):
 
     def __init__(self, workers: int, device: torch.device):
         self.splits, self.batches = [], []
-        self.files = DataLoader(
+        self.workers, self.device = workers, device
+
+    @cached_property
+    def files(self) -> DataLoader:
+        return DataLoader(
             self,
             batch_sampler=self,
-            num_workers=workers,
+            num_workers=self.workers,
             collate_fn=collate,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
+            persistent_workers=self.workers > 0,
+            pin_memory=self.device.type == "cuda",
             worker_init_fn=heed_only_the_parent,
             generator=torch.Generator(),  # so that it draws nothing from torch's
         )

@@ -81,9 +81,9 @@ def describe(session: Session) -> None:
     )
     for note in data.notes:
         session.warn(note)
-    if not config.evaluate and not has_tensorboard():
+    if not config.evaluate and not has_tensorboard(config.out):
         install = "pip install -e '.[tensorboard]'"
-        session.say(f"OUT/logs is left out, as it needs TensorBoard: {install}")
+        session.say(f"OUT/logs is left out: it needs TensorBoard ({install}) and a path in UTF-8")
 
 
 def write_result(session: Session, results: dict[str, dict]) -> None:

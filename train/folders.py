@@ -27,15 +27,15 @@ def visible(folder: str, root: str) -> list[tuple[os.DirEntry, str]]:
 
 
 def files_under(folder: str, root: str, seen: set[str]) -> Iterator[tuple[str, str]]:
-    """Names and real paths of the files at any depth under a folder, each path once."""
+    """Names and real paths of the files at any depth under a folder; `seen` has its folders."""
     for entry, path in visible(folder, root):
-        if path in seen:
-            continue
-        seen.add(path)
-        if entry.is_dir():
+        if not entry.is_dir():
+            # A broken link is a missing image; pipes and the like are no files.
+            if entry.is_file() or not os.path.exists(path):
+                yield entry.name, path
+        elif path not in seen:
+            seen.add(path)
             yield from files_under(path, root, seen)
-        elif entry.is_file() or not os.path.exists(path):  # a broken link is a missing image
-            yield entry.name, path
 
 
 def subfolders(root: Path) -> list[str]:
@@ -44,17 +44,16 @@ def subfolders(root: Path) -> list[str]:
     return [entry.name for entry, _ in visible(real, real) if entry.is_dir()]
 
 
-def read_folder(root: Path, classes: dict[str, int], others: list[str]) -> Split:
+def read_folder(root: Path, classes: dict[str, int], others: dict[str, str]) -> Split:
     """Images of ROOT/CLASS/**; the files that their names do not make images go to `others`."""
     real, names, labels = os.path.realpath(root), [], []
     for folder, label in classes.items():
-        below = os.path.realpath(os.path.join(real, folder))
+        below, found = os.path.realpath(os.path.join(real, folder)), {}  # each real path once
         for name, path in files_under(below, real, set()) if os.path.isdir(below) else ():
-            if name.lower().endswith(EXTENSIONS):
-                names.append(os.path.relpath(path, real))
-                labels.append(label)
-            else:
-                others.append(path)
+            is_image = name.lower().endswith(EXTENSIONS)
+            (found if is_image else others)[path] = os.path.relpath(path, real)
+        names += found.values()
+        labels += [label] * len(found)
     return Split(Paths.of(real, names), torch.tensor(labels, dtype=torch.int64))
 
 
@@ -98,7 +97,7 @@ def load_folder(config: Config) -> LongTailed:
     if not config.data.is_dir():
         raise TrainError(f"--data: got {config.data}, wanted a directory of folders, one a class")
     root = config.data / "train"
-    root, others = root if root.is_dir() else config.data, []
+    root, others = root if root.is_dir() else config.data, {}
     try:
         classes = {name: label for label, name in enumerate(subfolders(root))}
         train = read_folder(root, classes, others)
@@ -117,6 +116,6 @@ def load_folder(config: Config) -> LongTailed:
     data = LongTailed(train, splits["test"], splits.get("val"), len(classes))
     if others:
         data.notes.append(
-            f"{len(others)} files are no images by their names and left out, such as {others[0]}"
+            f"{len(others)} files are no images by their names and left out, such as {min(others)}"
         )
     return data
