@@ -91,7 +91,7 @@ def test_the_papers_heads():
         ("lr = 0", r"lr: got 0, .*greater than 0"),
         ("lr = nan", r"lr: got nan, .*finite"),
         ("epochs = 5.5", r"epochs: got 5\.5, .*valid integer"),
-        ("net = 'resnet'", r"net: got 'resnet', .*convnet\|resnet10\|resnet50\|timm"),
+        ("net = 'resnet'", r"net: got 'resnet', .*convnet\|gridnet\|resnet10\|resnet50\|timm"),
         ("head = 'arcface'", r"head: got 'arcface', .*'softmax', 'cosine' or 'tvmf'"),
         ("dataset = 'mnist'", r"dataset: got 'mnist', .*'mnist-lt'"),
         ("label_noise = 1.5", r"label_noise: got 1\.5, .*less than or equal to 1"),
