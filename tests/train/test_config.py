@@ -45,11 +45,18 @@ def test_recipes_have_the_numbers_of_the_paper(name):
     config = load_recipe(name)
     assert config.dataset == name
     own = name in ("list", "folder")
-    batch = 0 if own else 256
-    assert (config.batch_size, config.lr, config.weight_decay) == (batch, 0.2, 1e-4)
+    assert (config.lr, config.weight_decay) == (0.2, 1e-4)
     assert (config.epochs, config.stage2_epochs) == (90, 30)
-    assert (config.head, config.kappa, config.bn, config.select) == ("tvmf", 16, "batch", "auto")
-    assert config.scale_start == pytest.approx(1 + math.log(2)) and config.scale_lr == 1
+    assert (config.head, config.kappa, config.select) == ("tvmf", 16, "auto")
+    assert (config.scale_lr, config.prior, config.stage2_kappa) == (1, 0, 0)
+    stage2 = (config.bn, config.sampling, config.stage2_start, config.stage2_prior)
+    if own:
+        assert (config.batch_size, config.scale_start, config.stage2_lr) == (0, 10, 0.05)
+        assert stage2 == ("frozen", "images", "stage1", 1)
+    else:
+        assert (config.batch_size, config.stage2_lr) == (256, 0)
+        assert config.scale_start == pytest.approx(1 + math.log(2))
+        assert stage2 == ("batch", "classes", "fresh", 0)
     net, augment = IMAGE_FILES.get(name, ("convnet", "small"))
     if own:
         net, augment = "auto", "auto"
