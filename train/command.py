@@ -33,7 +33,8 @@ def run(config: Config) -> None:
     rank, world, device = distributed.start(config.device)
     data = load_data(config, quiet=rank > 0)
     evaluated = len(data.test if data.val is None else data.val)
-    config = settle(config, len(data.train), evaluated, data.augment in IN_MEMORY)
+    small = data.augment in IN_MEMORY
+    config = settle(config, len(data.train), evaluated, data.num_classes, small)
     session = Session(config, data, rank, world, device)
     heed_signals(session)
     describe(session)

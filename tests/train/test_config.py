@@ -183,19 +183,20 @@ def test_identity_is_what_decides_the_result():
     [(6_151, 15, 32), (6_151, 60, 128), (6_151, 90, 256), (50, 1, 16), (437_513, 90, 256)],
 )
 def test_batch_of_zero_follows_from_the_number_of_images(images, epochs, batch):
-    config = settle(Config(batch_size=0, epochs=epochs), images, 100, small=True)
+    config = settle(Config(batch_size=0, epochs=epochs), images, 100, 3, small=True)
     assert config.batch_size == batch
-    given = settle(Config(batch_size=64, epochs=epochs), images, 100, small=True)
+    given = settle(Config(batch_size=64, epochs=epochs), images, 100, 3, small=True)
     assert given.batch_size == 64
 
 
 @pytest.mark.parametrize("evaluated, every", [(100, 1), (600, 1), (1000, 2), (6000, 10)])
 def test_evaluation_costs_at_most_a_fifth(evaluated, every):
-    assert settle(Config(), 1000, evaluated, small=True).eval_every == every
-    assert settle(Config(eval_every=7), 1000, evaluated, small=True).eval_every == 7
+    assert settle(Config(), 1000, evaluated, 3, small=True).eval_every == every
+    assert settle(Config(eval_every=7), 1000, evaluated, 3, small=True).eval_every == 7
 
 
-def test_net_follows_from_the_size_of_the_images():
-    assert settle(Config(), 10, 10, small=True).net == "gridnet"
-    assert settle(Config(), 10, 10, small=False).net == "resnet10"
-    assert settle(Config(net="resnet50"), 10, 10, small=True).net == "resnet50"
+def test_net_follows_from_the_images():
+    assert settle(Config(), 100, 10, 10, small=True).net == "convnet"
+    assert settle(Config(), 99, 10, 10, small=True).net == "gridnet"  # fewer than 10 a class
+    assert settle(Config(), 99, 10, 10, small=False).net == "resnet10"
+    assert settle(Config(net="resnet50"), 10, 10, 10, small=True).net == "resnet50"
