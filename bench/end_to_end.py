@@ -44,9 +44,9 @@ def make_step(net, head, images, labels, name):
     def loss_of(features):
         if name == "fused":
             return head(features, labels)
-        return reference.tvmf_cross_entropy(
-            features, head.weight, labels, kappa=head.kappa, scale=F.softplus(head.s_) + 1
-        )
+        scale = F.softplus(head.s_) + 1
+        logits = reference.tvmf_logits(features, head.weight, kappa=head.kappa, scale=scale)
+        return F.cross_entropy(logits, labels)
 
     def step():
         optimizer.zero_grad(set_to_none=True)

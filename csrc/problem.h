@@ -29,32 +29,37 @@ struct LossOptions {
 struct SavedLayout {
   SavedLayout(int64_t N, int64_t C, int64_t kept)
       : sum_exp(N),
-        target_product(2 * N),
-        x_rnorm(3 * N),
-        weight_rnorm(4 * N),
-        product(round_up(4 * N + C, kPad)),
+        target_cosine(2 * N),
+        target_logit(3 * N),
+        x_rnorm(4 * N),
+        weight_rnorm(5 * N),
+        product(round_up(5 * N + C, kPad)),
         size(product + N * kept) {}
-  int64_t max = 0, sum_exp, target_product, x_rnorm, weight_rnorm, product;
+  int64_t max = 0, sum_exp, target_cosine, target_logit, x_rnorm, weight_rnorm, product;
   int64_t size;
 };
 
 // The parts of that buffer.
 template <class T>
 struct Saved {
-  T* max;             // [N]  the largest logit, or on Hopper the reference of the exponentials
-  T* sum_exp;         // [N]  sum_c exp(logit - max); lse alone would lose the small losses
-  T* target_product;  // [N]  <x_n, w_y>
-  T* x_rnorm;         // [N]  1 / |x_n|
-  T* weight_rnorm;    // [C]  1 / |w_c|, then zeros
-  T* product;         // <x_n, w_c> of the first `kept` classes: [N, kept] on a GPU, and on the CPU
-                      // one tile after another
-  int64_t kept;       // on a GPU C or more, or 0 where no products are kept
+  T* max;            // [N]  the largest logit of the other classes, or on Hopper the reference of
+                     // the exponentials
+  T* sum_exp;        // [N]  the sum over the other classes of exp(logit - max)
+  T* target_cosine;  // [N]  c_{n,y} before its margins; 0 where the row has no target
+  T* target_logit;   // [N]  z'_n, with the margins; 0 where the row has no target; of another
+                     // shard's class the logit without margin and prior
+  T* x_rnorm;        // [N]  1 / |x_n|
+  T* weight_rnorm;   // [C]  1 / |w_c|, then zeros
+  T* product;        // <x_n, w_c> of the first `kept` classes: [N, kept] on a GPU, and on the CPU
+                     // one tile after another
+  int64_t kept;      // on a GPU C or more, or 0 where no products are kept
 
   static Saved of(T* buffer, int64_t N, int64_t C, int64_t kept) {
     const SavedLayout at(N, C, kept);
     return {.max = buffer + at.max,
             .sum_exp = buffer + at.sum_exp,
-            .target_product = buffer + at.target_product,
+            .target_cosine = buffer + at.target_cosine,
+            .target_logit = buffer + at.target_logit,
             .x_rnorm = buffer + at.x_rnorm,
             .weight_rnorm = buffer + at.weight_rnorm,
             .product = buffer + at.product,

@@ -1,6 +1,6 @@
 // t-vMF similarity (Kobayashi, CVPR 2021) and its derivatives, for all kernels.
-//   phi(c) = (1 + c) / (1 + kappa (1 - c)) - 1 = (1 - u (1 + kappa)) / d
-//   with u = 1 - c and d = 1 + kappa u
+//   phi(c) = (1 + c) / (1 + kappa (1 - c)) - 1 = (c - kappa u) / d
+//   with u = 1 - c and d = 1 + kappa u. The last form is exactly c where kappa is 0.
 // V is float, double, or a SIMD vector of either.
 #pragma once
 
@@ -55,14 +55,14 @@ struct Similarity {
 template <class V>
 TVMF_HOST_DEVICE V similarity(V cosine, V kappa) {
   const V u = 1 - cosine;
-  return multiply_add(-u, 1 + kappa, V{} + 1) * reciprocal(multiply_add(kappa, u, V{} + 1));
+  return multiply_add(-kappa, u, cosine) * reciprocal(multiply_add(kappa, u, V{} + 1));
 }
 
 template <class V>
 TVMF_HOST_DEVICE Similarity<V> similarity_with_gradient(V cosine, V kappa) {
   const V u = 1 - cosine;
   const V inv_d = reciprocal(multiply_add(kappa, u, V{} + 1));
-  return {multiply_add(-u, 1 + kappa, V{} + 1) * inv_d, (1 + 2 * kappa) * inv_d * inv_d,
+  return {multiply_add(-kappa, u, cosine) * inv_d, (1 + 2 * kappa) * inv_d * inv_d,
           -(1 + cosine) * u * inv_d * inv_d};
 }
 

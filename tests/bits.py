@@ -81,7 +81,7 @@ def emulated_results():
         for i, problem in enumerate(problems_of(shape, dtype, weight_dtype)):
             for statistics in (False, True):
                 arguments = problems.statistics_arguments(problem) if statistics else problem
-                names = ("lse", "target", "sum") if statistics else ("loss",)
+                names = ("others", "cosine", "sum") if statistics else ("loss",)
                 size = (shape[0],) if statistics or arguments.get("reduction") == "none" else ()
                 upstream = problems.upstream_of({name: torch.empty(size) for name in names})
                 compute = problems.compute_dtype(dtype)

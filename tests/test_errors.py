@@ -10,7 +10,7 @@ import torch
 from tests.problem import evaluate, leaves_of, make_problem, statistics_arguments
 from tvmf_ext import (
     TvMFLoss,
-    cross_entropy_from_statistics,
+    loss_of_statistics,
     ops,
     row_statistics,
     tvmf_cross_entropy,
@@ -143,9 +143,7 @@ def test_an_unknown_reduction_is_refused(reduction):
         tvmf_cross_entropy(**problem, reduction=reduction)
     statistics = row_statistics(**problem)
     with pytest.raises(ValueError, match=message):
-        cross_entropy_from_statistics(
-            statistics, problem["target"], num_classes=C, reduction=reduction
-        )
+        loss_of_statistics(statistics, problem["target"], num_classes=C, reduction=reduction)
     with pytest.raises(ValueError, match=message):
         TvMFLoss(D, C, reduction=reduction)
 
@@ -160,7 +158,7 @@ def test_label_smoothing_outside_0_to_1_is_refused(label_smoothing):
         TvMFLoss(D, C, label_smoothing=label_smoothing)
     statistics = row_statistics(**problem)
     with pytest.raises(ValueError, match=message):
-        cross_entropy_from_statistics(
+        loss_of_statistics(
             statistics, problem["target"], num_classes=C, label_smoothing=label_smoothing
         )
 
@@ -302,21 +300,11 @@ def operator_call(name, **changed):
     """Calls an operator or its backward operator as autograd does, but for what is changed."""
     g = torch.Generator().manual_seed(0)
     input, weight = torch.randn(N, D, generator=g), torch.randn(C, D, generator=g)
-    head = ops.Head(
-        input,
-        weight,
-        torch.arange(N) % C,
-        None,
-        None,
-        None,
-        None,
-        None,
-        16.0,
-        8.0,
-        False,
-        -100,
-        False,
-    )
+    numbers = {"kappa_value": 16.0, "scale_value": 8.0, "ignore_index": -100}
+    numbers |= {"softplus_scale": False, "allow_tf32": False}
+    numbers |= {"cosine_margin_value": 0.0, "angular_margin_value": 0.0}
+    tensors = {"input": input, "weight": weight, "target": torch.arange(N) % C}
+    head = ops.Head(**dict.fromkeys(ops.Head._fields) | tensors | numbers)
     options = {"label_smoothing": 0.1, "reduction": 1} if "cross" in name else {"with_sum": True}
     options |= {"kept": 0}
     forward = getattr(torch.ops.tvmf_ext, name.removesuffix("_backward"))

@@ -42,7 +42,8 @@ def run(config: Config) -> None:
     rank, world, device = distributed.start(config.device)
     data = load_data(config, quiet=rank > 0)
     evaluated = len(data.test if data.val is None else data.val)
-    config = settle(config, len(data.train), evaluated, data.augment in IN_MEMORY)
+    small = data.augment in IN_MEMORY
+    config = settle(config, len(data.train), evaluated, data.num_classes, small)
     if config.model:  # tables name the head in the file, as the flags say nothing about it
         config = dataclasses.replace(config, **checkpoint.trained_head(config.model))
     session = Session(config, data, rank, world, device)

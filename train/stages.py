@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train import checkpoint, distributed
@@ -105,19 +106,22 @@ def train_stage2(
 ) -> dict:
     """Trains a new cosine head on the frozen backbone, on every class equally often."""
     config = session.config
-    if config.model is None:
-        checkpoint.fill(net, config.out / "stage1.pt", config.net, "--resume")
+    source = (config.model, "--model") if config.model else (config.out / "stage1.pt", "--resume")
+    before = checkpoint.fill(net, source[0], config.net, source[1])["weight"]
     net.requires_grad_(False)
     torch.manual_seed(seed_of(config.seed, 2))
     counts, tau, kappa = session.data.counts, config.stage2_prior, config.stage2_kappa
     prior = log_prior(counts, tau) if tau else None
-    config2 = dataclasses.replace(config, kappa=kappa)
-    head = make_head("tvmf" if kappa else "cosine", net.num_features, len(counts), config2, prior)
+    own = dataclasses.replace(config, kappa=kappa, cosine_margin=0.0, angular_margin=0.0)
+    head = make_head("tvmf" if kappa else "cosine", net.num_features, len(counts), own, prior)
     if config.bn == "shift":
         shift_statistics(session, net)
     cached = cache_features(session, net) if config.views else None
     head = head.to(session.device)
-    if config.stage2_start == "means" and saved is None:
+    if config.stage2_start == "stage1" and before.shape == head.weight.shape:
+        with torch.no_grad():
+            head.weight.copy_(F.normalize(before))
+    elif config.stage2_start != "fresh" and saved is None:  # --model may have other classes
         start_from_means(session, net, head)
     fit = Fit(session, 2, net, head, cached, results)
     if saved:

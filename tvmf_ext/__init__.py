@@ -12,8 +12,9 @@ if "torch" not in sys.modules:
 from . import margin
 from .functional import (
     RowStatistics,
-    cross_entropy_from_statistics,
+    check_targets,
     error_at,
+    loss_of_statistics,
     row_statistics,
     topk,
     tvmf_cross_entropy,
@@ -33,8 +34,9 @@ __all__ = [
     "SoftplusScale",
     "TvMFLoss",
     "build_info",
-    "cross_entropy_from_statistics",
+    "check_targets",
     "error_at",
+    "loss_of_statistics",
     "margin",
     "plan",
     "row_statistics",

@@ -17,18 +17,30 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the enum Reduction of csrc/pro
 class RowStatistics(NamedTuple):
     """Per-row statistics of the logits `z`, each `[N]`; every softmax loss is a function of them.
 
-    `lse`, `target` and `sum` are float32 (float64 for float64 features) and differentiable.
+    They leave the target out of the other classes, so that a small loss keeps all of its digits:
+    it is `softplus(others - target)`. An ignored row has no target, and `others` and `sum` are
+    those of all classes. All but `rank` are float32 (float64 for float64 features) and
+    differentiable.
     """
 
-    lse: Tensor
-    """`log sum_c exp z_nc`"""
+    others: Tensor
+    """`log sum_{c != y} exp z_nc`; -inf where there is no other class, and with Hopper's kernels
+    also where all others are more than 87 below the target, whose loss is then under 1e-37"""
+    cosine: Tensor
+    """the cosine of feature and target class, before its margins; 0 for an ignored row"""
     target: Tensor
-    """`z_{n, y_n}`; 0 for an ignored row"""
+    """`z'`, the target's logit, made of `cosine` with the margins; 0 for an ignored row"""
     sum: Tensor
-    """`sum_c weight_c z_nc` with the class weights"""
+    """`sum_{c != y} weight_c z_nc` with the class weights"""
     rank: Tensor
-    """int64: the number of classes whose `phi + bias` is above the target's; -1 for an ignored row.
-    The target is not among the best k classes where `rank >= k`; see `error_at`."""
+    """int64: the number of classes whose `phi + bias` is above the target's before its margins; -1
+    for an ignored row. The target is not among the best k classes where `rank >= k`; see
+    `error_at`."""
+
+    @property
+    def lse(self) -> Tensor:
+        """`log sum_c exp z_nc` over all classes, with the target's logit `z'`"""
+        return torch.where(self.rank < 0, self.others, torch.logaddexp(self.others, self.target))
 
 
 def check_loss_options(reduction: str, label_smoothing: float) -> None:
@@ -46,6 +58,65 @@ def _explained(error: RuntimeError) -> RuntimeError:
     return NotImplementedError(ops.ONCE) if unsupported else error
 
 
+# (1 - c)(1 + c) = sin^2 theta below which the square root of the angular margin becomes a straight
+# line, as in csrc/loss.h.
+_SMALLEST_SQUARED_SINE = 1e-12
+
+
+def _with_margins(
+    cosine: Tensor, cosine_margin: float | Tensor, angular_margin: float | Tensor
+) -> Tensor:
+    """`cos(theta + angular_margin) - cosine_margin`, with the rules of csrc/loss.h."""
+    if isinstance(angular_margin, Tensor) or angular_margin != 0:
+        a = torch.as_tensor(angular_margin, dtype=cosine.dtype, device=cosine.device)
+        cos_a, sin_a = a.cos(), a.sin()
+        squared = (1 - cosine) * (1 + cosine)
+        line = (squared + _SMALLEST_SQUARED_SINE) / (2 * _SMALLEST_SQUARED_SINE**0.5)
+        root = squared.clamp_min(_SMALLEST_SQUARED_SINE).sqrt()
+        sine = torch.where(squared < _SMALLEST_SQUARED_SINE, line, root)
+        moved = cosine * cos_a - sine * sin_a
+        moved = torch.where(cosine < -cos_a, -2 - moved, moved)
+        cosine = torch.where(a == 0, cosine, moved)
+    return cosine - cosine_margin
+
+
+def _target_logits(head: ops.Head, cosine: Tensor) -> Tensor:
+    """`z'` of each row, made of its target's cosine: 0 for an ignored row, and NaN, without a
+    gradient, for a label that names no class."""
+    target, dtype = head.target, cosine.dtype
+    ignored = target == head.ignore_index
+    valid = (target >= 0) & (target < head.weight.shape[0]) & ~ignored
+    column = torch.where(valid, target, 0)
+
+    def of_target(values: Tensor | None, otherwise: float) -> float | Tensor:
+        if values is None:
+            return otherwise
+        values = values.to(dtype)
+        return values[column] if values.dim() == 1 and values.shape[0] > 1 else values.reshape(())
+
+    scale = of_target(head.scale, head.scale_value)
+    if isinstance(scale, Tensor) and head.softplus_scale:
+        scale = F.softplus(scale) + 1
+    kappa = of_target(head.kappa, head.kappa_value)
+    moved = _with_margins(
+        torch.where(valid, cosine, 0),
+        of_target(head.cosine_margin, head.cosine_margin_value),
+        of_target(head.angular_margin, head.angular_margin_value),
+    )
+    gap = 1 - moved
+    score = (moved - kappa * gap) / (1 + kappa * gap) + of_target(head.bias, 0.0)
+    logit = scale * score + of_target(head.prior, 0.0)
+    return torch.where(valid, logit, torch.where(ignored, 0.0, torch.nan).to(dtype))
+
+
+def _in_compute_dtype(value: Any, input: Any) -> Any:
+    if isinstance(value, SoftplusScale):
+        return SoftplusScale(_in_compute_dtype(value.s, input))
+    if isinstance(value, Tensor) and isinstance(input, Tensor) and value.dtype in ops.DTYPES:
+        return value.to(ops.compute_dtype(input.dtype))
+    return value
+
+
 def row_statistics(
     input: Tensor,
     linear_weight: Tensor,
@@ -53,6 +124,8 @@ def row_statistics(
     *,
     kappa: float | Tensor = 16.0,
     scale: float | Tensor | SoftplusScale = 1.0,
+    cosine_margin: float | Tensor = 0.0,
+    angular_margin: float | Tensor = 0.0,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
@@ -61,16 +134,29 @@ def row_statistics(
     """Row statistics of the logits `z_nc = scale (phi(x_n, w_c; kappa_c) + bias_c) + prior_c`.
 
     The arguments are those of `tvmf_cross_entropy`, and no `[N, C]` tensor is made. A loss is made
-    of the result with `cross_entropy_from_statistics` or a few lines of PyTorch, for example with a
+    of the result with `loss_of_statistics` or a few lines of PyTorch, for example with a
     z-loss `1e-4 * (statistics.lse ** 2).mean()`.
     """
+    # The operator and the target's logit each have a part of these gradients. The parts are added
+    # before they are rounded to the dtype of the parameter.
     head, kept = make_head(
-        input, linear_weight, target, kappa, scale, linear_bias, prior, weight, ignore_index
+        input,
+        linear_weight,
+        target,
+        _in_compute_dtype(kappa, input),
+        _in_compute_dtype(scale, input),
+        _in_compute_dtype(linear_bias, input),
+        prior,
+        weight,
+        ignore_index,
+        cosine_margin,
+        angular_margin,
     )
     try:
-        return RowStatistics(*ops.row_statistics(*head, True, kept))
+        others, cosine, total, rank = ops.row_statistics(*head, True, kept)
     except RuntimeError as error:
         raise _explained(error) from None
+    return RowStatistics(others, cosine, _target_logits(head, cosine), total, rank)
 
 
 def tvmf_cross_entropy(
@@ -80,6 +166,8 @@ def tvmf_cross_entropy(
     *,
     kappa: float | Tensor = 16.0,
     scale: float | Tensor | SoftplusScale = 1.0,
+    cosine_margin: float | Tensor = 0.0,
+    angular_margin: float | Tensor = 0.0,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
@@ -90,7 +178,11 @@ def tvmf_cross_entropy(
     """Softmax cross-entropy over t-vMF similarities (Kobayashi, CVPR 2021), without the logits.
 
     With the cosine `c` of feature and class weight, `phi = (1 + c) / (1 + kappa (1 - c)) - 1`, the
-    logit is `scale (phi + bias) + prior`, and the rest is `torch.nn.functional.cross_entropy`.
+    logit is `scale (phi + bias) + prior`, and the rest is `torch.nn.functional.cross_entropy`. The
+    target's cosine first takes the margins: `cos(theta + angular_margin) - cosine_margin`.
+
+    The loss and its gradients keep their digits however small the loss is, where `lse - target`
+    would lose all of them.
 
     Args:
         input: the features `[N, D]` in float16, bfloat16, float32 or float64, with any strides.
@@ -99,6 +191,11 @@ def tvmf_cross_entropy(
         kappa: the concentration, above -1/2: a float, or a tensor `[]`, `[1]` or `[C]`. With 0 the
             similarity is the cosine.
         scale: above 0: a float, a tensor `[]` or `[1]`, or the `SoftplusScale` of such a tensor.
+        cosine_margin: at least 0, subtracted from the target's cosine (CosFace; `[C]`: LDAM): a
+            float, or a tensor `[]`, `[1]` or `[C]`. It has no gradient.
+        angular_margin: in [0, pi], added to the angle of the target's cosine (ArcFace), likewise.
+            Where the angle passes pi the cosine is continued by `-2 - cos`, so that it keeps
+            falling. With margins kappa must be above `-1 / (3 - cos a + m)`.
         linear_bias: `[C]`; it is added to the similarity, inside the scale.
         weight: the class weights of the loss, `[C]`. They have no gradient.
         ignore_index: a row with this target adds nothing to the loss or to a gradient. None is
@@ -126,8 +223,42 @@ def tvmf_cross_entropy(
     products are rounded to TF32 if `torch.backends.cuda.matmul.fp32_precision` is `"tf32"`.
     """
     check_loss_options(reduction, label_smoothing)
+    if ops.is_compiling() and label_smoothing > 0:
+        # The operator would take the number for a constant of the compiled code.
+        statistics = row_statistics(
+            input,
+            linear_weight,
+            target,
+            kappa=kappa,
+            scale=scale,
+            cosine_margin=cosine_margin,
+            angular_margin=angular_margin,
+            linear_bias=linear_bias,
+            weight=weight,
+            ignore_index=ignore_index,
+            prior=prior,
+        )
+        return loss_of_statistics(
+            statistics,
+            target,
+            num_classes=linear_weight.shape[0],
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
     head, kept = make_head(
-        input, linear_weight, target, kappa, scale, linear_bias, prior, weight, ignore_index
+        input,
+        linear_weight,
+        target,
+        kappa,
+        scale,
+        linear_bias,
+        prior,
+        weight,
+        ignore_index,
+        cosine_margin,
+        angular_margin,
     )
     try:
         return ops.cross_entropy(*head, float(label_smoothing), _REDUCTIONS[reduction], kept)
@@ -135,11 +266,32 @@ def tvmf_cross_entropy(
         raise _explained(error) from None
 
 
-def cross_entropy_from_statistics(
+def check_targets(device: torch.device | str | int | None = None) -> None:
+    """Raises if an earlier call on a CUDA device had a target that names no class.
+
+    A call on CUDA does not wait for the device, so that the next call raises for a bad target. The
+    replay of a CUDA graph is no call. After replays, ask here, for example once an epoch.
+
+    Args:
+        device: the CUDA device, by default the current one. The function waits for its work.
+
+    Raises:
+        IndexError: a target was outside [0, C) and not ignore_index. Later calls do not raise for
+            it again.
+    """
+    if not ops.HAS_CUDA:
+        raise NotImplementedError("check_targets needs a build with CUDA kernels")
+    torch.cuda.synchronize(device)
+    given = torch.device("cuda" if device is None else device)
+    index = torch.cuda.current_device() if given.index is None else given.index
+    torch.ops.tvmf_ext.check_targets(index)
+
+
+def loss_of_statistics(
     statistics: RowStatistics,
     target: Tensor,
     *,
-    num_classes: int,
+    num_classes: int | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
@@ -147,23 +299,32 @@ def cross_entropy_from_statistics(
 ) -> Tensor:
     """The loss of `tvmf_cross_entropy`, made of row statistics; `[]`, or `[N]` for `"none"`.
 
-    `target`, `weight` and `ignore_index` must be those that the statistics were made with. `lse -
-    target` is a difference of rounded numbers, so that a loss that is much smaller than `lse` is
-    exact only from `tvmf_cross_entropy`.
+    `target`, `weight` and `ignore_index` must be those that the statistics were made with.
+    `num_classes` is needed for label smoothing without class weights.
     """
     check_loss_options(reduction, label_smoothing)
+    classes = num_classes if weight is None else weight.shape[0]
+    if label_smoothing > 0 and classes is None:
+        raise ValueError("num_classes must be given for label smoothing, got None")
     valid = target != (IGNORE_INDEX if ignore_index is None else ignore_index)
     # The statistics of an ignored row may be NaN, which must not reach the sum.
-    lse, target_logit, total = (torch.where(valid, t, 0) for t in statistics[:3])
-    row_weight = valid.to(lse.dtype)
-    total_weight: float | Tensor = num_classes
+    others, target_logit, total = (
+        torch.where(valid, t, 0) for t in (statistics.others, statistics.target, statistics.sum)
+    )
+    row_weight = valid.to(others.dtype)
+    total_weight: float | Tensor = classes or 0
     if weight is not None:
-        row_weight = row_weight * weight.to(lse.dtype)[torch.where(valid, target, 0)]
-        total_weight = weight.sum().to(lse.dtype)
-    loss = (1 - label_smoothing) * row_weight * (lse - target_logit)
+        # A label that names no class has a loss of NaN already, and must not be looked up.
+        named = valid & (target >= 0) & (target < weight.shape[0])
+        row_weight = row_weight * weight.to(others.dtype)[torch.where(named, target, 0)]
+        total_weight = weight.sum().to(others.dtype)
+    # Above its threshold F.softplus returns its argument.
+    softplus = F.softplus(others - target_logit, threshold=40)
+    loss = (1 - label_smoothing) * row_weight * softplus
     if label_smoothing > 0:
-        smooth = lse * total_weight - total
-        loss = loss + label_smoothing / num_classes * torch.where(valid, smooth, 0)
+        lse = torch.logaddexp(others, target_logit)
+        smooth = lse * total_weight - total - row_weight * target_logit
+        loss = loss + label_smoothing / (classes or 1) * torch.where(valid, smooth, 0)
     if reduction == "none":
         return loss
     return loss.sum() / row_weight.sum() if reduction == "mean" else loss.sum()
@@ -256,8 +417,9 @@ def tvmf_logits(
         unit_weight = F.normalize(linear_weight.to(dtype), dim=1)
         kappa = kappa.to(dtype) if isinstance(kappa, Tensor) else kappa
         scale = scale.to(dtype) if isinstance(scale, Tensor) else scale
-        gap = 1 - F.linear(unit_input, unit_weight).clamp(-1, 1)
-        score = (1 - gap * (1 + kappa)) / (1 + kappa * gap)
+        cosine = F.linear(unit_input, unit_weight).clamp(-1, 1)
+        gap = 1 - cosine
+        score = (cosine - kappa * gap) / (1 + kappa * gap)
         if linear_bias is not None:
             score = score + linear_bias.to(dtype)
         logits = scale * score

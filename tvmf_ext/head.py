@@ -1,6 +1,7 @@
 """The arguments that the operators share: their checks, and how many products are kept."""
 
 import functools
+import math
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -116,8 +117,28 @@ def number(name: str, value: Any) -> float:
 def _as_tensor(name: str, value: Any, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    # torch.compile takes the value of torch.full for a constant, and the factor of a product not.
+    # torch.compile keeps the factor of a product variable, and the value of torch.full constant.
     return torch.ones((), dtype=torch.float64, device=like.device) * number(name, value)
+
+
+def check_margins(kappa: Tensor, cosine_margin: Any, angular_margin: Any) -> None:
+    """Checks the values of the margins, and that of kappa, which may be -1/2 without them only."""
+    m, a = (
+        margin.detach().to("cpu", torch.float64)
+        if isinstance(margin, Tensor)
+        else torch.tensor(number(name, margin), dtype=torch.float64, device="cpu")
+        for name, margin in (("cosine_margin", cosine_margin), ("angular_margin", angular_margin))
+    )
+    if not bool(((m >= 0) & m.isfinite()).all()):
+        raise ValueError(f"cosine_margin must be finite and >= 0, got {m.min().item():g}")
+    if not bool(((a >= 0) & (a <= math.pi)).all()):
+        raise ValueError(f"angular_margin must be in [0, pi], got {a.max().item():g}")
+    smallest = -1 / (3 - a.cos() + m)
+    if not bool((kappa.to(torch.float64) > smallest).all()):
+        raise ValueError(
+            f"kappa must be > {smallest.max().item():g} with these margins, got "
+            f"{kappa.min().item():g}"
+        )
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -137,6 +158,14 @@ def _check_constant(name: str, value: Any) -> None:
         raise ValueError(f"{name} must not require grad: the head has no gradient for it")
 
 
+def _margin(name: str, value: Any) -> tuple[Tensor | None, float]:
+    """A margin as the operators take it: a tensor, or a number where there is none."""
+    if not isinstance(value, Tensor):
+        return None, number(name, value)
+    _check_constant(name, value)
+    return value, 0.0
+
+
 def make_head(
     input: Tensor,
     linear_weight: Tensor,
@@ -147,6 +176,9 @@ def make_head(
     prior: Tensor | None,
     class_weight: Tensor | None,
     ignore_index: int | None,
+    cosine_margin: float | Tensor,
+    angular_margin: float | Tensor,
+    target_score: Tensor | None = None,
 ) -> tuple[ops.Head, int]:
     """The arguments that the operators share, and the number of classes to keep."""
     check_tensor("input", input)
@@ -175,8 +207,14 @@ def make_head(
         # An operator's number is a constant of the compiled code. As a tensor, the number of a
         # schedule is not, and torch.compile does not compile again for each of its values.
         kappa, scale = _as_tensor("kappa", kappa, input), _as_tensor("scale", scale, input)
+        if isinstance(cosine_margin, Tensor) or cosine_margin != 0:
+            cosine_margin = _as_tensor("cosine_margin", cosine_margin, input)
+        if isinstance(angular_margin, Tensor) or angular_margin != 0:
+            angular_margin = _as_tensor("angular_margin", angular_margin, input)
     kappa_tensor = kappa if isinstance(kappa, Tensor) else None
     scale_tensor = scale if isinstance(scale, Tensor) else None
+    cosine_margin_tensor, cosine_margin_value = _margin("cosine_margin", cosine_margin)
+    angular_margin_tensor, angular_margin_value = _margin("angular_margin", angular_margin)
     allow_tf32 = input.is_cuda and input.dtype == torch.float32 and cuda_allows_tf32()
     # The arguments are given by position, because keywords take a small head a noticeable time.
     head = ops.Head(
@@ -188,8 +226,13 @@ def make_head(
         linear_bias,
         prior,
         class_weight,
+        cosine_margin_tensor,
+        angular_margin_tensor,
+        target_score,
         0.0 if kappa_tensor is not None else number("kappa", kappa),
         1.0 if scale_tensor is not None else number("scale", scale),
+        cosine_margin_value,
+        angular_margin_value,
         softplus_scale,
         ignore_index,
         allow_tf32,

@@ -49,6 +49,26 @@ def log_prior(counts: Any, tau: float = 1.0) -> Tensor:
     return (tau * (sizes / sizes.sum()).log()).float()
 
 
+def ldam(counts: Any, largest: float = 0.5) -> Tensor:
+    """The margins of LDAM (Cao et al., NeurIPS 2019), proportional to `n_c^(-1/4)`.
+
+    Args:
+        counts: the class sizes `[C]`, a tensor, an array or a list. A class of size 0 is taken for
+            one of size 1.
+        largest: the margin of the smallest class, a finite number of at least 0.
+
+    Returns:
+        `[C]` in float32, for the argument `cosine_margin`.
+
+    Raises:
+        ValueError: counts are negative, not finite, all 0 or not `[C]`; largest is out of range.
+    """
+    if not 0 <= largest < math.inf:
+        raise ValueError(f"largest must be finite and at least 0, got {largest}")
+    sizes = _counts(counts).clamp(min=1)
+    return (largest * (sizes / sizes.min()).pow(-0.25)).float()
+
+
 def check_prior(prior: Tensor) -> None:
     """Refuses class sizes that were passed for their logarithms; ValueError.
 

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from .functional import (
     RowStatistics,
     check_loss_options,
-    cross_entropy_from_statistics,
+    loss_of_statistics,
     row_statistics,
     topk,
     tvmf_cross_entropy,
     tvmf_logits,
 )
-from .head import IGNORE_INDEX, SoftplusScale
+from .head import IGNORE_INDEX, SoftplusScale, check_margins
 from .margin import check_prior
+
+_MARGINS = ("cosine_margin", "angular_margin")
 
 
 def _initial_kappa(kappa: Any, num_classes: int, dtype: torch.dtype) -> Tensor:
@@ -91,6 +93,9 @@ class TvMFLoss(nn.Module):
         prior: the logarithms of class frequencies, `[C]`, which the loss adds to the logits (logit
             adjustment); `tvmf_ext.margin.log_prior` makes them of class sizes. It is for training:
             `logits`, `topk` and the rank of `row_statistics` leave it out.
+        cosine_margin, angular_margin: the margins of the target's cosine (CosFace, LDAM; ArcFace),
+            as in `tvmf_cross_entropy`: a number, or one for each class, `[C]`. The logits do not
+            have them.
         ignore_index, reduction, label_smoothing: as in `nn.CrossEntropyLoss`.
 
     Arguments after the sizes go by name, because `TvMFLoss(512, 10, True)` would read as a bias.
@@ -102,6 +107,8 @@ class TvMFLoss(nn.Module):
     kappa: Tensor
     class_weight: Tensor | None
     prior: Tensor | None
+    cosine_margin: float | Tensor
+    angular_margin: float | Tensor
 
     def __init__(
         self,
@@ -115,6 +122,8 @@ class TvMFLoss(nn.Module):
         bias: bool = False,
         weight: Tensor | None = None,
         prior: Tensor | None = None,
+        cosine_margin: float | Tensor = 0.0,
+        angular_margin: float | Tensor = 0.0,
         ignore_index: int | None = IGNORE_INDEX,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
@@ -141,6 +150,14 @@ class TvMFLoss(nn.Module):
             "class_weight": _initial_constant("weight", weight, num_classes),
             "prior": _initial_constant("prior", prior, num_classes),
         }
+        margins = {"cosine_margin": cosine_margin, "angular_margin": angular_margin}
+        for name, margin in margins.items():
+            if isinstance(margin, (int, float, Real)) or getattr(margin, "ndim", 1) == 0:
+                setattr(self, name, float(margin))
+            else:
+                self._initial[name] = _initial_constant(name, margin, num_classes)
+        given = [self._initial.get(name, getattr(self, name, None)) for name in _MARGINS]
+        check_margins(kappa, *given)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, **options))
         s_ = torch.empty(1, **options)
         if learn_scale:
@@ -157,12 +174,35 @@ class TvMFLoss(nn.Module):
             self.kappa = nn.Parameter(kappa)
         else:
             self.register_buffer("kappa", kappa)
-        for name in ("class_weight", "prior"):
-            # These two belong to the data: a checkpoint of the paper has neither.
-            values = self._initial[name]
+        for name, values in self._initial.items():
+            if name in ("kappa", "s_"):
+                continue
+            # These belong to the data: a checkpoint of the paper has none of them.
             empty = None if values is None else torch.empty_like(values, device=device)
             self.register_buffer(name, empty, persistent=False)
         self.reset_parameters()
+
+    @classmethod
+    def arcface(
+        cls, in_features: int, num_classes: int, *, margin: float = 0.5, **options: Any
+    ) -> "TvMFLoss":
+        """ArcFace (Deng et al., CVPR 2019): cosine, scale 64 and an angular margin in radians.
+
+        `options` are further arguments of the class; they may replace the preset's.
+        """
+        preset = {"kappa": 0.0, "scale": 64.0, "learn_scale": False, "angular_margin": margin}
+        return cls(in_features, num_classes, **preset | options)
+
+    @classmethod
+    def cosface(
+        cls, in_features: int, num_classes: int, *, margin: float = 0.35, **options: Any
+    ) -> "TvMFLoss":
+        """CosFace (Wang et al., CVPR 2018): cosine, scale 64 and a margin of the cosine.
+
+        `options` are further arguments of the class; they may replace the preset's.
+        """
+        preset = {"kappa": 0.0, "scale": 64.0, "learn_scale": False, "cosine_margin": margin}
+        return cls(in_features, num_classes, **preset | options)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -219,6 +259,9 @@ class TvMFLoss(nn.Module):
             "linear_bias": self.bias,
         }
 
+    def _margins(self) -> dict[str, Any]:
+        return {"cosine_margin": self.cosine_margin, "angular_margin": self.angular_margin}
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features `[N, D]` and labels `[N]`; see `tvmf_cross_entropy`."""
         return tvmf_cross_entropy(
@@ -230,6 +273,7 @@ class TvMFLoss(nn.Module):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             prior=self.prior,
+            **self._margins(),
             **self._head(),
         )
 
@@ -243,8 +287,8 @@ class TvMFLoss(nn.Module):
         return topk(input, self.weight, k, **self._head())
 
     def row_statistics(self, input: Tensor, target: Tensor) -> RowStatistics:
-        """`lse, target, sum, rank` of each row: they make the loss and, at no cost, the training
-        error."""
+        """`others, cosine, target, sum, rank` of each row: they make the loss and, at no cost, the
+        training error."""
         return row_statistics(
             input,
             self.weight,
@@ -252,12 +296,13 @@ class TvMFLoss(nn.Module):
             weight=self.class_weight,
             ignore_index=self.ignore_index,
             prior=self.prior,
+            **self._margins(),
             **self._head(),
         )
 
     def loss(self, statistics: RowStatistics, target: Tensor) -> Tensor:
         """The loss that `forward` returns, made of row statistics."""
-        return cross_entropy_from_statistics(
+        return loss_of_statistics(
             statistics,
             target,
             num_classes=self.num_classes,
@@ -307,4 +352,9 @@ class TvMFLoss(nn.Module):
         for name in ("class_weight", "prior"):
             if getattr(self, name) is not None:
                 text += f", {name}=[{self.num_classes}]"
+        for name, margin in self._margins().items():
+            if isinstance(margin, Tensor):
+                text += f", {name}=[{self.num_classes}]"
+            elif margin:
+                text += f", {name}={margin:g}"
         return text

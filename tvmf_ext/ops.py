@@ -34,6 +34,9 @@ class Head(NamedTuple):
     """The arguments that come first in every operator, in the order of csrc/torch/schema.h.
 
     The tensors come before the rest. `class_weight` is what the public functions call `weight`.
+    `target_score` `[N]` says that the classes are one shard of all: it is `phi + bias` of each
+    row's target, against which the rank is counted, and a target outside [0, C) belongs to another
+    shard.
     """
 
     input: Tensor
@@ -44,8 +47,13 @@ class Head(NamedTuple):
     bias: Tensor | None
     prior: Tensor | None
     class_weight: Tensor | None
+    cosine_margin: Tensor | None
+    angular_margin: Tensor | None
+    target_score: Tensor | None
     kappa_value: float
     scale_value: float
+    cosine_margin_value: float
+    angular_margin_value: float
     softplus_scale: bool
     ignore_index: int
     allow_tf32: bool
@@ -105,7 +113,7 @@ def _fake_saved(input: Tensor, weight: Tensor, kept: int) -> Tensor:
     # SavedLayout (csrc/problem.h) has the size. It is repeated here because torch.compile needs it
     # as an expression in N and C, which may be symbols.
     N, C = input.shape[0], weight.shape[0]
-    size = (4 * N + C + 15) // 16 * 16 + N * kept
+    size = (5 * N + C + 15) // 16 * 16 + N * kept
     return input.new_empty(size, dtype=compute_dtype(input.dtype))
 
 
@@ -115,10 +123,10 @@ def _(input: Tensor, weight: Tensor, target: Tensor, *args: Any) -> tuple[Tensor
     _check_device(input, weight, target, *args)
     with_sum, kept = args[-2:]
     N, dtype = input.shape[0], compute_dtype(input.dtype)
-    lse, target_logit = (input.new_empty(N, dtype=dtype) for _ in range(2))
+    others, cosine = (input.new_empty(N, dtype=dtype) for _ in range(2))
     total = input.new_empty(N if with_sum else 0, dtype=dtype)
     rank = input.new_empty(N, dtype=torch.int64)
-    return lse, target_logit, total, rank, _fake_saved(input, weight, kept)
+    return others, cosine, total, rank, _fake_saved(input, weight, kept)
 
 
 @library.register_fake("tvmf_ext::cross_entropy_forward")
@@ -141,7 +149,7 @@ def _fake_gradients(head: tuple[Any, ...], wanted: int) -> tuple[Tensor, ...]:
 
 
 @library.register_fake("tvmf_ext::row_statistics_backward")
-def _(grad_lse: Any, grad_target: Any, grad_sum: Any, *args: Any) -> tuple[Tensor, ...]:
+def _(grad_others: Any, grad_cosine: Any, grad_sum: Any, *args: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(args[:_COUNT], args[-1])
 
 
@@ -213,8 +221,8 @@ class _RowStatistics(_Function):
         return output[:-1]
 
     @staticmethod
-    def backward(ctx: Any, grad_lse: Any, grad_target: Any, grad_sum: Any, *_: Any) -> Any:
-        upstream = (grad_lse, grad_target, grad_sum)
+    def backward(ctx: Any, grad_others: Any, grad_cosine: Any, grad_sum: Any, *_: Any) -> Any:
+        upstream = (grad_others, grad_cosine, grad_sum)
         return _Function.gradients(ctx, _row_statistics_backward, *upstream)
 
 
@@ -250,7 +258,7 @@ def is_recorded() -> bool:
 
 
 def row_statistics(*args: Any) -> tuple[Tensor, ...]:
-    """`lse, target, sum, rank`, with gradients."""
+    """`others, cosine, sum, rank`, with gradients."""
     if is_recorded():
         return torch.ops.tvmf_ext.row_statistics.default(*args)[:-1]
     return _eager_row_statistics(*args)
@@ -299,7 +307,7 @@ def _backward_flops(head: tuple[Any, ...], kept: int, wanted: int) -> int:
 
 
 @register_flop_formula(torch.ops.tvmf_ext.row_statistics_backward)
-def _(grad_lse: Any, grad_target: Any, grad_sum: Any, *args: Any, **_: Any) -> int:
+def _(grad_others: Any, grad_cosine: Any, grad_sum: Any, *args: Any, **_: Any) -> int:
     return _backward_flops(args[:_COUNT], args[-3], args[-1])
 
 

@@ -118,7 +118,7 @@ class BackwardPass {
   void differentiate(const Block& block, const Matrix<T>& w) {
     const int64_t N = call_.N;
     block_columns(call_.label, block, column_.data());
-    if (!block.kept) block_product(x_, w, block, column_.data(), saved_.target_product, grad_);
+    if (!block.kept) block_product(x_, w, block, grad_);
     sums_.clear_columns();
     const T* product = block.kept ? saved_.product + N * block.begin : grad_;
     const ClassTerms<T> class_terms =
@@ -133,9 +133,7 @@ class BackwardPass {
                              .column = column_.data(),
                              .max = saved_.max,
                              .sum_exp = saved_.sum_exp,
-                             .grad_lse = upstream_.lse.data(),
-                             .grad_target = upstream_.target.data(),
-                             .grad_sum = upstream_.sum.data(),
+                             .gradient = upstream_.rows.data(),
                              .terms = class_terms,
                              .scale = call_.terms.scale,
                              .row_dot = &sums_.row_dot[stripe * N],

@@ -8,11 +8,10 @@
 
 namespace tvmf::cpu {
 
-// Gradients of each row's statistics, [N].
 template <class T>
 struct Upstream {
-  std::vector<T> lse, target, sum;
-  bool with_sum;  // whether `sum` is to be looked at
+  std::vector<RowGradient<T>> rows;  // [N]
+  bool with_sum;                     // whether the rows' `sum` is to be looked at
 };
 
 template <class T>

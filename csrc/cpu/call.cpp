@@ -15,15 +15,11 @@ std::vector<int64_t> read_labels(const Head& head) {
   std::vector<int64_t> label(N);
   for (int64_t n = 0; n < N; ++n) {
     const int64_t y = target[n * stride];
-    if (y == head.ignore_index) {
-      label[n] = -1;
-    } else if (y < 0 || y >= C) {
+    label[n] = label_of(y, head.ignore_index, C, head.target_score.has_value());
+    if (label[n] == kWrong)
       throw std::out_of_range("target[" + std::to_string(n) + "] is " + std::to_string(y) +
                               ", wanted a class in [0, " + std::to_string(C) +
                               ") or ignore_index " + std::to_string(head.ignore_index));
-    } else {
-      label[n] = y;
-    }
   }
   return label;
 }
@@ -48,13 +44,11 @@ void block_columns(const std::vector<int64_t>& label, const Block& block, int64_
 }
 
 template <class T>
-void block_product(const Matrix<T>& x, const Matrix<T>& weight, const Block& block,
-                   const int64_t* column, const T* target_product, T* product) {
+void block_product(const Matrix<T>& x, const Matrix<T>& weight, const Block& block, T* product) {
   matmul<T>({product, x.rows, block.count, block.stride}, x, weight.transposed());
   for (int64_t n = 0; n < x.rows; ++n) {
     T* row = product + n * block.stride;
     std::fill(row + block.count, row + block.stride, T(0));
-    if (column[n] >= 0) row[column[n]] = target_product[n];
   }
 }
 
@@ -68,10 +62,8 @@ void rnorm(const Matrix<T>& rows, T* out) {
 
 template struct Call<float>;
 template struct Call<double>;
-template void block_product(const Matrix<float>&, const Matrix<float>&, const Block&,
-                            const int64_t*, const float*, float*);
-template void block_product(const Matrix<double>&, const Matrix<double>&, const Block&,
-                            const int64_t*, const double*, double*);
+template void block_product(const Matrix<float>&, const Matrix<float>&, const Block&, float*);
+template void block_product(const Matrix<double>&, const Matrix<double>&, const Block&, double*);
 template void rnorm(const Matrix<float>&, float*);
 template void rnorm(const Matrix<double>&, double*);
 

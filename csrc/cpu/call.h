@@ -20,18 +20,15 @@ struct Call {
   int64_t N, C, D;
   CpuPlan plan;
   HeadTerms<T> terms;
-  std::vector<int64_t> label;  // [N]  the class of a row, or -1 where the row is ignored
+  std::vector<int64_t> label;  // [N]  the class of a row, kIgnored or kElsewhere
 };
 
 // The column of each row's target in the block, or -1 where it is in another.
 void block_columns(const std::vector<int64_t>& label, const Block& block, int64_t* column);
 
-// product[n, i] = <x_n, w_i> for the block's classes, and 0 in the padding. The target's product is
-// replaced by `target_product`, from which its score came, in both passes: of a probability near 1
-// the gradient keeps only the last bits.
+// product[n, i] = <x_n, w_i> for the block's classes, and 0 in the padding.
 template <class T>
-void block_product(const Matrix<T>& x, const Matrix<T>& weight, const Block& block,
-                   const int64_t* column, const T* target_product, T* product);
+void block_product(const Matrix<T>& x, const Matrix<T>& weight, const Block& block, T* product);
 
 // out[i] = 1 / max(|rows_i|, eps)
 template <class T>

@@ -8,12 +8,12 @@
 namespace tvmf::cpu {
 namespace {
 
-// For each row the product with its target's weight and the target's score phi + bias. They come
-// before the blocks of classes, so that the rank is counted in the same pass as the other
-// statistics.
+// For each row the cosine and the logit of its target, and the target's score phi + bias before the
+// margins. They come before the blocks of classes, so that the rank is counted in the same pass as
+// the other statistics.
 template <class T>
-void target_scores(const Call<T>& call, const Matrix<T>& x, Rows<T>& weight, const T* x_rnorm,
-                   T* product, T* score) {
+void target_logits(const Call<T>& call, const Matrix<T>& x, Rows<T>& weight, const Saved<T>& saved,
+                   T* score) {
   constexpr int64_t kGathered = 256;  // rows of the weight that are converted together
   const auto& kernels = tile_kernels<T>();
   const int64_t N = call.N, D = call.D;
@@ -32,13 +32,17 @@ void target_scores(const Call<T>& call, const Matrix<T>& x, Rows<T>& weight, con
     }
     parallel_rows(count, D, [&](int64_t first, int64_t last) {
       for (int64_t n = begin + first; n < begin + last; ++n) {
-        const int64_t c = std::max<int64_t>(call.label[n], 0);
+        const int64_t y = call.label[n];
+        saved.target_cosine[n] = saved.target_logit[n] = score[n] = 0;
+        if (y < 0) continue;
         const T* target_weight = w.data + row[n] * w.row_stride;
+        const auto [product, cosine] = kernels.target(x.data + n * x.row_stride, target_weight, D);
+        saved.target_cosine[n] = T(cosine);
+        saved.target_logit[n] = T(target_logit(cosine, call.terms.of_target(y)).value);
         T weight_rnorm;
         kernels.rnorm(target_weight, w.row_stride, 1, D, &weight_rnorm);
-        product[n] = kernels.dot(x.data + n * x.row_stride, target_weight, D);
-        score[n] = kernels.score(product[n], x_rnorm[n], weight_rnorm, call.terms.kappa[c],
-                                 call.terms.bias[c]);
+        score[n] = kernels.score(T(product), saved.x_rnorm[n], weight_rnorm, call.terms.kappa[y],
+                                 call.terms.bias[y]);
       }
     });
   }
@@ -88,10 +92,14 @@ void forward(const Call<T>& call, const Statistics<T>& out) {
   const Matrix<T> x = input.block(0, N);
   rnorm(x, saved.x_rnorm);
   std::vector<T> target_score(N);
-  target_scores(call, x, weight, saved.x_rnorm, saved.target_product, target_score.data());
+  target_logits(call, x, weight, saved, target_score.data());
+  if (call.head.target_score) {
+    const int64_t stride = call.head.target_score->stride(0);
+    const T* given = data<T>(*call.head.target_score);
+    for (int64_t n = 0; n < N; ++n) target_score[n] = given[n * stride];
+  }
   std::fill(saved.max, saved.max + N, -std::numeric_limits<T>::infinity());
   std::fill(saved.sum_exp, saved.sum_exp + N, T(0));
-  std::fill(out.target, out.target + N, T(0));
   std::fill(out.rank, out.rank + N, 0);
   if (out.sum) std::fill(out.sum, out.sum + N, T(0));
 
@@ -105,7 +113,7 @@ void forward(const Call<T>& call, const Statistics<T>& out) {
     if (!block.kept && !scratch) scratch = empty({N * plan.class_block}, kDtype<T>);
     T* product = block.kept ? saved.product + N * block.begin : data<T>(*scratch);
     block_columns(call.label, block, column.data());
-    block_product(x, w, block, column.data(), saved.target_product, product);
+    block_product(x, w, block, product);
 
     const ClassTerms<T> class_terms =
         block_terms.fill(block.begin, block.count, block.stride, saved.weight_rnorm);
@@ -122,15 +130,13 @@ void forward(const Call<T>& call, const Statistics<T>& out) {
                                  .max = &stripes.max[stripe * N],
                                  .sum_exp = &stripes.sum_exp[stripe * N],
                                  .sum = &stripes.sum[stripe * N],
-                                 .rank = &stripes.rank[stripe * N],
-                                 .target = out.target},
+                                 .rank = &stripes.rank[stripe * N]},
                                 rows, cols);
     });
     stripes.merge_into(out, tasks.stripes);
   }
-  // No class of a NaN row compares at or below its target, so that all C were counted there.
   for (int64_t n = 0; n < N; ++n)
-    out.rank[n] = call.label[n] < 0 ? -1 : std::min(out.rank[n], C - 1);
+    if (call.label[n] == kIgnored) out.rank[n] = -1;
 }
 
 template void forward(const Call<float>&, const Statistics<float>&);

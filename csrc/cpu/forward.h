@@ -9,8 +9,7 @@ namespace tvmf::cpu {
 template <class T>
 struct Statistics {
   Saved<T> saved;
-  T* target;      // [N]  the target's logit; 0 for an ignored row
-  T* sum;         // [N]  sum_c class_weight_c z_nc; null where it is not wanted
+  T* sum;         // [N]  sum_{c != y} class_weight_c z_nc; null where it is not wanted
   int64_t* rank;  // [N]  classes that score above the target; -1 for an ignored row
 };
 

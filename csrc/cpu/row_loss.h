@@ -1,7 +1,5 @@
-// The loss of a row as a function of its statistics, and its gradients by them.
-//   loss_n = (1 - e) omega_y (lse - target) + e / C (lse sum_c omega_c - sum)
-// omega are the class weights and e is the label smoothing. The mean divides by the class weights
-// of the rows that count.
+// The loss of a call's rows as a function of their statistics, and its gradients by them; loss.h
+// has the formulas. The mean divides by the class weights of the rows that count.
 #pragma once
 
 #include <cmath>
@@ -9,30 +7,30 @@
 #include "cpu/backward.h"
 #include "cpu/call.h"
 #include "cpu/forward.h"
+#include "loss.h"
 
 namespace tvmf::cpu {
 
 template <class T>
 class RowLoss {
  public:
-  RowLoss(const Call<T>& call, const LossOptions& options)
-      : call_(call),
-        options_(options),
-        keep_(1 - options.label_smoothing),
-        smooth_(options.label_smoothing / call.C) {
+  RowLoss(const Call<T>& call, const LossOptions& options) : call_(call), options_(options) {
     for (int64_t y : call.label) total_weight_ += y < 0 ? 0 : call.terms.class_weight[y];
-    for (int64_t c = 0; smoothed() && c < call.C; ++c) smooth_total_ += call.terms.class_weight[c];
-    smooth_total_ *= smooth_;
+    for (int64_t c = 0; smoothed() && c < call.C; ++c) omega_sum_ += call.terms.class_weight[c];
   }
 
-  bool smoothed() const { return smooth_ > 0; }
+  bool smoothed() const { return options_.label_smoothing > 0; }
   bool reduced() const { return options_.reduction != Reduction::kNone; }
 
   // The losses of the rows, [N], or their sum or mean, [].
   void write(const Statistics<T>& statistics, T* loss) const {
+    const Saved<T>& saved = statistics.saved;
     double total = 0;
     for (int64_t n = 0; n < call_.N; ++n) {
-      const double row = of_row(statistics, n);
+      double row = 0;
+      if (call_.label[n] >= 0)
+        row = row_loss(weights(n), saved.max[n], std::log(double(saved.sum_exp[n])),
+                       saved.target_logit[n], smoothed() ? statistics.sum[n] : 0);
       total += row;
       if (!reduced()) loss[n] = T(row);
     }
@@ -41,38 +39,37 @@ class RowLoss {
   }
 
   // Gradients of the statistics from those of the loss, [N], or [1] where it is reduced.
-  Upstream<T> upstream(const std::vector<T>& grad_loss) const {
-    const int64_t N = call_.N;
-    Upstream<T> out{std::vector<T>(N), std::vector<T>(N), std::vector<T>(N), smoothed()};
-    for (int64_t n = 0; n < N; ++n) {
+  Upstream<T> upstream(const Saved<const T>& saved, const std::vector<T>& grad_loss) const {
+    Upstream<T> out{std::vector<RowGradient<T>>(call_.N), smoothed()};
+    for (int64_t n = 0; n < call_.N; ++n) {
       const int64_t y = call_.label[n];
       if (y < 0) continue;
-      double g = grad_loss[reduced() ? 0 : n];
-      if (options_.reduction == Reduction::kMean) g /= total_weight_;
-      const double weighted = keep_ * call_.terms.class_weight[y];
-      out.lse[n] = T(g * (weighted + smooth_total_));
-      out.target[n] = T(-g * weighted);
-      out.sum[n] = T(-g * smooth_);
+      double of_row = grad_loss[reduced() ? 0 : n];
+      if (options_.reduction == Reduction::kMean) of_row /= total_weight_;
+      const RowGradients g =
+          row_gradients(weights(n), saved.max[n], std::log(double(saved.sum_exp[n])),
+                        saved.target_logit[n], of_row);
+      const TargetLogit target = target_logit(saved.target_cosine[n], call_.terms.of_target(y));
+      out.rows[n] = {.others = T(g.others),
+                     .sum = T(g.sum),
+                     .score = T(target.score),
+                     .cosine = saved.target_cosine[n],
+                     .by_cosine = T(g.target * target.by_cosine),
+                     .by_logit = T(g.target),
+                     .by_phi_kappa = T(g.target * target.phi_by_kappa)};
     }
     return out;
   }
 
  private:
-  double of_row(const Statistics<T>& statistics, int64_t n) const {
-    const int64_t y = call_.label[n];
-    if (y < 0) return 0;
-    // max - target comes first: it is exactly 0 for a row that fits well.
-    const T max = statistics.saved.max[n];
-    const double log_sum = std::log(double(statistics.saved.sum_exp[n]));
-    double loss = keep_ * call_.terms.class_weight[y] * (max - statistics.target[n] + log_sum);
-    if (smoothed()) loss += smooth_total_ * (max + log_sum) - smooth_ * statistics.sum[n];
-    return loss;
+  RowWeights weights(int64_t n) const {
+    return RowWeights::of(options_.label_smoothing, double(call_.C),
+                          call_.terms.class_weight[call_.label[n]], omega_sum_);
   }
 
   const Call<T>& call_;
   const LossOptions options_;
-  const double keep_, smooth_;  // 1 - e, and e / C
-  double smooth_total_ = 0;     // e / C sum_c omega_c
+  double omega_sum_ = 0;  // over the classes
   double total_weight_ = 0;
 };
 

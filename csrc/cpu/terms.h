@@ -7,6 +7,7 @@
 
 #include "cpu/memory.h"
 #include "cpu/tile.h"
+#include "loss.h"
 #include "torch/ops.h"
 
 namespace tvmf::cpu {
@@ -39,9 +40,23 @@ template <class T>
 struct HeadTerms {
   explicit HeadTerms(const Head& head);
 
+  // The terms of class y as the target of a row.
+  TargetTerms of_target(int64_t y) const {
+    return {.kappa = kappa[y],
+            .bias = bias[y],
+            .prior = prior[y],
+            .scale = scale,
+            .cosine_margin = cosine_margin[y],
+            .angular_margin = angular_margin[y]};
+  }
+
   PerClass<T> kappa, bias, prior, class_weight;
+  PerClass<double> cosine_margin, angular_margin;
   T scale;
   T scale_derivative = 1;  // of the scale by the number that the caller gives
+
+ private:
+  void check_margins() const;
 };
 
 // The class terms of one block after another. They are padded to whole vectors.

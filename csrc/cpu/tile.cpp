@@ -156,13 +156,54 @@ void rnorm(const T* rows, int64_t row_stride, int64_t count, int64_t D, T* out) 
   }
 }
 
+// As many numbers as a vector of float64 has, in float64.
+template <class T>
+inline Simd<double>::Vec load_double(const T* p) {
+  typedef T Narrow __attribute__((vector_size(Simd<double>::kWidth * sizeof(T)),
+                                  aligned(alignof(T)), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Simd<double>::Vec);
+}
+
+template <class T>
+TargetProduct target(const T* x, const T* w, int64_t D) {
+  using S = Simd<double>;
+  constexpr int64_t kVectors = S::kLanes / S::kWidth;
+  S::Vec sums[3][kVectors]{};  // |x|^2, |w|^2, <x, w>
+  const auto add_step = [&](const T* x, const T* w) {
+    for (int64_t i = 0; i < kVectors; ++i) {
+      const S::Vec a = load_double(x + i * S::kWidth), b = load_double(w + i * S::kWidth);
+      sums[0][i] += a * a;
+      sums[1][i] += b * b;
+      sums[2][i] += a * b;
+    }
+  };
+  int64_t d = 0;
+  for (; d + S::kLanes <= D; d += S::kLanes) add_step(x + d, w + d);
+  if (d < D) {
+    T rest_x[S::kLanes]{}, rest_w[S::kLanes]{};
+    std::copy(x + d, x + D, rest_x);
+    std::copy(w + d, w + D, rest_w);
+    add_step(rest_x, rest_w);
+  }
+  double total[3];
+  for (int64_t k = 0; k < 3; ++k) {
+    LaneBuffer<double> lanes;
+    for (int64_t i = 0; i < kVectors; ++i) lanes.put(i * S::kWidth, sums[k][i]);
+    total[k] = lanes.sum();
+  }
+  const double x_norm = std::sqrt(total[0]), w_norm = std::sqrt(total[1]);
+  const double cosine =
+      total[2] / (x_norm < kEps ? kEps : x_norm) / (w_norm < kEps ? kEps : w_norm);
+  return {total[2], clamp_cosine(cosine)};
+}
+
 template <class T>
 T score(T product, T x_rnorm, T weight_rnorm, T kappa, T bias) {
   const T cosine = clamp_cosine(product * (weight_rnorm * x_rnorm));
   return similarity(cosine, kappa) + bias;
 }
 
-template <class T, bool kWithSum>
+template <class T, bool kWithSum, bool kWithTarget>
 void forward_row(const ForwardTile<T>& tile, int64_t n, Range cols) {
   using S = Simd<T>;
   using Vec = typename S::Vec;
@@ -173,8 +214,10 @@ void forward_row(const ForwardTile<T>& tile, int64_t n, Range cols) {
   alignas(64) T logits[kStripe];
   LaneBuffer<T> largest_in, sum_in, sum_exp_in;
 
+  const T target_column = T(tile.column[n]);
+
   // The first loop makes the logits, finds their maximum, and counts the classes that score at or
-  // below the target.
+  // below the target. The target's own logit becomes -inf.
   int64_t rank = cols.end - cols.begin;
   for (int64_t lane = 0; lane < S::kLanes; lane += S::kWidth) {
     Vec largest = Vec{} - std::numeric_limits<T>::infinity(), sum{};
@@ -184,13 +227,20 @@ void forward_row(const ForwardTile<T>& tile, int64_t n, Range cols) {
       const Vec rnorm = S::load(terms.weight_rnorm + c) * x_rnorm;
       const Vec cosine = clamp_cosine(S::load(product + c) * rnorm);
       const Vec phi = similarity(cosine, S::load(terms.kappa + c));
-      const Vec logit = phi * scale + S::load(terms.offset + c);
+      const Vec logit_of_class = phi * scale + S::load(terms.offset + c);
+      Vec logit = logit_of_class;
+      typename S::Int left_out = index >= count;
+      if constexpr (kWithTarget) {
+        const typename S::Int is_target = index == target_column;
+        logit = is_target ? Vec{} - std::numeric_limits<T>::infinity() : logit;
+        left_out |= is_target;
+      }
+      index += T(S::kLanes);
       S::store(logits + (c - cols.begin), logit);
       largest = logit > largest ? logit : largest;
-      const typename S::Int padding = index >= count;
-      index += T(S::kLanes);
-      at_or_below += ((phi + S::load(terms.bias + c)) <= target_score) | padding;
-      if constexpr (kWithSum) sum += padding ? Vec{} : S::load(terms.class_weight + c) * logit;
+      at_or_below += ((phi + S::load(terms.bias + c)) <= target_score) | left_out;
+      if constexpr (kWithSum)
+        sum += left_out ? Vec{} : S::load(terms.class_weight + c) * logit_of_class;
     }
     largest_in.put(lane, largest);
     sum_in.put(lane, sum);
@@ -212,29 +262,42 @@ void forward_row(const ForwardTile<T>& tile, int64_t n, Range cols) {
   tile.sum_exp[n] = sum_exp_in.sum();
   tile.rank[n] = rank;
   if constexpr (kWithSum) tile.sum[n] = sum_in.sum();
-  const int64_t column = tile.column[n];
-  if (column >= cols.begin && column < cols.end) tile.target[n] = logits[column - cols.begin];
+}
+
+inline bool contains(Range range, int64_t column) {
+  return column >= range.begin && column < range.end;
+}
+
+template <class T, bool kWithSum>
+void forward_rows(const ForwardTile<T>& tile, Range rows, Range cols) {
+  for (int64_t n = rows.begin; n < rows.end; ++n)
+    contains(cols, tile.column[n]) ? forward_row<T, kWithSum, true>(tile, n, cols)
+                                   : forward_row<T, kWithSum, false>(tile, n, cols);
 }
 
 template <class T>
 void forward(const ForwardTile<T>& tile, Range rows, Range cols) {
-  for (int64_t n = rows.begin; n < rows.end; ++n)
-    tile.terms.class_weight ? forward_row<T, true>(tile, n, cols)
-                            : forward_row<T, false>(tile, n, cols);
+  tile.terms.class_weight ? forward_rows<T, true>(tile, rows, cols)
+                          : forward_rows<T, false>(tile, rows, cols);
 }
 
-template <class T, bool kWithSum, bool kClassSums>
-void backward_row(const BackwardTile<T>& tile, int64_t n, Range cols) {
+// Without the target, whose g counts as 0.
+template <class T, bool kWithSum, bool kClassSums, bool kWithTarget>
+void backward_others(const BackwardTile<T>& tile, int64_t n, Range cols) {
   using S = Simd<T>;
   using Vec = typename S::Vec;
   const T* product = tile.product + n * tile.stride;
   T* grad = tile.grad + n * tile.stride;
   const ClassTerms<T> terms = tile.terms;
-  const T x_rnorm = tile.x_rnorm[n], max = tile.max[n], scale = tile.scale;
-  const T a = tile.grad_lse[n], b = tile.grad_target[n], s = kWithSum ? tile.grad_sum[n] : T(0);
-  const T a_over_sum = a / tile.sum_exp[n], target_column = T(tile.column[n]);
+  const RowGradient<T>& row = tile.gradient[n];
+  const T x_rnorm = tile.x_rnorm[n], scale = tile.scale, s = kWithSum ? row.sum : T(0);
+  // Where there is no other class, or all of them have a logit of -inf, the maximum is -inf and the
+  // sum is 0.
+  const T max = tile.max[n] == -std::numeric_limits<T>::infinity() ? T(0) : tile.max[n];
+  const T a_over_sum = tile.sum_exp[n] == 0 ? T(0) : row.others / tile.sum_exp[n];
+  const T target_column = T(tile.column[n]);
   T *col_dot = tile.col_dot, *col_bias = tile.col_bias, *col_kappa = tile.col_kappa;
-  if (a == 0 && b == 0 && s == 0) {  // an ignored row
+  if (a_over_sum == 0 && s == 0) {  // an ignored row
     std::fill(grad + cols.begin, grad + cols.end, T(0));
     tile.row_dot[n] = tile.row_scale[n] = 0;
     return;
@@ -252,14 +315,16 @@ void backward_row(const BackwardTile<T>& tile, int64_t n, Range cols) {
 
       // g = dL/dlogit, t = dL/dcosine
       Vec g = S::exp(logit - max) * a_over_sum;
-      g = index == target_column ? g + b : g;
-      index += T(S::kLanes);
       if constexpr (kWithSum) g += S::load(terms.class_weight + c) * s;
+      if constexpr (kWithTarget) {
+        g = index == target_column ? Vec{} : g;
+        index += T(S::kLanes);
+      }
       const Vec t = g * (scale * sim.dphi_dcosine);
 
       S::store(grad + c, t * rnorm);
       row_dot += t * cosine;
-      row_scale += g * (sim.phi + S::load(terms.bias + c));
+      row_scale += g * (sim.phi + S::load(terms.bias + c) - row.score);
       S::store(col_dot + c, S::load(col_dot + c) + t * cosine);
       if constexpr (kClassSums) {
         S::store(col_bias + c, S::load(col_bias + c) + g);
@@ -275,8 +340,24 @@ void backward_row(const BackwardTile<T>& tile, int64_t n, Range cols) {
 
 template <class T, bool kWithSum, bool kClassSums>
 void backward_rows(const BackwardTile<T>& tile, Range rows, Range cols) {
-  for (int64_t n = rows.begin; n < rows.end; ++n)
-    backward_row<T, kWithSum, kClassSums>(tile, n, cols);
+  for (int64_t n = rows.begin; n < rows.end; ++n) {
+    const int64_t column = tile.column[n];
+    if (!contains(cols, column)) {
+      backward_others<T, kWithSum, kClassSums, false>(tile, n, cols);
+      continue;
+    }
+    backward_others<T, kWithSum, kClassSums, true>(tile, n, cols);
+    const RowGradient<T>& row = tile.gradient[n];
+    const T dot = row.by_cosine * row.cosine;
+    tile.grad[n * tile.stride + column] =
+        row.by_cosine * (tile.terms.weight_rnorm[column] * tile.x_rnorm[n]);
+    tile.row_dot[n] += dot;
+    tile.col_dot[column] += dot;
+    if constexpr (kClassSums) {
+      tile.col_bias[column] += row.by_logit;
+      tile.col_kappa[column] += row.by_phi_kappa;
+    }
+  }
 }
 
 template <class T>
@@ -312,7 +393,7 @@ void add(const T* in, int64_t count, T* out) {
 
 template <class T>
 constexpr TileKernels<T> kTable{.rnorm = rnorm<T>,
-                                .dot = dot<T>,
+                                .target = target<T>,
                                 .score = score<T>,
                                 .forward = forward<T>,
                                 .backward = backward<T>,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
+#include "loss.h"
 #include "similarity.h"
 
 namespace tvmf {
@@ -21,10 +22,42 @@ struct Scale {
   }
 };
 
+// The terms of class y as the target of a row.
+template <class T>
+__device__ __forceinline__ TargetTerms target_terms(const CudaHead& head, int64_t y) {
+  return {value_at<T>(head.kappa, y),
+          value_at<T>(head.bias, y),
+          value_at<T>(head.prior, y),
+          Scale<T>::of(head).value,
+          value_at<double>(head.cosine_margin, y),
+          value_at<double>(head.angular_margin, y)};
+}
+
+__device__ __forceinline__ int64_t label_of(const CudaHead& head, int64_t n) {
+  return label_of(head.target[n * head.target_stride], head.ignore_index, head.C,
+                  head.target_score.data);
+}
+
+// The column of a label in a tile of classes, or -1 where it lies in another.
+__device__ __forceinline__ int column_of(int64_t label, int64_t first_class, int classes) {
+  const int64_t column = label - first_class;
+  return column >= 0 && column < classes ? int(column) : -1;
+}
+
 template <class T>
 __device__ __forceinline__ T rnorm_of(T squares) {
   const T norm = sqrt(squares);
   return 1 / (norm < T(kEps) ? T(kEps) : norm);
+}
+
+// The logarithm of a sum of exponentials. On Hopper they are relative to the target's logit, so
+// that the sum can leave float32's normal numbers, where nothing that is divided by it is exact.
+// Such a sum counts as 0.
+template <class T>
+constexpr T kSmallestSum = sizeof(T) == 4 ? T(1e-37) : T(0);
+template <class T>
+__device__ __forceinline__ double log_of_sum(T sum_exp) {
+  return sum_exp < kSmallestSum<T> ? -infinity<double>() : log(double(sum_exp));
 }
 
 // The terms of a class's logit, without its norm. Beyond the last class the logit is -inf and every
@@ -32,6 +65,17 @@ __device__ __forceinline__ T rnorm_of(T squares) {
 template <class T>
 struct ClassValues {
   T kappa, bias, offset, omega;
+
+  // The same for the backward pass, with the prior where the bias is. -inf becomes a number whose
+  // exponential is 0 as well, because the logit itself is multiplied by the gradient.
+  static __device__ __forceinline__ ClassValues of_gradient(const CudaHead& head, int64_t c,
+                                                            T scale) {
+    ClassValues terms = of(head, c, scale);
+    const auto finite = [](T v) { return v < T(-1e30) ? T(-1e30) : v; };
+    terms.bias = finite(c < head.C ? value_at<T>(head.prior, c) : T(0));
+    terms.offset = finite(terms.offset);
+    return terms;
+  }
 
   static __device__ __forceinline__ ClassValues of(const CudaHead& head, int64_t c, T scale) {
     if (c >= head.C) return {T(0), T(0), -infinity<T>(), T(0)};

@@ -35,19 +35,21 @@ struct CudaHead {
   MatrixRef weight;       // [C, D]  of the features' dtype; float32 also with 16-bit features
   const int64_t* target;  // [N]
   int64_t target_stride;
-  VectorRef kappa;         // [C]
-  VectorRef scale;         // []
-  VectorRef bias;          // [C]
-  VectorRef prior;         // [C]
-  VectorRef class_weight;  // [C]
+  VectorRef kappa;                          // [C]
+  VectorRef scale;                          // []
+  VectorRef bias;                           // [C]
+  VectorRef prior;                          // [C]
+  VectorRef class_weight;                   // [C]
+  VectorRef cosine_margin, angular_margin;  // [C]
+  VectorRef target_score;                   // [N]  of a shard's row statistics
   bool softplus_scale;
   int64_t ignore_index;
   int* bad_label;  // mapped host memory; set to 1 by a label that names no class
 };
 
 struct CudaStatistics {
-  void* lse;      // [N] T
-  void* target;   // [N] T
+  void* others;   // [N] T
+  void* cosine;   // [N] T
   void* sum;      // [N] T, or null
   int64_t* rank;  // [N]
   void* loss;     // [] or, unreduced, [N] T; null where statistics are wanted
@@ -55,8 +57,8 @@ struct CudaStatistics {
 
 // Either the loss's gradient or those of the statistics; absent ones have null data and value 0.
 struct CudaUpstream {
-  VectorRef loss;              // [N], or [] (stride 0) where reduced
-  VectorRef lse, target, sum;  // [N]
+  VectorRef loss;                 // [N], or [] (stride 0) where reduced
+  VectorRef others, cosine, sum;  // [N]
 };
 
 struct CudaGradients {

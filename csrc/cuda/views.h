@@ -8,12 +8,11 @@ namespace tvmf {
 
 template <class T>
 struct RowTargets {
-  int64_t* label;  // [N]  -1: the row is ignored; -2: its label names no class
-  T* score;        // [N]  phi + bias of the target
-  T* logit;        // [N]  of the target
+  int64_t* label;  // [N]  a class, kIgnored, kWrong or kElsewhere
+  T* score;        // [N]  phi + bias of the target, before its margins
 };
 
-// Statistics of each row over each of `count` runs of classes.
+// Statistics of each row over each of `count` runs of classes, without its target.
 template <class T>
 struct PartialStatistics {
   T* max;      // [count, N]
@@ -24,21 +23,32 @@ struct PartialStatistics {
   bool with_sum;
 };
 
-// A row's part in the gradients of all classes. The padding makes whole 16-byte accesses of it.
+// A row's part in the gradients of all classes but its target. Whole 16-byte accesses read it.
 template <class T>
 struct alignas(16) GradientRow {
   T rnorm;
   T scaled_rnorm;  // rnorm * loss scale, the factor of the row's gradient tile
-  T max, inv_sum_exp;
-  T grad_lse, grad_target, grad_sum;  // dL/dlse, dL/dtarget, dL/dsum
-  T target_product;
-  int64_t label, padding;
+  T max;
+  T others;  // dL/dothers / sum_exp
+  T sum;     // dL/dsum
+  int64_t label;
+};
+
+// The gradient of a row's target, which replaces that of other classes in its element.
+template <class T>
+struct alignas(16) TargetGradient {
+  T cosine;
+  T by_cosine;     // t = dL/dcosine
+  T by_logit;      // g = dL/dlogit
+  T phi_by_kappa;  // dphi/dkappa
 };
 
 template <class T>
 struct GradientRows {
-  GradientRow<T>* rows;  // [N]
-  T* loss_scale;         // [2]  a power of two that keeps float16 in range, and its inverse
+  GradientRow<T>* rows;        // [N]
+  TargetGradient<T>* targets;  // [N]
+  T* loss_scale;               // [2]  a power of two that keeps float16 in range, and its inverse
+  double* scale_rest;          // []  what GradientSums::totals lacks of the scale's gradient
 };
 
 // The run of classes that one launch of the backward pass works on.
@@ -52,7 +62,8 @@ template <class T>
 struct GradientSums {
   T* row_dot;      // [slots, N]  sum_c t c, over all chunks
   T* columns;      // [slots, 3, chunk.size]  sum_n of t c, of g and of g dphi/dkappa
-  double* totals;  // [slots, 2]  sum of g (phi + bias) and of g dphi/dkappa, over all chunks
+  double* totals;  // [slots, 2]  over all chunks, sum_{c != y} g (z - max - prior) and
+                   // sum g dphi/dkappa
 };
 
 // The gradient of the features before its projection, over all chunks.

@@ -11,6 +11,7 @@
 
 #include "cpu/isa.h"
 #include "cuda/archs.h"
+#include "loss.h"
 #include "torch/check.h"
 #include "torch/dtypes.h"
 #include "torch/ops.h"
@@ -73,6 +74,21 @@ void check_per_class(const char* name, const OptionalTensor& tensor, const Tenso
              shape(*tensor));
 }
 
+// Checks the values of kappa and the margins as far as they are numbers. On the CPU HeadTerms
+// checks those of tensors.
+void check_margins(const Head& head) {
+  const bool given = !head.cosine_margin && !head.angular_margin;
+  const double m = head.cosine_margin ? 0 : head.cosine_margin_value,
+               a = head.angular_margin ? 0 : head.angular_margin_value;
+  TVMF_CHECK(m >= 0 && std::isfinite(m), "cosine_margin must be finite and >= 0, got ", m);
+  TVMF_CHECK(a >= 0 && a <= kLargestAngle, "angular_margin must be in [0, pi], got ", a);
+  if (head.kappa) return;
+  TVMF_CHECK(head.kappa_value > -0.5 && std::isfinite(head.kappa_value),
+             "kappa must be finite and > -1/2, got ", head.kappa_value);
+  TVMF_CHECK(!given || head.kappa_value > smallest_kappa(m, a), "kappa must be > ",
+             smallest_kappa(m, a), " with these margins, got ", head.kappa_value);
+}
+
 // The messages name the arguments as the Python functions do.
 void check_head(const Head& head) {
   const Tensor &input = head.input, &weight = head.weight, &target = head.target;
@@ -98,13 +114,22 @@ void check_head(const Head& head) {
   check_per_class("linear_bias", head.bias, input, C, false);
   check_per_class("prior", head.prior, input, C, false);
   check_per_class("weight", head.class_weight, input, C, false);
+  check_per_class("cosine_margin", head.cosine_margin, input, C, true);
+  check_per_class("angular_margin", head.angular_margin, input, C, true);
+  if (head.target_score) {
+    const Tensor& score = *head.target_score;
+    check_device("target_score", score, input);
+    TVMF_CHECK(score.dim() == 1 && score.size(0) == input.size(0) &&
+                   score.scalar_type() == compute_dtype(input),
+               "target_score must be [N] = [", input.size(0), "] of the compute dtype, got ",
+               shape(score), " of ", dtype(score));
+  }
   if (head.scale) {
     check_tensor("scale", *head.scale, input);
     TVMF_CHECK(is_one_value(*head.scale), "scale must have shape [] or [1], got ",
                shape(*head.scale));
   }
-  TVMF_CHECK(head.kappa || (head.kappa_value > -0.5 && std::isfinite(head.kappa_value)),
-             "kappa must be finite and > -1/2, got ", head.kappa_value);
+  check_margins(head);
   TVMF_CHECK(head.scale || (head.scale_value > 0 && std::isfinite(head.scale_value)),
              "scale must be finite and > 0, got ", head.scale_value);
 }
@@ -114,7 +139,8 @@ Head checked(Head head) {
   return head;
 }
 
-LossOptions checked_loss(double label_smoothing, int64_t reduction) {
+LossOptions checked_loss(const Head& head, double label_smoothing, int64_t reduction) {
+  TVMF_CHECK(!head.target_score, "target_score must be None for a loss, which needs all classes");
   TVMF_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
              "label_smoothing must be in [0, 1], got ", label_smoothing);
   TVMF_CHECK(reduction >= 0 && reduction <= 2,
@@ -177,19 +203,19 @@ template <const Backend& kBackend>
 Five row_statistics(TVMF_HEAD_PARAMETERS bool with_sum, int64_t kept) {
   const Head head = TVMF_CHECKED_HEAD;
   const RowStatistics out = kBackend.row_statistics(head, with_sum, checked_kept(head, kept));
-  return {out.lse, out.target, out.sum, out.rank, out.saved};
+  return {out.others, out.cosine, out.sum, out.rank, out.saved};
 }
 
 template <const Backend& kBackend>
-Five row_statistics_backward(OptionalTensor grad_lse, OptionalTensor grad_target,
+Five row_statistics_backward(OptionalTensor grad_others, OptionalTensor grad_cosine,
                              OptionalTensor grad_sum, TVMF_HEAD_PARAMETERS int64_t kept,
                              Tensor saved, int64_t wanted) {
   const Head head = TVMF_CHECKED_HEAD;
   check_saved(head, kept, saved, wanted);
-  check_upstream("grad_lse", grad_lse, head, false);
-  check_upstream("grad_target", grad_target, head, false);
+  check_upstream("grad_others", grad_others, head, false);
+  check_upstream("grad_cosine", grad_cosine, head, false);
   check_upstream("grad_sum", grad_sum, head, false);
-  return in_order(kBackend.row_statistics_backward(head, {grad_lse, grad_target, grad_sum}, kept,
+  return in_order(kBackend.row_statistics_backward(head, {grad_others, grad_cosine, grad_sum}, kept,
                                                    saved, wanted));
 }
 
@@ -197,7 +223,7 @@ template <const Backend& kBackend>
 std::tuple<Tensor, Tensor> cross_entropy(TVMF_HEAD_PARAMETERS double label_smoothing,
                                          int64_t reduction, int64_t kept) {
   const Head head = TVMF_CHECKED_HEAD;
-  const Loss out = kBackend.cross_entropy(head, checked_loss(label_smoothing, reduction),
+  const Loss out = kBackend.cross_entropy(head, checked_loss(head, label_smoothing, reduction),
                                           checked_kept(head, kept));
   return {out.loss, out.saved};
 }
@@ -206,7 +232,7 @@ template <const Backend& kBackend>
 Five cross_entropy_backward(Tensor grad_loss, TVMF_HEAD_PARAMETERS double label_smoothing,
                             int64_t reduction, int64_t kept, Tensor saved, int64_t wanted) {
   const Head head = TVMF_CHECKED_HEAD;
-  const LossOptions options = checked_loss(label_smoothing, reduction);
+  const LossOptions options = checked_loss(head, label_smoothing, reduction);
   check_saved(head, kept, saved, wanted);
   check_upstream("grad_loss", grad_loss, head, options.reduction != Reduction::kNone);
   return in_order(kBackend.cross_entropy_backward(head, options, grad_loss, kept, saved, wanted));
@@ -245,7 +271,7 @@ std::string build_info() {
 #define TVMF_STATISTICS_SCHEMA  \
   "(" TVMF_HEAD_SCHEMA          \
   "bool with_sum, SymInt kept)" \
-  " -> (Tensor lse, Tensor target_logit, Tensor sum, Tensor rank, Tensor saved)"
+  " -> (Tensor others, Tensor cosine, Tensor sum, Tensor rank, Tensor saved)"
 #define TVMF_LOSS_SCHEMA \
   "(" TVMF_HEAD_SCHEMA   \
   "float label_smoothing, int reduction, SymInt kept) -> (Tensor loss, Tensor saved)"
@@ -258,7 +284,7 @@ STABLE_TORCH_LIBRARY(tvmf_ext, m) {
   m.def("cross_entropy" TVMF_LOSS_SCHEMA);
   m.def("cross_entropy_forward" TVMF_LOSS_SCHEMA);
   m.def(
-      "row_statistics_backward(Tensor? grad_lse, Tensor? grad_target, Tensor? "
+      "row_statistics_backward(Tensor? grad_others, Tensor? grad_cosine, Tensor? "
       "grad_sum, " TVMF_HEAD_SCHEMA "SymInt kept, Tensor saved, int wanted)" TVMF_GRADIENTS_SCHEMA);
   m.def("cross_entropy_backward(Tensor grad_loss, " TVMF_HEAD_SCHEMA
         "float label_smoothing, int reduction, SymInt kept, Tensor saved, int "
@@ -270,6 +296,7 @@ STABLE_TORCH_LIBRARY(tvmf_ext, m) {
   m.def(
       "keeps_products(int C, int D, str dtype, str weight_dtype, int row_stride, int col_stride, "
       "bool aligned, str device) -> bool");
+  m.def("check_targets(int device) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CPU, m) { implement<kCpuBackend>(m); }
@@ -281,6 +308,9 @@ STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&build_info));
   m.impl("plan", TORCH_BOX(&plan_text));
   m.impl("keeps_products", TORCH_BOX(&keeps_products));
+#ifdef TVMF_WITH_CUDA
+  m.impl("check_targets", TORCH_BOX(&check_targets));
+#endif
 }
 
 }  // namespace

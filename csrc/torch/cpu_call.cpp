@@ -42,17 +42,19 @@ RowStatistics row_statistics(const Head& head, bool with_sum, int64_t kept) {
   return with_compute_dtype(head, [&]<class T>(T) {
     const Call<T> call(head);
     const int64_t N = call.N;
-    const RowStatistics out{.lse = empty({N}, kDtype<T>),
-                            .target = empty({N}, kDtype<T>),
+    const RowStatistics out{.others = empty({N}, kDtype<T>),
+                            .cosine = empty({N}, kDtype<T>),
                             .sum = empty({with_sum ? N : 0}, kDtype<T>),
                             .rank = empty({N}, ScalarType::Long),
                             .saved = empty_saved(call, kept)};
     const Saved<T> saved = saved_parts<T>(call, out.saved, kept);
     cpu::forward<T>(call, {.saved = saved,
-                           .target = data<T>(out.target),
                            .sum = with_sum ? data<T>(out.sum) : nullptr,
                            .rank = data<int64_t>(out.rank)});
-    for (int64_t n = 0; n < N; ++n) data<T>(out.lse)[n] = saved.max[n] + std::log(saved.sum_exp[n]);
+    for (int64_t n = 0; n < N; ++n) {
+      data<T>(out.others)[n] = saved.max[n] + std::log(saved.sum_exp[n]);
+      data<T>(out.cosine)[n] = saved.target_cosine[n];
+    }
     return out;
   });
 }
@@ -61,12 +63,20 @@ Gradients row_statistics_backward(const Head& head, const StatisticsGradients& g
                                   int64_t kept, const Tensor& saved, int64_t wanted) {
   return with_compute_dtype(head, [&]<class T>(T) {
     const Call<T> call(head);
-    return cpu::backward<T>(call, saved_parts<const T>(call, saved, kept),
-                            {.lse = read_vector<T>(gradients.lse, call.N),
-                             .target = read_vector<T>(gradients.target, call.N),
-                             .sum = read_vector<T>(gradients.sum, call.N),
-                             .with_sum = gradients.sum.has_value()},
-                            wanted);
+    const Saved<const T> parts = saved_parts<const T>(call, saved, kept);
+    const std::vector<T> others = read_vector<T>(gradients.others, call.N),
+                         cosine = read_vector<T>(gradients.cosine, call.N),
+                         sum = read_vector<T>(gradients.sum, call.N);
+    cpu::Upstream<T> upstream{std::vector<cpu::RowGradient<T>>(call.N), gradients.sum.has_value()};
+    for (int64_t n = 0; n < call.N; ++n)
+      upstream.rows[n] = {.others = others[n],
+                          .sum = sum[n],
+                          .score = 0,
+                          .cosine = parts.target_cosine[n],
+                          .by_cosine = cosine[n],
+                          .by_logit = 0,
+                          .by_phi_kappa = 0};
+    return cpu::backward<T>(call, parts, upstream, wanted);
   });
 }
 
@@ -77,10 +87,9 @@ Loss cross_entropy(const Head& head, const LossOptions& options, int64_t kept) {
     const int64_t N = call.N;
     const Loss out{.loss = row_loss.reduced() ? empty({}, kDtype<T>) : empty({N}, kDtype<T>),
                    .saved = empty_saved(call, kept)};
-    std::vector<T> target(N), sum(row_loss.smoothed() ? N : 0);
+    std::vector<T> sum(row_loss.smoothed() ? N : 0);
     std::vector<int64_t> rank(N);
     const cpu::Statistics<T> statistics{.saved = saved_parts<T>(call, out.saved, kept),
-                                        .target = target.data(),
                                         .sum = row_loss.smoothed() ? sum.data() : nullptr,
                                         .rank = rank.data()};
     cpu::forward(call, statistics);
@@ -96,8 +105,8 @@ Gradients cross_entropy_backward(const Head& head, const LossOptions& options,
     const Call<T> call(head);
     const cpu::RowLoss<T> row_loss(call, options);
     const std::vector<T> upstream = read_vector<T>(grad_loss, row_loss.reduced() ? 1 : call.N);
-    return cpu::backward<T>(call, saved_parts<const T>(call, saved, kept),
-                            row_loss.upstream(upstream), wanted);
+    const Saved<const T> parts = saved_parts<const T>(call, saved, kept);
+    return cpu::backward<T>(call, parts, row_loss.upstream(parts, upstream), wanted);
   });
 }
 

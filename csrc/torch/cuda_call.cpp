@@ -188,6 +188,14 @@ CudaProblem cuda_problem(const Head& head, const Tensor& weight, int64_t kept, b
                      .aligned = reinterpret_cast<uintptr_t>(weight.data_ptr()) % 16 == 0}};
 }
 
+void raise_for_bad_label(const Device& device, int32_t index) {
+  if (!*device.bad_label) return;
+  *device.bad_label = 0;
+  throw std::out_of_range("an earlier call on cuda:" + std::to_string(index) +
+                          " had a target outside [0, C) that is not ignore_index; the loss of "
+                          "its row is NaN");
+}
+
 // One call: the torch objects that it needs, and its arguments as the kernels take them.
 class Call {
  public:
@@ -209,12 +217,7 @@ class Call {
     // The copy of the CUDA runtime in this library has a current device of its own.
     check(cudaSetDevice(index_), "cudaSetDevice");
     device_ = &device_at(index_);
-    if (*device_->bad_label) {
-      *device_->bad_label = 0;
-      throw std::out_of_range("an earlier call on cuda:" + std::to_string(index_) +
-                              " had a target outside [0, C) that is not ignore_index; the loss of "
-                              "its row is NaN");
-    }
+    raise_for_bad_label(*device_, index_);
     // The kernels take stride 0 for one kappa of all classes, which has one gradient. A tensor [C]
     // that was expanded has stride 0 too, but C gradients.
     if (kappa_ && kappa_->numel() > 1 && kappa_->stride(0) == 0)
@@ -292,6 +295,9 @@ class Call {
             .bias = vector(head_.bias),
             .prior = vector(head_.prior),
             .class_weight = vector(head_.class_weight, 1),
+            .cosine_margin = vector(head_.cosine_margin, head_.cosine_margin_value),
+            .angular_margin = vector(head_.angular_margin, head_.angular_margin_value),
+            .target_score = vector(head_.target_score),
             .softplus_scale = head_.softplus_scale,
             .ignore_index = head_.ignore_index,
             .bad_label = device_->bad_label_on_device};
@@ -325,15 +331,15 @@ RowStatistics row_statistics(const Head& head, bool with_sum, int64_t kept) {
   const Call call(head);
   const int64_t N = call.N;
   const ScalarType dtype = call.accumulator;
-  const RowStatistics out{.lse = call.empty({N}, dtype),
-                          .target = call.empty({N}, dtype),
+  const RowStatistics out{.others = call.empty({N}, dtype),
+                          .cosine = call.empty({N}, dtype),
                           .sum = call.empty({with_sum ? N : 0}, dtype),
                           .rank = call.empty({N}, ScalarType::Long),
                           .saved = call.saved(kept)};
   if (N > 0)
     call.forward({0, Reduction::kNone}, with_sum, kept,
-                 {.lse = out.lse.data_ptr(),
-                  .target = out.target.data_ptr(),
+                 {.others = out.others.data_ptr(),
+                  .cosine = out.cosine.data_ptr(),
                   .sum = data_or_null(out.sum),
                   .rank = static_cast<int64_t*>(out.rank.data_ptr()),
                   .loss = nullptr},
@@ -346,8 +352,8 @@ Gradients row_statistics_backward(const Head& head, const StatisticsGradients& g
   const Call call(head);
   return call.backward({0, Reduction::kNone}, gradients.sum.has_value(), kept,
                        {.loss = vector({}),
-                        .lse = vector(gradients.lse),
-                        .target = vector(gradients.target),
+                        .others = vector(gradients.others),
+                        .cosine = vector(gradients.cosine),
                         .sum = vector(gradients.sum)},
                        saved, wanted);
 }
@@ -360,8 +366,8 @@ Loss cross_entropy(const Head& head, const LossOptions& options, int64_t kept) {
       .saved = call.saved(kept)};
   if (call.N > 0) {
     call.forward(options, options.label_smoothing > 0, kept,
-                 {.lse = nullptr,
-                  .target = nullptr,
+                 {.others = nullptr,
+                  .cosine = nullptr,
                   .sum = nullptr,
                   .rank = nullptr,
                   .loss = out.loss.data_ptr()},
@@ -379,7 +385,7 @@ Gradients cross_entropy_backward(const Head& head, const LossOptions& options,
   const Call call(head);
   return call.backward(
       options, options.label_smoothing > 0, kept,
-      {.loss = vector(grad_loss), .lse = vector({}), .target = vector({}), .sum = vector({})},
+      {.loss = vector(grad_loss), .others = vector({}), .cosine = vector({}), .sum = vector({})},
       saved, wanted);
 }
 
@@ -391,5 +397,9 @@ const Backend kCudaBackend{.row_statistics = row_statistics,
                            .cross_entropy_backward = cross_entropy_backward};
 
 const Gpu& cuda_gpu(int32_t device) { return device_at(device).gpu; }
+
+void check_targets(int64_t device) {
+  raise_for_bad_label(device_at(int32_t(device)), int32_t(device));
+}
 
 }  // namespace tvmf

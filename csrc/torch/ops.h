@@ -14,22 +14,23 @@ namespace tvmf {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The logits are z_nc = scale (phi(cosine(x_n, w_c); kappa_c) + bias_c) + prior_c.
+// The logits are z_nc = scale (phi(cosine(x_n, w_c); kappa_c) + bias_c) + prior_c. The margins are
+// those of the target's cosine.
 struct Head {
   TVMF_HEAD(TVMF_AS_FIELD)
 };
 
 struct RowStatistics {
-  Tensor lse;     // [N]
-  Tensor target;  // [N]
-  Tensor sum;     // [N], or [0] where it is not wanted
+  Tensor others;  // [N]  log sum_{c != y} exp z_nc
+  Tensor cosine;  // [N]  of the target, before its margins
+  Tensor sum;     // [N]  sum_{c != y} omega_c z_nc, or [0] where it is not wanted
   Tensor rank;    // [N] int64
   Tensor saved;   // the buffer that SavedLayout describes, for the backward pass
 };
 
 // Gradients of the row statistics; an absent one is zero.
 struct StatisticsGradients {
-  OptionalTensor lse, target, sum;  // [N]
+  OptionalTensor others, cosine, sum;  // [N]
 };
 
 struct Loss {
@@ -57,5 +58,9 @@ struct Backend {
 
 extern const Backend kCpuBackend;   // cpu_call.cpp
 extern const Backend kCudaBackend;  // cuda_call.cpp, in builds with CUDA
+
+// Throws std::out_of_range where a finished call on the CUDA device had a label that names no class
+// and no call has raised for it yet. cuda_call.cpp, in builds with CUDA.
+void check_targets(int64_t device);
 
 }  // namespace tvmf

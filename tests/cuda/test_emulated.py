@@ -12,6 +12,7 @@ import tvmf_ext
 from tests import problem as problems
 from tests import simt
 from tests.simt import command
+from tests.test_loss import MARGINS, easy_problem, with_margins
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MIXES = {
@@ -177,8 +178,9 @@ def test_float16_gradient_tile_stays_in_range(length):
     problem["linear_weight"] *= length
     problem["weight"][5] = 1e4
     problem = problems.statistics_arguments(problem)
-    upstream = problems.upstream_of({name: torch.empty(70) for name in ("lse", "target", "sum")})
-    own = dict(zip(("lse", "target", "sum"), [u.float() for u in upstream], strict=True))
+    upstream = problems.upstream_of({name: torch.empty(70) for name in ("others", "cosine", "sum")})
+    own = dict(zip(("others", "cosine", "sum"), [u.float() for u in upstream], strict=True))
+    upstream.insert(2, None)  # the target, which the operator itself does not make
     _, gradients, _ = simt.step(problem, own, statistics=True)
     _, exact, _ = problems.oracle(tvmf_ext.row_statistics, problem, upstream)
     for name in ("input", "linear_weight"):
@@ -193,15 +195,35 @@ def test_rows_shorter_than_eps_are_not_projected(mix):
     check(problem, rows=True, **how)
 
 
-def test_a_small_loss_is_exact_to_a_rounding_of_one():
-    """The error may be a rounding of 1, and not a rounding of the logits, which are about 30."""
-    problem, _ = make(8, 30, 16, "fp32", kappa=0.0, scale=30.3, reduction="none")
-    problem["input"] = problem["linear_weight"][problem["target"]] * 1.5
-    outputs, _, _ = simt.step(problem, {}, wanted=[])
-    exact, *_ = problems.oracle(tvmf_ext.tvmf_cross_entropy, problem)
-    small = exact["loss"] < 1e-4
-    assert small.sum() > 3
-    assert (outputs["loss"] - exact["loss"]).abs()[small].max() < 3e-7
+@pytest.mark.parametrize("path", [{}, SMALL, CHUNKED], ids=["latency", "large tiles", "throughput"])
+@pytest.mark.parametrize("margins", MARGINS.values(), ids=MARGINS)
+@pytest.mark.parametrize("mix", ["fp32", "bf16-fp32", "fp64"])
+def test_margins(mix, margins, path):
+    problem, how = make(70, 90, 24, mix, **OPTIONS)
+    check(with_margins(problem, margins), **path, **how)
+
+
+@pytest.mark.parametrize("margins", ["none", "both", "both per class"])
+@pytest.mark.parametrize("loss", [1e-4, 1e-8, 1e-15, 1e-22, 1e-30])
+def test_easy_rows_keep_their_digits(loss, margins):
+    problem = easy_problem(loss, MARGINS[margins])
+    outputs, gradients, _ = simt.step(problem, {"loss": torch.tensor(1.0)})
+    upstream = [torch.ones((), dtype=torch.float64)]
+    exact_loss, exact, _ = problems.oracle(tvmf_ext.tvmf_cross_entropy, problem, upstream)
+    assert problems.error(outputs["loss"], exact_loss["loss"]) <= 1e-4
+    for name in ("input", "linear_weight", "scale"):
+        assert problems.error(gradients[name], exact[name]) <= 1e-4, name
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mix", ["fp32", "bf16-fp32", "fp64"])
+def test_one_class_has_no_loss_and_no_gradient(mix, label_smoothing):
+    problem, how = make(6, 1, 24, mix, kappa="[C]", scale="[]", bias=True, class_weight=True)
+    problem["label_smoothing"] = label_smoothing
+    upstream = {"loss": torch.tensor(1.0).to(problems.compute_dtype(problem["input"].dtype))}
+    outputs, gradients, _ = simt.step(problem, upstream, **how)
+    assert outputs["loss"] == 0
+    assert not any(gradient.any() for gradient in gradients.values())
 
 
 @pytest.mark.parametrize("path", [{}, CHUNKED], ids=["latency", "throughput"])
@@ -239,10 +261,10 @@ def test_a_label_that_names_no_class():
     bad = torch.zeros(70, dtype=bool)
     bad[[3, 5]] = True
     assert torch.equal(outputs["loss"].isnan(), bad)
-    assert torch.equal(gradients["input"].isnan().any(1), bad)
     problem["target"][[3, 5]] = -100
-    outputs, _, rest = simt.step(problem, {"loss": torch.ones(70)})
+    outputs, as_ignored, rest = simt.step(problem, {"loss": torch.ones(70)})
     assert not rest["bad_label"] and (outputs["loss"][bad] == 0).all()
+    problems.assert_same_bits([gradients], [as_ignored])
 
 
 def test_ranks():
@@ -250,6 +272,13 @@ def test_ranks():
     problem = problems.statistics_arguments(problem)
     outputs, _, _ = simt.step(problem, {}, statistics=True, wanted=[])
     problems.check_rank(problem, outputs["rank"])
+
+
+def test_shards_of_the_classes_give_what_all_give():
+    problem, _ = make(140, 200, 72, "fp32", **OPTIONS)
+    problems.check_shards(
+        problem, [90, 1, 109], lambda part, up: simt.step(part, up, statistics=True)[:2]
+    )
 
 
 @pytest.mark.parametrize("path", [{}, SMALL, CHUNKED], ids=["latency", "large tiles", "throughput"])
@@ -291,6 +320,7 @@ def test_counts_are_the_plans(module, mix, path):
 _UNDER_ASAN = """
 import torch
 from tests import simt
+from tests.test_loss import MARGINS, easy_problem, with_margins
 from tests.cuda import test_emulated as t
 module = simt.load("simt_asan")
 for mix in t.MIXES:

@@ -114,7 +114,10 @@ def step(
     tensors = {
         name: problem.get(name)
         for name in ("input", "linear_weight", "kappa", "linear_bias", "prior", "weight")
-    } | {"scale": scale.s if softplus else scale}
+    }
+    tensors |= {name: problem.get(name, 0.0) for name in ("cosine_margin", "angular_margin")}
+    tensors |= {"target_score": problem.get("target_score", 0.0)}
+    tensors |= {"scale": scale.s if softplus else scale}
     tensors = {
         name: float(value) if isinstance(value, (int, float)) else value
         for name, value in tensors.items()
@@ -143,7 +146,7 @@ def step(
         }
         | gpu
     )
-    names = ("lse", "target", "sum", "rank") if statistics else ("loss",)
+    names = ("others", "cosine", "sum", "rank") if statistics else ("loss",)
     outputs = {name: torch.from_numpy(result.pop(name)) for name in names}
     gradients = {}
     for name, array in result.pop("gradients").items():
@@ -166,7 +169,7 @@ def judge(problem, *, statistics=False, rows=False, tf32=False, **options):
     if statistics:
         problem = problems.statistics_arguments(problem)
     dtype = problem["input"].dtype
-    names = ("lse", "target", "sum") if statistics else ("loss",)
+    names = ("others", "cosine", "sum") if statistics else ("loss",)
     reduced = not statistics and problem.get("reduction", "mean") != "none"
     shape = () if reduced else (len(problem["input"]),)
     upstream = problems.upstream_of({name: torch.empty(shape) for name in names})
@@ -175,6 +178,8 @@ def judge(problem, *, statistics=False, rows=False, tf32=False, **options):
         problem, dict(zip(names, own, strict=True)), statistics=statistics, tf32=tf32, **options
     )
     outputs.pop("rank", None)
+    if statistics:  # the operator itself does not make the target's logit
+        upstream.insert(2, None)
     operand = torch.float16 if tf32 else dtype
     lines = problems.judge(
         function,

@@ -112,6 +112,9 @@ py::dict step(const py::dict& args) {
                       .bias = vector("bias", args, "linear_bias", 0),
                       .prior = vector("prior", args, "prior", 0),
                       .class_weight = vector("class_weight", args, "weight", 1),
+                      .cosine_margin = vector("cosine_margin", args, "cosine_margin", 0),
+                      .angular_margin = vector("angular_margin", args, "angular_margin", 0),
+                      .target_score = vector("target_score", args, "target_score", 0),
                       .softplus_scale = args["softplus_scale"].cast<bool>(),
                       .ignore_index = args["ignore_index"].cast<int64_t>(),
                       .bad_label = bad_label};
@@ -139,8 +142,8 @@ py::dict step(const py::dict& args) {
   if (of_loss) {
     statistics.loss = output("loss", reduced ? 1 : N, acc);
   } else {
-    statistics.lse = output("lse", N, acc);
-    statistics.target = output("target_logit", N, acc);
+    statistics.others = output("others", N, acc);
+    statistics.cosine = output("cosine", N, acc);
     statistics.sum = output("sum", N, acc);
     statistics.rank = static_cast<int64_t*>(output("rank", N, 8));
   }
@@ -155,8 +158,8 @@ py::dict step(const py::dict& args) {
     out["loss"] = copy_out(statistics.loss, compute,
                            reduced ? std::vector<int64_t>{} : std::vector<int64_t>{N});
   } else {
-    out["lse"] = copy_out(statistics.lse, compute, {N});
-    out["target"] = copy_out(statistics.target, compute, {N});
+    out["others"] = copy_out(statistics.others, compute, {N});
+    out["cosine"] = copy_out(statistics.cosine, compute, {N});
     out["sum"] = copy_out(statistics.sum, compute, {N});
     py::array_t<int64_t> rank(N);
     std::memcpy(rank.mutable_data(), statistics.rank, N * 8);
@@ -187,8 +190,8 @@ py::dict step(const py::dict& args) {
                             gradient("linear_bias", "dbias", head.bias.dtype, {C})};
   if (!gradients.empty()) {
     const auto from = args["upstream"].cast<py::dict>();
-    CudaUpstream upstream{vector("dloss", from, "loss", 0), vector("dlse", from, "lse", 0),
-                          vector("dtarget", from, "target", 0), vector("dsum", from, "sum", 0)};
+    CudaUpstream upstream{vector("dloss", from, "loss", 0), vector("dothers", from, "others", 0),
+                          vector("dcosine", from, "cosine", 0), vector("dsum", from, "sum", 0)};
     check(cuda_backward(plan,
                         {.head = head,
                          .options = options,

@@ -8,6 +8,7 @@ from torch import nn
 from tests.train.runs import configure, equal, feat, in_memory, load_state, records, train_both
 from train import stage2, stages
 from train.features import Cached
+from train.fit import Fit
 from train.model import make_head, make_net
 from train.session import Session
 
@@ -143,13 +144,16 @@ def test_stage2_has_settings_of_its_own(monkeypatch, small_net, tmp_path):
 
     monkeypatch.setattr(stages, "make_head", spy)
     own = {"stage2_kappa": 4.0, "stage2_prior": 0.5, "stage2_batch_size": 8, "stage2_lr": 0.05}
-    config = configure(tmp_path, batch_size=32, lr=0.1, prior=1.0, kappa=16.0, **own)
+    first = {"prior": 1.0, "kappa": 16.0, "cosine_margin": 0.2, "angular_margin": 0.1}
+    config = configure(tmp_path, batch_size=32, lr=0.1, **first, **own)
     train_both(config, data)
     first, second = made
     frequency = torch.tensor([60, 30, 4, 2]) / 96
     torch.testing.assert_close(first.prior, frequency.log())
     torch.testing.assert_close(second.prior, 0.5 * frequency.log())
     assert first.kappa == 16 and second.kappa == 4
+    margins = [(head.cosine_margin, head.angular_margin) for head in made]
+    assert margins == [(0.2, 0.1), (0.0, 0.0)]
     logged = records(tmp_path)
     assert (logged[1, 1]["steps"], logged[1, 1]["lr"]) == (3, 0.1)
     assert (logged[2, 1]["steps"], logged[2, 1]["lr"]) == (12, 0.05)
@@ -167,3 +171,25 @@ def test_sampling_of_stage2(tmp_path, sampling):
     wanted = data.counts.double() ** power
     torch.testing.assert_close(shares, wanted / wanted.sum(), rtol=0, atol=0.03)
     assert torch.equal(run.epoch(1, 0)[0].sort().values, torch.arange(529))
+
+
+@pytest.mark.parametrize("head", ["softmax", "tvmf"])
+def test_start_from_stage1(monkeypatch, small_net, tmp_path, head):
+    data, started = in_memory(), []
+    run = Fit.run
+
+    def spy(self):
+        started.append(self.head.weight.detach().clone())
+        return run(self)
+
+    monkeypatch.setattr(Fit, "run", spy)
+    config = configure(tmp_path / "first", head=head, stage2_start="stage1")
+    train_both(config, data)
+    trained = load_state(tmp_path / "first/stage1.pt")["fc_state_dict"]["weight"]
+    torch.testing.assert_close(started[1], F.normalize(trained))
+
+    # A model with other classes starts from class means.
+    fewer = in_memory((13, 7, 4), (5, 4, 4))
+    model = tmp_path / "first/stage1.pt"
+    train_both(configure(tmp_path / "second", model=model, stage2_start="stage1"), fewer)
+    torch.testing.assert_close(started[2].norm(dim=1), torch.ones(3))

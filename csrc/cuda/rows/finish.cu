@@ -15,15 +15,13 @@ __device__ __forceinline__ void store_loss(const FinishParams<T>& p, const doubl
 // A block merges the partial statistics of each of its rows in a fixed order, and sums the losses.
 // Where there are few rows, several lanes share one, so that all loads are in flight in one or two
 // batches.
-//   loss_n = (1 - e) omega_y (lse - target) + e / C (lse sum_c omega_c - sum)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     finish_rows(const __grid_constant__ FinishParams<T> p) {
   constexpr int kLoads = sizeof(T) == 4 ? 16 : 4;
   double* smem = static_cast<double*>(shared_memory());
   const CudaHead& head = p.head;
-  const bool smoothed = p.out.loss && p.options.label_smoothing > 0, ranked = p.out.lse;
-  const double keep = 1 - p.options.label_smoothing, smooth = p.options.label_smoothing / head.C;
+  const bool smoothed = p.out.loss && p.options.label_smoothing > 0, ranked = p.out.others;
   double omega_sum[1] = {};
   if (smoothed && head.class_weight.data) {
     for_values<T>(head.class_weight, head.C, [&](T omega) { omega_sum[0] += omega; });
@@ -42,10 +40,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t first = begin; first < end; first += kThreads / parts) {
     const int64_t n = first + int(threadIdx.x) / kWarp * rows + lane % rows;
     const bool inside = n < end;
-    const int64_t label = inside ? p.targets.label[n] : -1;
-    const T target = inside ? p.targets.logit[n] : T(0);
+    const int64_t label = inside ? p.targets.label[n] : kIgnored;
+    const T target = inside ? p.saved.target_logit[n] : T(0);
     T own_max = kLowest<T>, sum_exp = 0, sum = 0;
-    if (p.target_apart && label >= 0 && part == 0) own_max = target, sum_exp = 1;
     int64_t rank = 0;
     for (int64_t s = part; inside && s < p.partial.count; s += kLoads * parts) {
       T maxs[kLoads], sum_exps[kLoads], sums[kLoads];
@@ -84,21 +81,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     p.saved.max[n] = max;
     p.saved.sum_exp[n] = sum_exp;
-    const double log_sum = log(sum_exp);
-    if (p.out.lse) {
-      static_cast<T*>(p.out.lse)[n] = T(max + log_sum);
-      static_cast<T*>(p.out.target)[n] = target;
+    const double log_sum = log_of_sum(sum_exp);
+    if (p.out.others) {
+      static_cast<T*>(p.out.others)[n] = T(max + log_sum);
+      static_cast<T*>(p.out.cosine)[n] = p.saved.target_cosine[n];
       if (p.out.sum) static_cast<T*>(p.out.sum)[n] = sum;
-      p.out.rank[n] = label == -1 ? -1 : label == -2 || rank > head.C - 1 ? head.C - 1 : rank;
+      p.out.rank[n] = label == kIgnored ? -1 : label == kWrong ? head.C - 1 : rank;
     }
     if (p.out.loss) {
       double loss = 0;
-      if (label != -1) {
-        // max - target is exactly 0 for a row that fits well. The small log_sum is added to it and
-        // not to max, which would round it away.
-        const double omega = label == -2 ? 1.0 : double(value_at<T>(head.class_weight, label));
-        loss = keep * omega * (double(max - target) + log_sum);
-        if (smoothed) loss += smooth * (omega_sum[0] * (max + log_sum) - sum);
+      if (label == kWrong) {
+        loss = NAN;
+      } else if (label != kIgnored) {
+        const double omega = value_at<T>(head.class_weight, label);
+        loss =
+            row_loss(RowWeights::of(p.options.label_smoothing, double(head.C), omega, omega_sum[0]),
+                     max, log_sum, target, sum);
         totals[1] += omega;
       }
       if (p.options.reduction == Reduction::kNone)

@@ -4,15 +4,7 @@
 namespace tvmf::rows {
 namespace {
 
-constexpr int kThreads = 512;
-
-// Rows of a block. Several rows share the sectors of row_dot, as long as a thread has at most four
-// features and every multiprocessor gets a block.
-TVMF_HOST_DEVICE int rows_to_finish(int64_t N, int64_t D) {
-  int rows = 1;
-  while (rows < 8 && 2 * rows * D <= 4 * kThreads && 2 * rows * 128 <= N) rows *= 2;
-  return rows;
-}
+constexpr int kThreads = kFinishThreads;
 
 template <class T>
 __device__ __forceinline__ T element_at(const MatrixRef& matrix, int64_t row, int64_t col) {
@@ -78,7 +70,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     }
     block_sums(sums, static_cast<double*>(shared_memory()));
     if (threadIdx.x != 0) return;
-    if (p.out.scale.data) store_at(p.out.scale, 0, T(sums[0] * Scale<T>::of(head).derivative));
+    if (p.out.scale.data) {
+      // dz/dscale = phi + bias = (z - prior) / scale
+      const auto scale = Scale<T>::of(head);
+      const double sum = (sums[0] + *p.scale_rest) / double(scale.value);
+      store_at(p.out.scale, 0, T(sum * double(scale.derivative)));
+    }
     if (p.out.kappa.data && head.kappa.stride == 0) store_at(p.out.kappa, 0, T(sums[1]));
     return;
   }

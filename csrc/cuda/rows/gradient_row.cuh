@@ -6,10 +6,10 @@
 
 namespace tvmf {
 
-template <class T>
-__device__ __forceinline__ void store_row(GradientRow<T>* to, const GradientRow<T>& row) {
+template <class Row>
+__device__ __forceinline__ void store_parts(Row* to, const Row& row) {
   struct Parts {
-    Bytes16 part[sizeof(GradientRow<T>) / 16];
+    Bytes16 part[sizeof(Row) / 16];
   };
   const auto parts = bits_as<Parts>(row);
 #pragma unroll

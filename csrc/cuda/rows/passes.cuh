@@ -31,8 +31,7 @@ struct ForwardPass {
         workspace{static_cast<unsigned char*>(call.workspace)},
         saved(Saved<T>::of(static_cast<T*>(call.saved), problem.N, problem.C, kept)),
         targets{.label = workspace.at<int64_t>(at.label),
-                .score = workspace.at<T>(at.target_score),
-                .logit = workspace.at<T>(at.target_logit)},
+                .score = workspace.at<T>(at.target_score)},
         partial{.max = workspace.at<T>(at.max),
                 .sum_exp = workspace.at<T>(at.sum_exp),
                 .sum = workspace.at<T>(at.sum),
@@ -46,14 +45,13 @@ struct ForwardPass {
         {.head = call.head, .saved = saved, .targets = targets, .arranged = arranged}, math,
         call.stream);
   }
-  cudaError_t finish(bool target_apart) const {
+  cudaError_t finish() const {
     return launch_finish<T>({.head = call.head,
                              .options = call.options,
                              .out = call.out,
                              .saved = saved,
                              .targets = targets,
                              .partial = partial,
-                             .target_apart = target_apart,
                              .block_rows = finish_block_rows(call.head.N, partial.count),
                              .totals = totals},
                             call.stream);
@@ -79,7 +77,9 @@ struct BackwardPass {
         counts(counts),
         saved(Saved<const T>::of(static_cast<const T*>(call.saved), problem.N, problem.C, kept)),
         rows{.rows = workspace.at<GradientRow<T>>(at.rows),
-             .loss_scale = workspace.at<T>(at.loss_scale)},
+             .targets = workspace.at<TargetGradient<T>>(at.targets),
+             .loss_scale = workspace.at<T>(at.loss_scale),
+             .scale_rest = workspace.at<double>(at.scale_rest)},
         sums{.row_dot = workspace.at<T>(at.row_dot),
              .columns = workspace.at<T>(column_sums),
              .totals = workspace.at<double>(at.totals)},
@@ -103,6 +103,7 @@ struct BackwardPass {
                                       .out = call.out,
                                       .saved = saved,
                                       .inv_loss_scale = rows.loss_scale + 1,
+                                      .scale_rest = rows.scale_rest,
                                       .sums = sums,
                                       .row_dots = counts.row_dots,
                                       .totals = counts.totals,

@@ -7,12 +7,12 @@ namespace {
 constexpr int kThreads = 128, kLoads = 4;
 
 // Each of the first N blocks has a row: it makes the row's norm, its product with its target's
-// weight, and the target's score. The blocks beyond arrange the features. Latency bounds this
-// kernel, so the loads of a row of up to 2048 features are in flight at once. The launch bounds say
-// that four blocks share a multiprocessor, which leaves enough registers for this; otherwise the
-// compiler moves each load to its use.
+// weight, and the target's score and logit. The blocks beyond arrange the features. Latency bounds
+// this kernel, so the loads of a row of up to 2048 features are in flight at once. The launch
+// bounds say that seven blocks share a multiprocessor, which leaves enough registers for this;
+// otherwise the compiler moves each load to its use.
 template <Math kMath, class W>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 7)
     prepare_rows(const __grid_constant__ PrepareParams<typename MathTraits<kMath>::Acc> p) {
   using X = typename MathTraits<kMath>::X;
   using T = typename MathTraits<kMath>::Acc;
@@ -25,10 +25,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   const auto x = Operand<X>::of(head.x, head.N, head.D);
   const auto weight = Operand<W>::of(head.weight, head.C, head.D);
 
-  const int64_t y = head.target[n * head.target_stride];
-  const bool ignored = y == head.ignore_index, valid = !ignored && y >= 0 && y < head.C;
-  const T kappa = valid ? value_at<T>(head.kappa, y) : T(0);
-  const T bias = valid ? value_at<T>(head.bias, y) : T(0);
+  const int64_t y = label_of(head, n);
+  const bool valid = y >= 0, wrong = y == kWrong;
+  const TargetTerms terms = valid ? target_terms<T>(head, y) : TargetTerms{};
   const X* x_line = x.data + n * x.line_stride;
   const W* w_line = weight.data + (valid ? y : 0) * weight.line_stride;
   T sums[3] = {};  // |x|^2, |w|^2, <x, w>
@@ -68,24 +67,34 @@ __global__ void __launch_bounds__(kThreads, 4)
     add_runs(std::integral_constant<int, kRun>{});
   else
     add_runs(std::integral_constant<int, 1>{});
-  block_sums(sums, static_cast<T*>(shared_memory()));
+  // phi' multiplies the error of the target's cosine in an easy row, so that its sums are float64.
+  double totals[3] = {sums[0], sums[1], sums[2]};
+  block_sums(totals, static_cast<double*>(shared_memory()));
   if (threadIdx.x != 0) return;
 
-  const auto [x_squares, w_squares, product] = sums;
-  const T x_rnorm = rnorm_of(x_squares);
+  const auto [x_squares, w_squares, product] = totals;
+  const T x_rnorm = rnorm_of(T(x_squares));
   T score = 0;
+  double cosine = 0, logit = 0;
   if (valid) {
-    const T cosine = cosine_of(product, x_rnorm, rnorm_of(w_squares));
-    score = similarity(cosine, kappa) + bias;
+    cosine = clamp_cosine(product * rnorm_of(x_squares) * rnorm_of(w_squares));
+    logit = target_logit(cosine, terms).value;
+    // As the tiles compute the score of a class, so that equal classes tie.
+    score = similarity(cosine_of(T(product), x_rnorm, rnorm_of(T(w_squares))), T(terms.kappa)) +
+            T(terms.bias);
+  }
+  if (head.target_score.data) {
+    score = value_at<T>(head.target_score, n);
+    // Hopper's exponentials are relative to the target's logit, wherever its class is.
+    if (y == kElsewhere) logit = Scale<T>::of(head).value * score;
   }
   // A wrong label must not kill the context: its row is NaN, and the host finds the flag.
-  const bool wrong = !ignored && !valid;
   if (wrong) raise_flag(head.bad_label);
   p.saved.x_rnorm[n] = x_rnorm;
-  p.saved.target_product[n] = product;
-  p.targets.label[n] = valid ? y : ignored ? -1 : -2;
+  p.saved.target_cosine[n] = wrong ? T(NAN) : T(cosine);
+  p.saved.target_logit[n] = wrong ? T(NAN) : T(logit);
+  p.targets.label[n] = y;
   p.targets.score[n] = score;
-  p.targets.logit[n] = wrong ? T(NAN) : T(0);
 }
 
 }  // namespace
@@ -96,7 +105,7 @@ cudaError_t launch_prepare(const PrepareParams<T>& p, Math math, cudaStream_t st
     constexpr Math kMath = decltype(kind)::value;
     const int64_t blocks = p.head.N + ceil_div(p.arranged.items(), kThreads);
     return launch_kernel(prepare_rows<kMath, decltype(weight)>, dim3(unsigned(blocks)), kThreads,
-                         3 * kThreads / kWarp * int(sizeof(T)), stream, p);
+                         3 * kThreads / kWarp * 8, stream, p);
   });
 }
 template cudaError_t launch_prepare(const PrepareParams<float>&, Math, cudaStream_t);

@@ -6,9 +6,10 @@ namespace {
 
 constexpr int kThreads = 512;
 
-// The first block makes dL/dlse, dL/dtarget and dL/dsum of every row, and the loss scale of float16
-// gradient tiles; the blocks beyond arrange the features. Latency bounds this kernel: the loads of
-// a row's terms are in flight while the block makes sums over all rows and classes.
+// The first block makes dL/dothers, dL/dsum and the target's gradient of every row, and the loss
+// scale of float16 gradient tiles; the blocks beyond arrange the features. Latency bounds this
+// kernel: the loads of a row's terms are in flight while the block makes sums over all rows and
+// classes.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     prepare_gradient(const __grid_constant__ PrepareGradientParams<T> p) {
@@ -19,32 +20,35 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   const bool of_loss = p.upstream.loss.data, mean = p.options.reduction == Reduction::kMean;
-  const double keep = 1 - p.options.label_smoothing, smooth = p.options.label_smoothing / head.C;
-  const auto label_of = [&](int64_t target) {
-    return target == head.ignore_index ? -1 : target >= 0 && target < head.C ? target : -2;
-  };
   const auto omega_of = [&](int64_t label) {
     return double(value_at<T>(head.class_weight, label));
   };
   struct Terms {
-    int64_t target;
-    T rnorm, max, sum_exp, target_product;
-    T upstream[3];  // the gradient of the loss, or those of lse, target and sum
+    int64_t label;
+    T rnorm, max, sum_exp, target_cosine, target_logit;
+    T upstream[3];  // the gradient of the loss, or those of others, cosine and sum
+    TargetTerms target;
+    double omega;
   };
   const auto terms_of = [&](int64_t n) {
     if (n >= head.N) return Terms{};
-    Terms terms{head.target[n * head.target_stride],
+    Terms terms{label_of(head, n),
                 p.saved.x_rnorm[n],
-                p.saved.max[n],
+                p.saved.max[n] == kLowest<T> ? T(0) : p.saved.max[n],  // there is no other class
                 p.saved.sum_exp[n],
-                p.saved.target_product[n],
-                {}};
-    if (of_loss) {
-      terms.upstream[0] = value_at<T>(p.upstream.loss, n);
-    } else {
-      terms.upstream[0] = value_at<T>(p.upstream.lse, n);
-      terms.upstream[1] = value_at<T>(p.upstream.target, n);
+                p.saved.target_cosine[n],
+                p.saved.target_logit[n],
+                {},
+                {},
+                0};
+    if (!of_loss) {
+      terms.upstream[0] = value_at<T>(p.upstream.others, n);
+      terms.upstream[1] = value_at<T>(p.upstream.cosine, n);
       terms.upstream[2] = value_at<T>(p.upstream.sum, n);
+    } else if (terms.label >= 0) {
+      terms.upstream[0] = value_at<T>(p.upstream.loss, n);
+      terms.target = target_terms<T>(head, terms.label);
+      terms.omega = omega_of(terms.label);
     }
     return terms;
   };
@@ -54,8 +58,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   double maxima[3] = {};  // of the class weights, of phi', and of the classes' 1 / norm
   if (of_loss && mean) {
     for (int64_t n = threadIdx.x; n < head.N; n += kThreads) {
-      const int64_t label = label_of(head.target[n * head.target_stride]);
-      sums[0] += label == -1 ? 0 : label == -2 ? 1 : omega_of(label);
+      const int64_t label = label_of(head, n);
+      sums[0] += label < 0 ? 0 : omega_of(label);
     }
   }
   const bool weighted = head.class_weight.data;
@@ -84,42 +88,57 @@ __global__ void __launch_bounds__(kThreads, 1)
   const double omega_sum = weighted ? sums[1] : head.class_weight.value * double(head.C);
   const double omega_max = weighted ? maxima[0] : head.class_weight.value;
 
-  double largest[1] = {};
+  // The largest dlogit/dcosine of any class.
+  const double steepest = maxima[1] * double(Scale<T>::of(head).value);
+  double largest[1] = {}, rest = 0;
   for (int64_t n = threadIdx.x; n < head.N; n += kThreads) {
     const Terms terms = next;
     next = terms_of(n + kThreads);
-    const int64_t label = label_of(terms.target);
-    T a = 0, b = 0, s = 0;
-    if (of_loss) {
-      if (label >= 0) {
-        double g = terms.upstream[0];
-        if (mean) g /= total_weight;
-        const double weight = keep * omega_of(label);
-        a = T(g * (weight + smooth * omega_sum));
-        b = T(-g * weight);
-        s = T(-g * smooth);
-      }
-    } else {
+    const bool none = terms.sum_exp < kSmallestSum<T> || terms.sum_exp == 0;
+    // A row whose label names no class has no gradient, like an ignored row.
+    T a = 0, s = 0;
+    TargetGradient<T> target{terms.target_cosine, 0, 0, 0};
+    if (of_loss && terms.label >= 0) {
+      const double upstream = mean ? terms.upstream[0] / total_weight : double(terms.upstream[0]);
+      const RowGradients g = row_gradients(
+          RowWeights::of(p.options.label_smoothing, double(head.C), terms.omega, omega_sum),
+          terms.max, log_of_sum(terms.sum_exp), terms.target_logit, upstream);
+      const TargetLogit logit = target_logit(terms.target_cosine, terms.target);
+      a = T(g.others);
+      s = T(g.sum);
+      // The g of a row's classes add up to 0, so that the maximum, which the totals subtract from
+      // each logit, belongs to the target.
+      rest += g.target * (logit.value - terms.target.prior - double(terms.max));
+      target.by_cosine = T(g.target * logit.by_cosine);
+      target.by_logit = T(g.target);
+      target.phi_by_kappa = T(logit.phi_by_kappa);
+    } else if (!of_loss && terms.label != kWrong) {
       a = terms.upstream[0];
-      b = terms.upstream[1];
+      target.by_cosine = terms.label >= 0 ? terms.upstream[1] : T(0);
       s = terms.upstream[2];
+      const double omega = terms.label >= 0 && p.with_sum ? omega_of(terms.label) : 0;
+      if (none) a = 0;
+      rest += (double(a) + double(s) * (omega_sum - omega)) * double(terms.max);
     }
-    if (label == -2) a = b = s = T(__builtin_nan(""));
     const T inner = inner_rnorm(terms.rnorm, p.float16);
-    store_row(p.gradient.rows + n, {terms.rnorm, inner, terms.max, 1 / terms.sum_exp, a, b, s,
-                                    terms.target_product, label, 0});
-    const double bound = fabs(double(a)) + fabs(double(b)) + fabs(double(s)) * omega_max;
-    largest[0] = larger(bound * double(inner), largest[0]);
+    const T others = none ? T(0) : a / terms.sum_exp;
+    store_parts(p.gradient.rows + n,
+                GradientRow<T>{terms.rnorm, inner, terms.max, others, s, terms.label});
+    store_parts(p.gradient.targets + n, target);
+    const double bound = (fabs(double(a)) + fabs(double(s)) * omega_max) * steepest;
+    largest[0] = larger(larger(bound, fabs(double(target.by_cosine))) * double(inner), largest[0]);
   }
+  double rests[1] = {rest};
+  block_sums(rests, smem);
+  if (threadIdx.x == 0) *p.gradient.scale_rest = rests[0];
   if (!p.float16) {
     if (threadIdx.x == 0) p.gradient.loss_scale[0] = p.gradient.loss_scale[1] = 1;
     return;
   }
 
-  // The loss scale brings the bound |t r q| <= largest * scale * max phi' * max q to 2^12; float16
-  // reaches 2^16.
+  // The loss scale brings the bound |t r q| <= largest * max q to 2^12; float16 reaches 2^16.
   block_maxima(largest, smem);
-  const double bound = largest[0] * maxima[1] * maxima[2] * double(Scale<T>::of(head).value);
+  const double bound = largest[0] * maxima[2];
   const int exponent = bound > 1e-30 && bound < 1e30 ? 12 - ilogb(bound) : 0;
   const T loss_scale = T(exp2(double(exponent)));
   if (threadIdx.x == 0)

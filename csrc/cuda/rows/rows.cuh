@@ -13,12 +13,12 @@ using sm90::ArrangedRows;
 template <class T>
 struct PrepareParams {
   CudaHead head;
-  Saved<T> saved;         // writes x_rnorm and target_product
-  RowTargets<T> targets;  // writes all three
+  Saved<T> saved;         // writes x_rnorm, target_cosine and target_logit
+  RowTargets<T> targets;  // writes both
   ArrangedRows arranged;  // writes it, where it is not null
 };
 
-// Norms of the rows, and of each row's target: product, score and label.
+// Norms of the rows, and of each row's target: label, cosine, score and logit.
 template <class T>
 cudaError_t launch_prepare(const PrepareParams<T>& p, Math math, cudaStream_t stream);
 
@@ -30,7 +30,6 @@ struct FinishParams {
   Saved<T> saved;  // writes max and sum_exp
   RowTargets<T> targets;
   PartialStatistics<T> partial;
-  bool target_apart;   // whether the partial sum_exp leave the target out
   int64_t block_rows;  // rows of a block
   double* totals;      // [blocks, 2]  sums of the losses and of their weights
 };
@@ -60,7 +59,8 @@ struct FinishGradientParams {
   CudaHead head;
   CudaGradients out;  // writes x and scale, and kappa where it is one for all classes
   Saved<const T> saved;
-  const T* inv_loss_scale;  // [1]
+  const T* inv_loss_scale;   // [1]
+  const double* scale_rest;  // []
   GradientSums<T> sums;
   int64_t row_dots, totals;  // slots of sums.row_dot and of sums.totals
   PartialFeatures<const T> dx;

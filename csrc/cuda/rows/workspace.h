@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/cost.h"
+#include "similarity.h"
 
 namespace tvmf::rows {
 
@@ -10,8 +11,17 @@ namespace tvmf::rows {
 // them, because that takes no longer than the launch that would add up the sums of several blocks.
 inline int64_t finish_block_rows(int64_t N, int64_t splits) { return N * splits <= 8192 ? N : 16; }
 
+// Threads of a block of finish_gradient, and its rows. Several rows share the sectors of row_dot,
+// as long as a thread has at most four features and every multiprocessor gets a block.
+constexpr int kFinishThreads = 512;
+TVMF_HOST_DEVICE int rows_to_finish(int64_t N, int64_t D) {
+  int rows = 1;
+  while (rows < 8 && 2 * rows * D <= 4 * kFinishThreads && 2 * rows * 128 <= N) rows *= 2;
+  return rows;
+}
+
 struct ForwardWorkspace {
-  int64_t label, target_score, target_logit, max, sum_exp, sum, rank, totals;
+  int64_t label, target_score, max, sum_exp, sum, rank, totals;
 
   // The classes are split into `splits` runs, each of which leaves partial statistics of every row.
   static ForwardWorkspace take(Cursor& cursor, const CudaProblem& problem, int64_t splits) {
@@ -19,7 +29,6 @@ struct ForwardWorkspace {
     ForwardWorkspace at;
     at.label = cursor.take(N * 8);
     at.target_score = cursor.take(N * acc);
-    at.target_logit = cursor.take(N * acc);
     at.max = cursor.take(partial * acc);
     at.sum_exp = cursor.take(partial * acc);
     at.sum = cursor.take(problem.with_sum ? partial * acc : 0);
@@ -37,14 +46,16 @@ struct PartialCounts {
 };
 
 struct BackwardWorkspace {
-  int64_t rows, loss_scale, row_dot, dx, totals;
+  int64_t rows, targets, loss_scale, scale_rest, row_dot, dx, totals;
 
   static BackwardWorkspace take(Cursor& cursor, const CudaProblem& problem,
                                 const PartialCounts& counts) {
     const int64_t N = problem.N, acc = accumulator_size(problem.x);
     BackwardWorkspace at;
-    at.rows = cursor.take(N * round_up(8 * acc + 8, 16));  // GradientRow
+    at.rows = cursor.take(N * round_up(5 * acc + 8, 16));  // GradientRow
+    at.targets = cursor.take(N * 4 * acc);                 // TargetGradient
     at.loss_scale = cursor.take(2 * acc);
+    at.scale_rest = cursor.take(8);
     at.row_dot = cursor.take(counts.row_dots * N * acc);
     at.dx = cursor.take(counts.features * N * problem.D * acc);
     at.totals = cursor.take(counts.totals * 2 * 8);

@@ -57,7 +57,7 @@ struct LaneSums {
   T dot[GradientTile::kFragsCol][2] = {};    // sum_n t c
   T bias[GradientTile::kFragsCol][2] = {};   // sum_n g
   T kappa[GradientTile::kFragsCol][2] = {};  // sum_n g dphi/dkappa
-  T scale = 0;                               // sum g (phi + bias), over its classes too
+  T scale = 0;                               // sum g (z - max - prior), over its classes too
 };
 
 // Adds the sums of lanes and then of warps, in order, and stores those of the block.
@@ -122,7 +122,7 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
   const bool both = p.work.gradient && p.work.weight, first = !both || blockIdx.y == 0;
   for (int i = threadIdx.x; i < K::kClasses; i += K::kThreads) {
     const int64_t c = first_class + i;
-    tail.classes.set(i, ClassValues<T>::of(head, c, scale));
+    tail.classes.set(i, ClassValues<T>::of_gradient(head, c, scale));
     tail.classes.rnorm[i] = c < head.C ? p.saved.weight_rnorm[c] : T(0);
   }
 
@@ -146,7 +146,7 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
       const bool inside = n < head.N;
       const GradientRow<T> row =
           inside ? load_as<GradientRow<T>>(p.rows.rows + n) : GradientRow<T>{};
-      const int64_t label = (inside ? row.label : -1) - first_class;
+      const int target_column = column_of(inside ? row.label : kIgnored, first_class, K::kClasses);
       T row_dot = 0;
 #pragma unroll
       for (int j = 0; j < GradientTile::kFragsCol; ++j) {
@@ -156,22 +156,26 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
         for (int e = 0; e < 2; ++e) {
           const int c = col + e;
           const T rnorm = tail.classes.rnorm[c];
-          const T product = label == c ? row.target_product : acc[i][j][half + e];
-          const T cosine = cosine_of(product, row.rnorm, rnorm);
+          T cosine = cosine_of(acc[i][j][half + e], row.rnorm, rnorm);
           const auto s = similarity_with_gradient(cosine, tail.classes.kappa[c]);
           const T logit = logit_of(scale, s.phi, tail.classes.offset[c]);
-          const T probability = exp_of(logit - row.max) * row.inv_sum_exp;
-          T g = row.grad_lse * probability;
-          if (label == c) g += row.grad_target;
-          if (p.with_sum) g += row.grad_sum * tail.classes.omega[c];
+          const T below = logit - row.max;
+          T g = row.others * exp_of(below);
+          if (p.with_sum) g += row.sum * tail.classes.omega[c];
           // Rows and classes beyond the last have no gradient, whatever their terms are.
           if (!inside || first_class + c >= head.C) g = 0;
-          const T t = g * scale * s.dphi_dcosine;
+          T t = g * scale * s.dphi_dcosine, phi_by_kappa = s.dphi_dkappa;
+          T by_scale = g * (below - tail.classes.bias[c]);
+          if (target_column == c) {
+            const auto target = load_as<TargetGradient<T>>(p.rows.targets + n);
+            cosine = target.cosine, t = target.by_cosine;
+            g = target.by_logit, phi_by_kappa = target.phi_by_kappa, by_scale = 0;
+          }
           row_dot += t * cosine;
           sums.dot[j][e] += t * cosine;
           sums.bias[j][e] += g;
-          sums.kappa[j][e] += g * s.dphi_dkappa;
-          sums.scale += g * (s.phi + tail.classes.bias[c]);
+          sums.kappa[j][e] += g * phi_by_kappa;
+          sums.scale += by_scale;
           scaled[e] = t * row.scaled_rnorm * inner_rnorm(rnorm, p.float16);
         }
         const Pair<X> pair = round_pair<X>(scaled[0], scaled[1]);

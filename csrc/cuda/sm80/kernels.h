@@ -10,8 +10,8 @@ namespace tvmf::sm80 {
 template <class T>
 struct StatisticsParams {
   CudaHead head;
-  Saved<T> saved;                // writes weight_rnorm, and product where products are kept
-  RowTargets<T> targets;         // writes logit
+  Saved<T> saved;  // writes weight_rnorm, and product where products are kept
+  RowTargets<T> targets;
   PartialStatistics<T> partial;  // writes it
   int64_t tiles_per_split;
 };

@@ -19,7 +19,7 @@ cudaError_t forward_of(const ForwardCall& call, const CudaProblem& problem, cons
                                   .partial = pass.partial,
                                   .tiles_per_split = plan.tiles_per_split},
                                  plan, call.stream);
-  return error == cudaSuccess ? pass.finish(/*target_apart=*/false) : error;
+  return error == cudaSuccess ? pass.finish() : error;
 }
 
 template <class T>

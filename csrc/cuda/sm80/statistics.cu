@@ -10,7 +10,7 @@ namespace {
 // The terms of a tile's rows that are known before the products.
 template <class T, int kRows>
 struct RowTile {
-  T rnorm[kRows], target_product[kRows], target_score[kRows];
+  T rnorm[kRows], target_score[kRows];
   int64_t label[kRows];  // as RowTargets has it
 };
 
@@ -68,9 +68,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     const int n = first_row + i;
     const bool inside = n < head.N;
     tail.rows.rnorm[i] = inside ? p.saved.x_rnorm[n] : T(0);
-    tail.rows.target_product[i] = inside ? p.saved.target_product[n] : T(0);
     tail.rows.target_score[i] = inside ? p.targets.score[n] : T(0);
-    tail.rows.label[i] = inside ? p.targets.label[n] : -1;
+    tail.rows.label[i] = inside ? p.targets.label[n] : kIgnored;
     for (auto& statistics : tail.statistics) {
       statistics.max[i] = kLowest<T>;
       statistics.sum_exp[i] = statistics.sum[i] = 0;
@@ -101,6 +100,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   };
   const auto finish = [&](int tile) {
     const int64_t first_class = int64_t(first_tile + tile) * Shape::kCols;
+    const int64_t classes_left = head.C - first_class;
+    const int classes =
+        classes_left < Shape::kCols ? int(classes_left) : Shape::kCols;  // in this tile
 
     // Finish the norms of the weights. The first row of blocks saves them for the backward pass.
     squares += __shfl_xor_sync(0xffffffff, squares, 1);
@@ -118,19 +120,17 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     for (int r = 0; r < kRowsPerLane; ++r) {
       const int i = r / 2, half = r % 2 * 2, row_in_tile = lane.row<Shape>(i, r % 2);
       const int n = first_row + row_in_tile;
-      const int64_t label = tail.rows.label[row_in_tile] - first_class;
+      const int target = column_of(tail.rows.label[row_in_tile], first_class, Shape::kCols);
       const T x_rnorm = tail.rows.rnorm[row_in_tile];
       const T target_score = tail.rows.target_score[row_in_tile];
 
-      // Products become logits. The target's product is the one that the backward pass will see.
+      // Products become logits. That of the target becomes -inf.
       T tile_max = kLowest<T>, sum = 0;
       int rank = 0;
 #pragma unroll
       for (int j = 0; j < Shape::kFragsCol; ++j) {
         const int col = lane.col<Shape>(j);
-        Pair<T> product{acc[i][j][half], acc[i][j][half + 1]};
-        if (label == col) product.low = tail.rows.target_product[row_in_tile];
-        if (label == col + 1) product.high = tail.rows.target_product[row_in_tile];
+        const Pair<T> product{acc[i][j][half], acc[i][j][half + 1]};
         if (first_class + col < p.saved.kept && n < head.N)
           store_as(p.saved.product + int64_t(n) * p.saved.kept + first_class + col, product);
 #pragma unroll
@@ -139,15 +139,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
           const T cosine =
               cosine_of(e ? product.high : product.low, x_rnorm, tail.classes.rnorm[c]);
           const T phi = similarity(cosine, tail.classes.kappa[c]);
-          const T logit = logit_of(scale, phi, tail.classes.offset[c]);
+          const bool is_target = target == c;
+          const T logit = is_target ? -infinity<T>() : logit_of(scale, phi, tail.classes.offset[c]);
           acc[i][j][half + e] = logit;
           tile_max = larger(tile_max, logit);
-          if (first_class + c < head.C) {
-            // Every score that is not below or equal counts as above it, NaN too.
-            if (label != c && !(phi + tail.classes.bias[c] <= target_score)) ++rank;
-            if (p.partial.with_sum) sum += tail.classes.omega[c] * logit;
-            if (label == c) p.targets.logit[n] = logit;
-          }
+          const bool counts = c < classes && !is_target;
+          // Every score that is not below or equal counts as above it, NaN too.
+          rank += counts && !(phi + tail.classes.bias[c] <= target_score);
+          if (p.partial.with_sum && counts) sum += tail.classes.omega[c] * logit;
         }
       }
 

@@ -11,11 +11,10 @@ struct GradientLayout {
   struct Tail {
     typename Shape::Ring ring;
     float rnorm[Shape::kRows], scaled_rnorm[Shape::kRows], max[Shape::kRows];
-    float lse[Shape::kRows];     // dL/dlse / sum_exp
-    float target[Shape::kRows];  // dL/dtarget
+    float others[Shape::kRows];  // dL/dothers / sum_exp
     float sum[Shape::kRows];     // dL/dsum
-    float target_product[Shape::kRows];
     int label[Shape::kRows];
+    TargetGradient<float> target[Shape::kRows];
   };
   struct Sums {
     float dot[kConsumerWarps][Shape::kGroupRows];
@@ -49,11 +48,10 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
     // A row beyond the last gets so high a maximum that its exponentials are finite: its gradient
     // is an exponential times 0, which must not be NaN.
     tail.max[i] = inside ? row.max : -kLowest<float>;
-    tail.lse[i] = row.grad_lse * row.inv_sum_exp;
-    tail.target[i] = row.grad_target;
-    tail.sum[i] = row.grad_sum;
-    tail.target_product[i] = row.target_product;
-    tail.label[i] = inside ? int(row.label) : -1;
+    tail.others[i] = row.others;
+    tail.sum[i] = row.sum;
+    tail.label[i] = inside ? int(row.label) : int(kIgnored);
+    if (inside) tail.target[i] = load_as<TargetGradient<float>>(p.rows.targets + n);
   }
   tail.ring.init();
 
@@ -79,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
       for (int h = 0; h < 2; ++h) {
         const int64_t c = p.chunk.begin + column + h * 8;
         inside[h] = c < head.C;
-        classes.terms[h] = ClassValues<float>::of(head, c, scale);
+        classes.terms[h] = ClassValues<float>::of_gradient(head, c, scale);
         classes.rnorm[h] = inside[h] ? p.saved.weight_rnorm[c] : 0.0f;
         weight_factor[h] = inner_rnorm(classes.rnorm[h], p.options.float16);
       }
@@ -105,41 +103,58 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
 #pragma unroll
       for (int b = 0; b < kGroups; ++b) {
         const int row = warp_row + b * 32 + lane.quad * 8;  // of the block's rows
-        float x_rnorm[8], scaled_rnorm[8], max[8], lse[8], sum[8], dot[8], scaled[2][8];
-        load_rows(x_rnorm, tail.rnorm, row);
-        load_rows(scaled_rnorm, tail.scaled_rnorm, row);
-        load_rows(max, tail.max, row);
-        load_rows(lse, tail.lse, row);
-        if constexpr (kAll) load_rows(sum, tail.sum, row);
+        float dot[8], scaled[2];
+        uint32_t pairs[2][4];
         const auto rows = [&](auto with_target) {
+          // Registers are short where all gradients meet a target, so that terms are loaded by the
+          // row.
+          constexpr int kLoad = kAll && decltype(with_target)::value ? 1 : 8;
+          float x_rnorm[kLoad], scaled_rnorm[kLoad], max[kLoad], others[kLoad];
+          [[maybe_unused]] float sum[kLoad];
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
+            const int k = i % kLoad;
+            if (k == 0) {
+              load_rows(x_rnorm, tail.rnorm, row + i);
+              load_rows(scaled_rnorm, tail.scaled_rnorm, row + i);
+              load_rows(max, tail.max, row + i);
+              load_rows(others, tail.others, row + i);
+              if constexpr (kAll) load_rows(sum, tail.sum, row + i);
+            }
             dot[i] = 0;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
               const auto& terms = classes.terms[h];
-              float product = acc[accumulator_of(b, i, h)];
-              bool is_target = false;
-              if constexpr (decltype(with_target)::value) {
-                is_target = tail.label[row + i] == first_class + lane.group + h * 8;
-                if (is_target) product = tail.target_product[row + i];
-              }
-              const float cosine = cosine_of(product, x_rnorm[i], classes.rnorm[h]);
+              float cosine = cosine_of(acc[accumulator_of(b, i, h)], x_rnorm[k], classes.rnorm[h]);
               const auto s = similarity_with_gradient(cosine, terms.kappa);
               const float logit = logit_of(scale, s.phi, terms.offset);
-              float g = lse[i] * exp_of(logit - max[i]);
-              if (is_target) g += tail.target[row + i];
+              const float below = logit - max[k];
+              float g = others[k] * exp_of(below);
               if constexpr (kAll)
-                if (p.options.with_sum) g += sum[i] * terms.omega;
-              const float t = g * scale * s.dphi_dcosine;
-              dot[i] = fma(t, cosine, dot[i]);
-              col_dot[h] = fma(t, cosine, col_dot[h]);
+                if (p.options.with_sum) g += sum[k] * terms.omega;
+              float t = g * scale * s.dphi_dcosine;
+              bool is_target = false;
+              if constexpr (decltype(with_target)::value)
+                is_target = tail.label[row + i] == first_class + lane.group + h * 8;
+              float phi_by_kappa = s.dphi_dkappa;
+              if (!is_target) {
+                total_scale = fma(g, below - terms.bias, total_scale);
+              } else {
+                const auto target = load_as<TargetGradient<float>>(tail.target + row + i);
+                cosine = target.cosine, t = target.by_cosine;
+                g = target.by_logit, phi_by_kappa = target.phi_by_kappa;
+              }
               if constexpr (kAll) {
                 col_bias[h] += g;
-                col_kappa[h] = fma(g, s.dphi_dkappa, col_kappa[h]);
+                col_kappa[h] = fma(g, phi_by_kappa, col_kappa[h]);
               }
-              total_scale = fma(g, s.phi + terms.bias, total_scale);
-              scaled[h][i] = t * scaled_rnorm[i] * weight_factor[h];
+              dot[i] = fma(t, cosine, dot[i]);
+              col_dot[h] = fma(t, cosine, col_dot[h]);
+              const float value = t * scaled_rnorm[k] * weight_factor[h];
+              if (i % 2 == 0)
+                scaled[h] = value;
+              else
+                pairs[h][i / 2] = pack<kMath>(scaled[h], value);
             }
           }
         };
@@ -157,10 +172,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
           for (int h = 0; h < 2; ++h)
             if (inside[h])
               store_as(p.gradient.data + (column + h * 8) * p.gradient.stride + n,
-                       Four{pack<kMath>(scaled[h][0], scaled[h][1]),
-                            pack<kMath>(scaled[h][2], scaled[h][3]),
-                            pack<kMath>(scaled[h][4], scaled[h][5]),
-                            pack<kMath>(scaled[h][6], scaled[h][7])});
+                       Four{pairs[h][0], pairs[h][1], pairs[h][2], pairs[h][3]});
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {

@@ -21,8 +21,8 @@ struct CosineTiles {
 struct StatisticsParams {
   TensorMaps maps;  // weight, arranged features
   CudaHead head;
-  Saved<float> saved;                // writes weight_rnorm
-  RowTargets<float> targets;         // writes logit
+  Saved<float> saved;  // writes weight_rnorm
+  RowTargets<float> targets;
   PartialStatistics<float> partial;  // writes it
   CosineTiles tiles;
 };

@@ -154,8 +154,8 @@ cudaError_t forward(const ForwardCall& call, const CudaProblem& problem, const P
                            .partial = pass.partial,
                            .tiles = cosine_tiles(plan, problem.C, plan.statistics_blocks)};
   if (maps.error != cudaSuccess) return maps.error;
-  error = launch_statistics(p, plan, /*all=*/call.out.lse || problem.with_sum, call.stream);
-  return error == cudaSuccess ? pass.finish(/*target_apart=*/true) : error;
+  error = launch_statistics(p, plan, /*all=*/call.out.others || problem.with_sum, call.stream);
+  return error == cudaSuccess ? pass.finish() : error;
 }
 
 cudaError_t backward(const BackwardCall& call, const CudaProblem& problem, const Plan& plan) {

@@ -1,6 +1,6 @@
 // Tiles of cosines become statistics of the rows. Exponentials are relative to a reference of each
-// row, which starts a little under the logit of the target and is raised where they overflow. The
-// target's own exponential is left to the merge, which makes it exactly 1.
+// row, which starts a little under the logit of the target and is raised where they overflow. Where
+// all others are more than 87 below it, their exponentials are 0, and the loss is below 1e-37.
 #include "cuda/sm90/persistent.cuh"
 
 namespace tvmf::sm90 {
@@ -10,7 +10,7 @@ template <class Shape>
 struct StatisticsLayout {
   struct Tail {
     typename Shape::Ring ring;
-    float rnorm[Shape::kRows], target_product[Shape::kRows], target_score[Shape::kRows];
+    float rnorm[Shape::kRows], target_score[Shape::kRows];
     int label[Shape::kRows];
     float reference[kConsumerWarps][Shape::kGroupRows];
   };
@@ -44,16 +44,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = threadIdx.x; i < Shape::kRows; i += kThreads) {
     const int n = first_row + i;
     const bool inside = n < head.N;
-    const int64_t label = inside ? p.targets.label[n] : -1;
+    const int64_t label = inside ? p.targets.label[n] : kIgnored;
     tail.rnorm[i] = inside ? p.saved.x_rnorm[n] : 0.0f;
-    tail.target_product[i] = inside ? p.saved.target_product[n] : 0.0f;
     tail.target_score[i] = inside ? p.targets.score[n] : 0.0f;
     tail.label[i] = int(label);
     // Rows without a target have no reference yet. Rows beyond the last get one so high that their
     // exponentials are 0.
     float reference = inside ? kLowest<float> : -kLowest<float>;
-    if (label >= 0)
-      reference = scale * p.targets.score[n] + value_at<float>(head.prior, label) - 0.25f;
+    if (label >= 0 || label == kElsewhere)
+      reference = larger(p.saved.target_logit[n] - 0.25f, reference);
     const int first_warp = RowWarps<Shape>::first(i);
     for (int w = 0; w < RowWarps<Shape>::kCount; ++w)
       tail.reference[first_warp + w][i % Shape::kGroupRows] = reference;
@@ -109,23 +108,19 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
               for (int h = 0; h < 2; ++h) {
                 const int c = first_class + lane.group + h * 8;
-                float product = acc[accumulator_of(b, i, h)];
                 bool is_target = false;
-                if constexpr (decltype(with_target)::value) {
+                if constexpr (decltype(with_target)::value)
                   is_target = tail.label[warp_row + row + i] == c;
-                  if (is_target) product = tail.target_product[warp_row + row + i];
-                }
                 const auto& terms = classes.terms[h];
-                const float phi =
-                    similarity(cosine_of(product, x_rnorm[i], classes.rnorm[h]), terms.kappa);
+                const float cosine =
+                    cosine_of(acc[accumulator_of(b, i, h)], x_rnorm[i], classes.rnorm[h]);
+                const float phi = similarity(cosine, terms.kappa);
                 const float logit = logit_of(scale, phi, terms.offset);
                 const float e = exp_of(logit - reference[i]);
                 v[i] += is_target ? 0.0f : e;
-                if (is_target) p.targets.logit[first_row + warp_row + row + i] = logit;
                 if constexpr (kAll) {
-                  if (c < head.C) {
-                    if (!is_target && !(phi + terms.bias <= target_score[i]))
-                      count[i / 4] += 1 << i % 4 * 8;
+                  if (c < head.C && !is_target) {
+                    if (!(phi + terms.bias <= target_score[i])) count[i / 4] += 1 << i % 4 * 8;
                     if (p.partial.with_sum) total[i] += terms.omega * logit;
                   }
                 }
@@ -163,7 +158,9 @@ __global__ void __launch_bounds__(kThreads, 1)
               const auto& terms = classes.terms[h];
               const float cosine =
                   cosine_of(acc[accumulator_of(b, i, h)], x_rnorm[i], classes.rnorm[h]);
-              v[i] = larger(v[i], logit_of(scale, similarity(cosine, terms.kappa), terms.offset));
+              const float logit = logit_of(scale, similarity(cosine, terms.kappa), terms.offset);
+              const int c = first_class + lane.group + h * 8;
+              if (tail.label[warp_row + row + i] != c) v[i] = larger(v[i], logit);
             }
           }
           const float most =
