@@ -6,18 +6,17 @@ trains a new cosine head on every class equally often. `python -m train --help` 
 
 import sys
 
-from train.config import TrainError, parse_config
+from train.config import parse_config
+from train.shell import one_line_errors
 
 
 def main() -> None:
-    try:
-        config = parse_config(sys.argv[1:])
-        from train import command  # imports torch, which --help need not wait for
+    config = parse_config(sys.argv[1:])
+    from train import command  # imports torch, which --help need not wait for
 
-        command.main(config)
-    except TrainError as error:
-        sys.exit(f"error: {error}")
+    command.main(config)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -4,40 +4,34 @@ Every random draw is a function of (seed, stage, epoch, position in the epoch). 
 keeps no generator's state, and the number of workers or processes changes no image.
 """
 
-import math
 import os
 import signal
 import threading
 from collections.abc import Iterator
+from functools import cached_property, partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from torchvision.transforms import v2
 
-from train.images import bad_image, read_image
+from train.augment import (
+    STATISTICS,
+    augment_colours,
+    centre,
+    draw_colours,
+    draw_part,
+    erase,
+    mirror,
+    random_affine,
+    shift,
+)
+from train.images import LostImages, bad_image, read_image
 from train.splits import Split
 
-# The reach of random affine transforms: degrees, the logarithm of the scale, the shear's slope, and
-# the part of the image's side.
-TURN, SCALE, SHEAR, MOVE = 10, 0.2, 0.1, 0.1
 GROUP = 4  # images of one class in a row, as in the paper's code
 NO_LABEL = -100  # label of an image that could not be read; the heads ignore it
-
-STATISTICS = {  # mean and standard deviation of the channels, as in the paper's code
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
-}
-# Principal components of ImageNet's colours (Krizhevsky et al., NeurIPS 2012; fb.resnet.torch).
-EIGENVALUES = (0.2175, 0.0188, 0.0045)
-EIGENVECTORS = (
-    (-0.5675, 0.7192, 0.4009),
-    (-0.5808, -0.0045, -0.8140),
-    (-0.5836, -0.6948, 0.4203),
-)
 
 
 def seed_of(*position: int) -> int:
@@ -55,7 +49,7 @@ def balanced_over_classes(labels: Tensor, batch_size: int, seed: int) -> Tensor:
 
     A shuffled list of the classes is gone through again and again, shuffled anew each time. Each
     turn of a class takes GROUP images from a shuffled list of its images, in the same way. The
-    order has at least one batch.
+    order has at least one batch, which is cut to the images, or to a turn of every class.
     """
     draw = np.random.default_rng(seed)
 
@@ -63,6 +57,7 @@ def balanced_over_classes(labels: Tensor, batch_size: int, seed: int) -> Tensor:
         while True:
             yield from draw.permutation(items).tolist()
 
+    batch_size = min(batch_size, max(len(labels), GROUP * len(labels.unique())))
     size = max(1, len(labels) // batch_size) * batch_size
     by_class = labels.argsort(stable=True).split(torch.bincount(labels).tolist())
     images = [cycle(members.numpy()) for members in by_class if len(members)]
@@ -101,105 +96,36 @@ def share(step: int, size: int, batch_size: int, part: int, parts: int) -> Tenso
     return batch.tensor_split(parts)[part]
 
 
-class Lighting(v2.Transform):
-    """Adds a random mixture of the principal colours to an image, as AlexNet does."""
-
-    def __init__(self, std: float):
-        super().__init__()
-        self.std = std
-        self.components = torch.tensor(EIGENVECTORS) * torch.tensor(EIGENVALUES)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image + (self.components @ (torch.randn(3) * self.std)).view(3, 1, 1)
-
-
-def file_transforms(augment: str, size: int, train: bool) -> v2.Transform:
-    """The transforms of the paper's code, from a PIL image to float32 [3, size, size]."""
-    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    normalise = [v2.Normalize(*STATISTICS[augment])]
-    if not train:
-        crop = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-        return v2.Compose(crop + tensor + normalise)
-    crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-    if augment == "imagenet":
-        crop.append(v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4))
-        tensor.append(Lighting(0.1))
-    return v2.Compose(crop + tensor + normalise)
-
-
-def shift(images: Tensor, offsets: Tensor, reach: int) -> Tensor:
-    """Moves image i by offsets[:, i], each in [-reach, reach], filling with zeros.
-
-    images [B, channels, height, width], offsets [2, B] (rows, columns).
-    """
-    height, width = images.shape[2:]
-    padded = F.pad(images, (reach,) * 4)
-    rows = torch.arange(height, device=images.device) + reach - offsets[0, :, None]
-    columns = torch.arange(width, device=images.device) + reach - offsets[1, :, None]
-    item = torch.arange(len(images), device=images.device)
-    # Indices on both sides of the channels move these to the end.
-    moved = padded[item[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return moved.permute(0, 3, 1, 2)
-
-
-def random_affine(images: Tensor, draws: Tensor) -> Tensor:
-    """Turns, stretches, shears and moves each image, and repeats the pixels of its border.
-
-    images [B, channels, height, width], draws [B, 6] uniform in [0, 1).
-    """
-    turn, size, stretch, shear, *move = (2 * draws - 1).unbind(1)
-    turn = math.radians(TURN) * turn
-    wide, high = torch.exp(SCALE * size), torch.exp(SCALE * size + SCALE / 2 * stretch)
-    across, down = (2 * MOVE * m for m in move)  # the image goes from -1 to 1
-    rows = (
-        torch.stack([turn.cos() * wide, (SHEAR * shear - turn.sin()) * wide, across], 1),
-        torch.stack([turn.sin() * high, turn.cos() * high, down], 1),
-    )
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-def erase(images: Tensor, draws: Tensor, share: float, fill: Tensor) -> Tensor:
-    """Fills a rectangle in a share of the images, as random erasing does (Zhong et al., AAAI 2020).
-
-    images [B, channels, height, width], draws [B, 5] uniform in [0, 1), fill [channels, 1, 1].
-    """
-    inside = draws[:, 4, None, None] < share
-    for axis, length in enumerate(images.shape[2:]):
-        place = torch.arange(length, device=images.device) / length
-        centre, side = draws[:, axis, None], 0.1 + 0.4 * draws[:, axis + 2, None]
-        inside = inside & ((place - centre).abs() < side / 2).unsqueeze(2 - axis)
-    return torch.where(inside[:, None], fill, images)
-
-
 class FileImages(TorchDataset):
-    """Maps (index, epoch's seed, position) to (image [3, size, size], label, None), or to (zeros,
-    NO_LABEL, message) where the file cannot be read."""
+    """The images of a split. read(train, index, *position in the training) returns pixels, uint8
+    [size, size, 3]; draws [10] of the augmentation, or None where there is none; label; and None,
+    or a message where the file cannot be read, when the pixels are zeros and the label NO_LABEL."""
 
-    def __init__(self, split: Split, augment: str, size: int, train: bool):
-        self.split, self.size, self.train = split, size, train
-        self.transforms = file_transforms(augment, size, train)
+    def __init__(self, split: Split, augment: str, size: int):
+        self.split, self.size, self.jitter = split, size, augment == "imagenet"
 
-    def __getitem__(self, item: tuple[int, int, int]):
-        index, *position = item
-        image = read_image(self.split.images[index])
-        if isinstance(image, str):
-            return torch.zeros(3, self.size, self.size), NO_LABEL, image
+    def read(self, train: bool, index: int, *position: int):
         state = torch.get_rng_state()  # without workers the training draws from this generator
         torch.default_generator.manual_seed(seed_of(*position))
-        image = self.transforms(image)
+        choose = draw_part if train else partial(centre, self.size)
+        pixels = read_image(self.split.images[index], self.size, choose)
+        draws = draw_colours(self.jitter) if train else None
         torch.set_rng_state(state)
-        return image, int(self.split.labels[index]), None
+        if isinstance(pixels, str):
+            return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), draws, NO_LABEL, pixels
+        return torch.from_numpy(pixels), draws, int(self.split.labels[index]), None
 
-    def collate(self, items: list) -> tuple[Tensor, Tensor, list[str]]:
-        """Stacks images and labels, and collects the messages. Training leaves bad images out,
-        which batch norm should not see, unless fewer than the two that it needs were left."""
-        messages = [message for _, _, message in items if message]
-        if self.train:
-            items = sorted(items, key=lambda item: item[2] is not None)  # puts bad ones last
-            items = items[: max(2, len(items) - len(messages))]
-        images, labels, _ = zip(*items, strict=True)
-        return torch.stack(images), torch.tensor(labels), messages
+
+def collate(items: list) -> tuple[Tensor, Tensor | None, Tensor, list[str]]:
+    """Stacks images, draws and labels, and collects the messages. Training leaves bad images out,
+    which batch norm should not see, unless fewer than the two that it needs were left."""
+    messages = [message for *_, message in items if message]
+    if items[0][1] is not None:
+        items = sorted(items, key=lambda item: item[3] is not None)  # puts bad ones last
+        items = items[: max(2, len(items) - len(messages))]
+    pixels, draws, labels, _ = zip(*items, strict=True)
+    draws = None if draws[0] is None else torch.stack(draws)
+    return torch.stack(pixels), draws, torch.tensor(labels), messages
 
 
 def heed_only_the_parent(worker: int) -> None:
@@ -217,6 +143,67 @@ def heed_only_the_parent(worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+class Readers(TorchDataset):
+    """The processes that read image files: one pool for all splits, as one split is read at a time.
+
+    They start with the first batch, stay to the end, and know the splits added until then.
+    """
+
+    def __init__(self, workers: int, device: torch.device):
+        self.splits, self.batches = [], []
+        self.workers, self.device = workers, device
+
+    @cached_property
+    def files(self) -> DataLoader:
+        return DataLoader(
+            self,
+            batch_sampler=self,
+            num_workers=self.workers,
+            collate_fn=collate,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=heed_only_the_parent,
+            generator=torch.Generator(),  # so that it draws nothing from torch's
+        )
+
+    def add(self, images: FileImages) -> int:
+        """The number of a split, which is added unless it is there."""
+        known = [other.split is images.split for other in self.splits]
+        self.splits += [] if any(known) else [images]
+        return known.index(True) if any(known) else len(known)
+
+    def __getitem__(self, item: tuple[int, ...]):
+        number, *place = item
+        return self.splits[number].read(*place)
+
+    def __iter__(self) -> Iterator:
+        """The items of each batch of the epoch that `read` was last called for."""
+        return iter(self.batches)
+
+    def read(self, number: int, train: bool, order, batches: list[Tensor], seed: int) -> Iterator:
+        """What `collate` makes of each batch of positions in `order`, for the split `number`."""
+        self.batches = (
+            [
+                (number, train, i, seed, p)
+                for i, p in zip(order[b].tolist(), b.tolist(), strict=True)
+            ]
+            for b in batches
+        )
+        files = iter(self.files)
+        # PyTorch's handler would raise the death of a worker between any two lines, so that nothing
+        # could be saved. Without it, the wait for that worker's batch does.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            yield from files
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise LostImages(
+                f"--workers: got the end of a process that reads images ({error}), perhaps as "
+                "memory or /dev/shm was full; wanted fewer --workers. --resume goes on"
+            ) from None
+
+
 class Loader:
     """Batches of a split's images on a device, augmented where they are for training.
 
@@ -224,6 +211,7 @@ class Loader:
         split: the images; those in memory are moved to the device once.
         statistics: mean and standard deviation, each [channels], to normalise images in memory.
         skip_bad: leave out a file that cannot be read, and put its message into `bad`.
+        readers: the processes that read files.
     """
 
     def __init__(
@@ -238,7 +226,7 @@ class Loader:
         erase: float = 0.0,
         statistics: tuple[Tensor, Tensor] | None = None,
         skip_bad: bool = False,
-        workers: int = 0,
+        readers: Readers | None = None,
     ):
         self.device, self.train, self.flip, self.skip_bad = device, train, flip, skip_bad
         self.augment, self.erase = augment, erase
@@ -246,20 +234,12 @@ class Loader:
         self.in_memory = isinstance(split.images, Tensor)
         if self.in_memory:
             self.images, self.labels = split.images.to(device), split.labels.to(device)
-            self.mean, self.std = (s.view(-1, 1, 1).to(device) for s in statistics)
             self.reach = max(1, round(image_size / 14))  # 2 pixels for MNIST's 28
         else:
-            files, self.sampler = FileImages(split, augment, image_size, train), []
-            self.files = DataLoader(
-                files,
-                batch_sampler=self.sampler,
-                num_workers=workers,
-                collate_fn=files.collate,
-                persistent_workers=workers > 0,
-                pin_memory=self.device.type == "cuda",
-                worker_init_fn=heed_only_the_parent,
-                generator=torch.Generator(),  # so that it draws nothing from torch's
-            )
+            statistics = [torch.tensor(s) for s in STATISTICS[augment]]
+            self.readers = readers
+            self.number = readers.add(FileImages(split, augment, image_size))
+        self.mean, self.std = (s.view(-1, 1, 1).to(device) for s in statistics)
 
     def __call__(
         self, order: Tensor, batches: list[Tensor], epoch_seed: int
@@ -289,29 +269,23 @@ class Loader:
         else:
             images = random_affine(images, drawn[:, 3:9])
         if self.flip:
-            mirrored = drawn[:, 2, None, None, None] < 0.5
-            images = torch.where(mirrored, images.flip(3), images)
+            images = mirror(images, drawn[:, 2])
         if self.erase:
             images = erase(images, drawn[:, 9:14], self.erase, self.mean)
         return images
 
     def _from_files(self, order, batches, epoch_seed):
-        # Workers stay from epoch to epoch and hold this one list, which is therefore filled anew.
-        self.sampler[:] = [
-            [(i, epoch_seed, p) for i, p in zip(order[b].tolist(), b.tolist(), strict=True)]
-            for b in batches
-        ]
-        for images, labels, messages in self.files:
+        for *batch, messages in self.readers.read(
+            self.number, self.train, order, batches, epoch_seed
+        ):
             if messages and not self.skip_bad:
                 raise bad_image(messages[0])
             self.bad.update(messages)
-            yield [t.to(self.device, non_blocking=True) for t in (images, labels)]
-
-
-def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of uint8 images, as fractions of 255."""
-    parts = images.split(1000)
-    mean = sum(p.double().sum((0, 2, 3)) for p in parts) / images[:, 0].numel()
-    square = sum(p.double().square().sum((0, 2, 3)) for p in parts) / images[:, 0].numel()
-    std = (square - mean**2).clamp(min=1).sqrt()  # at least one grey level: constant images have 0
-    return (mean / 255).float(), (std / 255).float()
+            pixels, draws, labels = (
+                t if t is None else t.to(self.device, non_blocking=True) for t in batch
+            )
+            images = pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
+            if self.train:
+                images = mirror(images, draws[:, 0])
+                images = augment_colours(images, draws) if self.augment == "imagenet" else images
+            yield (images - self.mean) / self.std, labels

@@ -16,6 +16,8 @@ from torch import nn
 
 from train.config import Config, TrainError
 
+# The paper's code's names of our backbones.
+ARCHITECTURES = {"resnet10": "ResNet10Feature", "resnet50": "ResNet50Feature"}
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FIELDS = {"config", "stage", "epoch", "step", "net", "head", "optimizer", "scaler"}
 FIELDS |= {"totals", "history", "best", "results", "bad_images"}
@@ -86,27 +88,29 @@ def save(out: Path, state: dict[str, Any]) -> None:
     write_atomically(out / NAME, write)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint; raises an exception of any kind where the file is damaged."""
-    with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
-        if damaged := archive.testzip():
-            raise ValueError(f"wrong checksum of {damaged}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or set(state) != FIELDS:
-        raise ValueError("its fields are not those of a checkpoint")
-    return state
+def read(path: Path) -> Any:
+    """Reads a file of torch.save; raises an exception of any kind where it is damaged."""
+    if zipfile.is_zipfile(path):  # PyTorch before 1.6 wrote no archive, and no checksums
+        with zipfile.ZipFile(path) as archive:  # torch.load does not verify them
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load(out: Path, config: Config, warn: Callable[[str], None]) -> dict[str, Any]:
-    """Reads the newest whole checkpoint in OUT; refuses one of another configuration."""
+def load(out: Path, wanted: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
+    """Reads the newest whole checkpoint in OUT; refuses one of another run than `wanted` names
+    (`Session.identity`)."""
     reasons, state = [], None
     for path in (out / NAME, out / PREVIOUS):
         try:
             state = read(path)
+            if not isinstance(state, dict) or set(state) != FIELDS:
+                raise ValueError("its fields are not those of a checkpoint")
             break
         except FileNotFoundError:
             pass
         except Exception as error:  # a damaged file fails in many ways, none of them documented
+            state = None
             reasons.append(f"{path} is unreadable ({first_line(error)})")
     if state is None:
         found = "; ".join(reasons) or f"no checkpoint at {out / NAME}"
@@ -116,7 +120,7 @@ def load(out: Path, config: Config, warn: Callable[[str], None]) -> dict[str, An
         )
     if reasons:
         warn(f"{reasons[0]}; going on from the one before, {path}")
-    saved, wanted = state["config"], config.identity()
+    saved = state["config"]
     if saved != wanted:
         keys = sorted(k for k in saved | wanted if saved.get(k) != wanted.get(k))
         odd = ", ".join(f"{k}: got {wanted.get(k)}, was {saved.get(k)}" for k in keys)
@@ -126,25 +130,40 @@ def load(out: Path, config: Config, warn: Callable[[str], None]) -> dict[str, An
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type where it has none."""
+    if "weights_only" in str(error):  # PyTorch's message advises to load the file all the same
+        return "it is damaged or holds objects that could run code"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def save_model(path: Path, net: nn.Module, head: nn.Module, epoch: int, arch: str) -> None:
-    state = {"epoch": epoch, "arch": arch}
-    state |= {"feat_state_dict": net.state_dict(), "fc_state_dict": head.state_dict()}
+    """Writes a model that the paper's code can test and go on from, too: it wants an optimizer's
+    state and, of a cosine head, no kappa."""
+    head_state = head.state_dict()
+    if not head_state.get("kappa", torch.ones(1)).any():
+        del head_state["kappa"]
+    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], momentum=0.9)
+    figures = [
+        f"{split}_{name}" for split in ("train", "test") for name in ("err1", "err5", "loss")
+    ]
+    state = {"epoch": epoch, "arch": ARCHITECTURES.get(arch, arch)}
+    state |= {"feat_state_dict": net.state_dict(), "fc_state_dict": head_state}
+    state |= {"optimizer": optimizer.state_dict(), "stats": {name: [] for name in figures}}
     write_atomically(path, lambda file: torch.save(state, file))
 
 
-def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def load_model(path: Path, flag: str = "--model") -> tuple[dict[str, Any], dict[str, Any]]:
     """The state_dicts of backbone and head in a model file of ours or of the paper's code."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read(path)
         feat, head = state["feat_state_dict"], state["fc_state_dict"]
+        for name, tensor in [*feat.items(), *head.items(), ("weight", head["weight"])]:
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{name} is no tensor")
     except FileNotFoundError:
-        raise TrainError(f"--model: got {path}, which is no file") from None
+        raise TrainError(f"{flag}: got {path}, which is no file") from None
     except Exception as error:
         raise TrainError(
-            f"--model: got {path}, unreadable ({first_line(error)}); wanted a file with "
+            f"{flag}: got {path}, unreadable ({first_line(error)}); wanted a file with "
             "feat_state_dict and fc_state_dict: stage1.pt, or a model_best.pth.tar of the paper's "
             "code"
         ) from None
@@ -152,12 +171,21 @@ def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
     return {k.removeprefix("module."): v for k, v in feat.items()}, head
 
 
-def fill(net: nn.Module, path: Path, name: str) -> dict[str, torch.Tensor]:
+def fill(net: nn.Module, path: Path, name: str, flag: str = "--model") -> dict[str, torch.Tensor]:
     """Loads a model file's backbone into net; returns the state_dict of its head."""
-    feat, head = load_model(path)
+    feat, head = load_model(path, flag)
     try:
         net.load_state_dict(feat)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
-        raise TrainError(f"--model: got {path}, which is no --net {name}: {reason}") from None
+        raise TrainError(f"{flag}: got {path}, which is no --net {name}: {reason}") from None
     return head
+
+
+def trained_head(path: Path) -> dict[str, Any]:
+    """The flags --head and --kappa with which the head in a model file was trained."""
+    _, head = load_model(path)
+    if "s_" not in head:
+        return {"head": "softmax"}
+    kappa = head.get("kappa", torch.zeros(1)).flatten()
+    return {"head": "tvmf", "kappa": kappa[0].item()} if kappa.any() else {"head": "cosine"}

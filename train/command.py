@@ -1,15 +1,16 @@
 """Runs the command: makes a session from the flags, trains or tests, and reports the result."""
 
+import dataclasses
 import json
 import shutil
 import signal
 import sys
 
-from rich.markup import escape
+import torch
 from rich.table import Table
 
 from train import checkpoint, distributed
-from train.config import Config, settle
+from train.config import Config, TrainError, settle
 from train.data import IN_MEMORY, load_data
 from train.log import has_tensorboard
 from train.metrics import FIGURES, SIZES
@@ -24,6 +25,14 @@ def main(config: Config) -> None:
     except Stopped:
         print("stopped by a signal; --resume goes on", file=sys.stderr)
         sys.exit(143)
+    except RuntimeError as error:
+        memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not memory:
+            raise
+        raise TrainError(
+            f"--batch-size: got {config.batch_size}, for which there is not enough memory "
+            f"({checkpoint.first_line(error)}); wanted fewer images, or --accumulate"
+        ) from None
     finally:
         distributed.finish()
 
@@ -33,7 +42,10 @@ def run(config: Config) -> None:
     rank, world, device = distributed.start(config.device)
     data = load_data(config, quiet=rank > 0)
     evaluated = len(data.test if data.val is None else data.val)
-    config = settle(config, len(data.train), evaluated, data.augment in IN_MEMORY)
+    small = data.augment in IN_MEMORY
+    config = settle(config, len(data.train), evaluated, data.num_classes, small)
+    if config.model:  # tables name the head in the file, as the flags say nothing about it
+        config = dataclasses.replace(config, **checkpoint.trained_head(config.model))
     session = Session(config, data, rank, world, device)
     heed_signals(session)
     describe(session)
@@ -65,13 +77,14 @@ def describe(session: Session) -> None:
         f"{int(data.counts.max()):,} to {int(data.counts.min()):,} a class, "
         f"{len(data.val or ()):,} for validation, {len(data.test):,} for the test; {config.net}, "
         f"{data.augment} transforms at {data.image_size} pixels, batches of {config.batch_size}, "
-        f"{session.world} process(es), "
-        f"{session.device.type}"
-        + (f"; [yellow]{empty} classes have no training image[/]" if empty else "")
+        f"{session.world} process(es), {session.device.type}"
+        + (f"; {empty} classes have no training image" if empty else "")
     )
-    if not config.evaluate and not has_tensorboard():
-        install = escape("pip install -e '.[tensorboard]'")
-        session.say(f"OUT/logs is left out, as it needs TensorBoard: {install}")
+    for note in data.notes:
+        session.warn(note)
+    if not config.evaluate and not has_tensorboard(config.out):
+        install = "pip install -e '.[tensorboard]'"
+        session.say(f"OUT/logs is left out: it needs TensorBoard ({install}) and a path in UTF-8")
 
 
 def write_result(session: Session, results: dict[str, dict]) -> None:
@@ -80,7 +93,7 @@ def write_result(session: Session, results: dict[str, dict]) -> None:
     bad = data.bad_images + len(session.bad_images())
     about = {"classes": data.num_classes, "val": 0, "counts": data.counts.tolist()}
     about |= {name: len(split) for name, split in data.splits()} | {"bad_images": bad}
-    about |= {"augment": data.augment, "image_size": data.image_size}
+    about |= {"augment": data.augment, "image_size": data.image_size, "notes": data.notes}
     text = json.dumps({"config": config.as_dict(), "dataset": about} | results, indent=1) + "\n"
     if session.rank == 0:
         path = config.out / ("evaluation.json" if config.evaluate else "result.json")

@@ -16,18 +16,22 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from train.checkpoint import NAME, PREVIOUS
 from train.config import TrainError, parse_config
+from train.shell import one_line_errors
 
 # What a run replaces by its own choice (train.config.settle), beside "auto".
 SETTLED = (("batch_size", 0), ("eval_every", 0))
 HEADS = "softmax,cosine,tvmf:4,tvmf:16,tvmf:64"
 
 
+def flags_of(head: str, seed: str, flags: list[str]) -> list[str]:
+    name, _, kappa = head.partition(":")
+    return [*flags, "--head", name, "--seed", seed, *(["--kappa", kappa] if kappa else [])]
+
+
 def train_one(out: Path, head: str, seed: str, flags: list[str], threads: int) -> None:
     """Trains a head with a seed in OUT, unless a run of the same flags has finished there."""
-    name, _, kappa = head.partition(":")
-    flags = [*flags, "--head", name, "--seed", seed, *(["--kappa", kappa] if kappa else [])]
+    flags = flags_of(head, seed, flags)
     if (out / "result.json").exists():
         had = json.loads((out / "result.json").read_text())["config"]
         wanted = parse_config(flags).identity()
@@ -36,7 +40,7 @@ def train_one(out: Path, head: str, seed: str, flags: list[str], threads: int) -
             raise TrainError(f"--out: got {out}, a run with {odd}; wanted another directory")
         return
     command = [sys.executable, "-m", "train", *flags, "--out", str(out)]
-    command += ["--resume"] if any((out / n).exists() for n in (NAME, PREVIOUS)) else []
+    command += ["--resume"] if any(out.glob("checkpoint*.pt")) else []
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.txt", "a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -58,13 +62,17 @@ def main(args: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="(default runs)")
     options, flags = parser.parse_known_args(args)
-    from train import report  # here, so that --help need not wait for the libraries that draw
-
+    if options.jobs < 1:
+        raise TrainError(f"--jobs: got {options.jobs}, wanted 1 or more")
     runs = {
         options.out / f"{head.replace(':', '')}-seed{seed}": (head, seed)
         for head in options.heads.split(",")
         for seed in options.seeds.split(",")
     }
+    for head, seed in runs.values():
+        parse_config(flags_of(head, seed, flags))  # refuses a wrong flag before any run has begun
+    from train import report  # here, so that --help need not wait for the libraries that draw
+
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with Progress() as progress, ThreadPoolExecutor(options.jobs) as pool:
         bar = progress.add_task("runs", total=len(runs))
@@ -79,7 +87,5 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(sys.argv[1:])
-    except TrainError as error:
-        sys.exit(f"error: {error}")

@@ -23,6 +23,8 @@ else:
 RECIPES = Path(__file__).with_name("recipes.toml")
 # A batch of 0 becomes the largest power of two with which stage 1 has this many steps.
 ENOUGH_STEPS, SMALLEST_BATCH = 2000, 16
+# From fewer images a class than this, a net does not learn which places in an image mean the same.
+FEW_IMAGES = 10
 # Fields that do not decide a run's result: --resume may change them, and runs that differ in them
 # alone are one group in a report.
 NO_RESULT = (
@@ -99,6 +101,10 @@ class Config:
     """Concentration of the t-vMF similarity; the other heads have none."""
     learn_kappa: bool = False
     """Train kappa, too, from the value of --kappa on."""
+    cosine_margin: NotNegative = 0.0
+    """Margin that stage 1's loss takes off the cosine of an image with its own class (CosFace)."""
+    angular_margin: Annotated[float, Field(ge=0, le=math.pi)] = 0.0
+    """Margin in radians that it adds to their angle (ArcFace)."""
     prior: NotNegative = 0.0
     """TAU of logit adjustment in stage 1: the loss adds TAU times the logarithm of the class
     frequencies to the logits. 1 is balanced softmax."""
@@ -178,17 +184,17 @@ class Config:
         return {k: v for k, v in self.as_dict().items() if k not in NO_RESULT}
 
 
-def settle(config: Config, images: int, evaluated: int, small: bool) -> Config:
-    """The configuration with what it leaves to the data set: `images` training images, `evaluated`
-    images after an epoch, all of them `small` or not."""
+def settle(config: Config, images: int, evaluated: int, classes: int, small: bool) -> Config:
+    """The configuration with what it leaves to the data set: `images` training images of `classes`
+    classes, `evaluated` images after an epoch, all of them `small` or not."""
     chosen: dict[str, Any] = {}
     if config.net == "auto":
-        chosen["net"] = "gridnet" if small else "resnet10"
+        net = "gridnet" if images < FEW_IMAGES * classes else "convnet"
+        chosen["net"] = net if small else "resnet10"
     if not config.batch_size:
         most = max(1, images * config.epochs // ENOUGH_STEPS)
-        chosen["batch_size"] = min(
-            max(1 << most.bit_length() - 1, SMALLEST_BATCH), Config.batch_size
-        )
+        power = 1 << most.bit_length() - 1
+        chosen["batch_size"] = min(max(power, SMALLEST_BATCH), Config.batch_size)
     if not config.eval_every:
         # An image costs a third in evaluation of what its forward and backward pass cost.
         chosen["eval_every"] = math.ceil(5 * evaluated / (3 * images))

@@ -1,7 +1,10 @@
 """The data set of a configuration: loaded by its name, checked, and prepared for the training."""
 
 import os
+import unicodedata
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,14 +12,20 @@ from train.builtin import BUILTIN
 from train.config import Config, TrainError
 from train.folders import load_folder
 from train.images import into_memory, typical_size
-from train.lists import PUBLISHED, load_lists
+from train.lists import PUBLISHED, find_lists, load_lists
 from train.splits import LongTailed, Split, add_label_noise, thin_out
 
 IN_MEMORY = ("small", "affine")  # transforms of images that are kept in memory
 SMALL = 64  # pixels: images whose typical size is at most this are kept in memory
 
+
+def load_imagenet(config: Config) -> LongTailed:
+    """ImageNet by lists where there are some, else by its folders."""
+    return load_lists(config) if find_lists(config) else load_folder(config)
+
+
 # All other data sets are lists of image files.
-LOADERS = BUILTIN | {"imagenet": load_folder, "folder": load_folder}
+LOADERS = BUILTIN | {"imagenet": load_imagenet, "folder": load_folder}
 
 
 def load_data(config: Config, quiet: bool = False) -> LongTailed:
@@ -43,21 +52,20 @@ def load_data(config: Config, quiet: bool = False) -> LongTailed:
 
 
 def check(data: LongTailed, config: Config) -> None:
-    """Refuses an empty split, a label out of range, a missing file, an image in two splits, and a
-    published set of another size than published."""
-    seen, folders = {}, {}
+    """Refuses an empty split, a label out of range, a missing file, an image in two splits or of
+    two classes, and a published set of another size than published."""
     for name, split in data.splits():
         if not len(split):
             raise TrainError(f"--data: got no image in {name}, wanted at least one")
         out = torch.where((split.labels < 0) | (split.labels >= data.num_classes))[0]
         if len(out):
-            where = split.where[out[0]] if split.where else name
+            where = name if isinstance(split.images, Tensor) else split.where(int(out[0]))
             raise TrainError(
                 f"{where}: got class {split.labels[out[0]]}, wanted one of the "
                 f"{data.num_classes} classes (0 to {data.num_classes - 1})"
             )
-        if not isinstance(split.images, Tensor):
-            check_files(name, split, seen, folders)
+    if not isinstance(data.train.images, Tensor):
+        check_files(data, skip=config.bad_images == "skip")
     if config.dataset in PUBLISHED:
         got = (len(data.train.labels.unique()), len(data.train))
         if got != PUBLISHED[config.dataset]:
@@ -69,28 +77,80 @@ def check(data: LongTailed, config: Config) -> None:
             )
 
 
-def check_files(
-    name: str, split: Split, seen: dict[str, tuple[str, str]], folders: dict[str, set[str]]
-) -> None:
-    """Refuses a file that is missing or in another split.
+def located(split: Split, folders: dict[bytes, int]) -> np.ndarray:
+    """For each image of a split the number of its folder in `folders`, and the hash of its name:
+    16 bytes an image, where sets of paths take 200. [N] with the fields f0, f1."""
+    paths, known = split.images, {}
+    root, odd = os.fsencode(paths.root), any(part in paths.text for part in (b"//", b"./"))
 
-    Args:
-        seen: the split and the list's line of each image so far.
-        folders: the content of each folder so far; it is listed once, which is faster than to ask
-            for every file.
-    """
-    for image, where in zip(split.images, split.where, strict=True):
-        folder, file = os.path.split(image)
-        if folder not in folders:
-            folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if file not in folders[folder]:
-            raise TrainError(f"{where}: got {image}, which is not there; wanted an image")
-        other = seen.setdefault(image, (name, where))
-        if other[0] != name:
+    def places():
+        for path in paths.names():
+            folder, _, name = (os.path.normpath(path) if odd else path).rpartition(b"/")
+            if folder not in known:
+                where = os.path.normpath(os.path.join(root, folder))
+                known[folder] = folders.setdefault(where, len(folders))
+            yield known[folder], hash(name)
+
+    return np.fromiter(places(), "i8,i8", len(split))
+
+
+def check_files(data: LongTailed, skip: bool) -> None:
+    """Refuses files that are missing (with `skip`, only where all of a split are), and an image of
+    two splits or classes; notes images that a split has twice."""
+    folders, splits = {}, list(data.splits())
+    places = [located(split, folders) for _, split in splits]
+    ends = np.cumsum([len(split) for _, split in splits])
+    places, labels = np.concatenate(places), torch.cat([split.labels for _, split in splits])
+    number = np.repeat(np.arange(len(splits)), [len(split) for _, split in splits])
+
+    def named(i: int) -> tuple[str, str, str]:
+        """The path, the list's line and the split of the i-th of all images."""
+        name, split = splits[number[i]]
+        i = int(i - ends[number[i]])  # counted from the split's end
+        return split.images[i], split.where(i), name
+
+    there = np.empty(len(places), bool)
+    groups = np.split(places["f0"].argsort(kind="stable"), np.bincount(places["f0"]).cumsum()[:-1])
+    for folder, group in zip(folders, groups, strict=True):
+        # A folder is listed once, which is faster than to ask for every file.
+        content = os.listdir(folder) if os.path.isdir(folder) else ()
+        there[group] = np.isin(places["f1"][group], [*map(hash, content)])
+    for i in np.flatnonzero(~there):
+        if not (skip and there[number == number[i]].any()):
+            image, where, _ = named(i)
             raise TrainError(
-                f"{where}: got {image} for {name}, which {other[1]} names for {other[0]}; "
-                "wanted no image in both"
+                f"{where}: got {image}, which is not there{twin(image)}; wanted an image"
             )
+
+    keys = places["f1"] ^ (places["f0"] << 44)
+    order = keys.argsort(kind="stable")
+    a, b = order[:-1], order[1:]
+    a, b = (pair[keys[a] == keys[b]] for pair in (a, b))
+    odd = (number[a] != number[b]) | (labels[a] != labels[b]).numpy()
+    for i, j in zip(a[odd], b[odd], strict=True):
+        (image, where, name), (_, other, other_name) = named(j), named(i)
+        raise TrainError(
+            f"{where}: got {image} for {name}, class {labels[j]}, which {other} names for "
+            f"{other_name}, class {labels[i]}; wanted one split and one class for an image"
+        )
+    if len(b):
+        image, where, _ = named(b.min())
+        data.notes.append(f"{len(b)} images are named more than once, such as {image} ({where})")
+
+
+def twin(path: str) -> str:
+    """What is there in place of a path that is not, and differs only in the case of letters or in
+    how Unicode composes them: macOS writes an accent as a character of its own (NFD)."""
+
+    def plain(name: str) -> str:
+        return unicodedata.normalize("NFC", name).casefold()
+
+    missing = next(p for p in (*reversed(Path(path).parents), Path(path)) if not p.exists())
+    names = os.listdir(missing.parent) if missing.parent.is_dir() else []
+    other = next((name for name in names if plain(name) == plain(missing.name)), None)
+    if other is None:
+        return ""
+    return f" ({other!a} is, with other letter case or Unicode form than {missing.name!a})"
 
 
 def choose_transforms(data: LongTailed, config: Config) -> None:

@@ -1,5 +1,6 @@
 """Features of the frozen backbone on disk, mapped into memory: the head trains without images."""
 
+import mmap
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
@@ -31,9 +32,9 @@ class Cached:
             ) from None
         if not sizes:  # there are more processes than images
             return
-        shape = (sum(sizes), features.shape[1])
-        size = shape[0] * shape[1]
-        self.features = torch.from_file(str(path), False, size, dtype=features.dtype).view(shape)
+        with open(path, "rb") as file:  # torch.from_file takes no path that is not UTF-8
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.features = torch.frombuffer(content, dtype=features.dtype).view(sum(sizes), -1)
         self.labels, self.ends = torch.cat(labels), [0, *accumulate(sizes)]
 
     def batch(self, i: int) -> list[Tensor]:

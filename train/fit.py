@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from train import advice, checkpoint, distributed
 from train.batches import seed_of
 from train.config import Config, TrainError
+from train.images import LostImages
 from train.log import Log
 from train.metrics import COLUMNS, error_report, full_report
 from train.model import Classifier
@@ -23,7 +24,7 @@ from train.stage2 import freeze
 
 MOMENTUM = 0.9  # the paper's, without Nesterov's correction
 LOOK = 50  # steps between looks at the loss, each of which waits for the device
-SMALLEST_KAPPA = -0.4  # of one that is learnt; the similarity ends at -1/2
+SMALLEST_KAPPA = -0.19  # of one that is learnt; margins move its bound from -1/2 to -1/5 at most
 CHEAP = 10  # seconds of epochs on cached features that are cheaper to repeat than to save
 AGREE = 8  # steps after which several processes agree on whether to stop
 
@@ -114,11 +115,16 @@ class Fit:
         if session.rank == 0:
             parts = ("net", "head", "optimizer", "scaler")
             state = {name: getattr(self, name).state_dict() for name in parts}
-            state |= {"config": session.config.identity(), "stage": self.stage}
+            state |= {"config": session.identity(), "stage": self.stage}
             state |= {"epoch": self.epoch, "step": self.step, "totals": totals.cpu()}
             state |= {"history": self.history, "best": self.best, "results": self.results}
             checkpoint.save(session.config.out, state | {"bad_images": sorted(bad)})
         self.saved_at = time.monotonic()
+
+    def save_alone(self) -> None:
+        """Saves before the run ends for a reason of this process, for which others would wait."""
+        if self.session.world == 1:
+            self.save()
 
     def save_or_stop(self, due: bool) -> None:
         """Saves if that is due in any process, and leaves if any was asked to stop."""
@@ -172,7 +178,11 @@ class Fit:
         sizes, batches = self.batches()
         began, images = time.perf_counter(), sum(sizes[self.step :])
         while self.step < len(sizes):
-            self.train_step(batches, sizes[self.step])
+            try:
+                self.train_step(batches, sizes[self.step])
+            except LostImages:
+                self.save_alone()
+                raise
             progress.update(bar, completed=self.epoch + self.step / len(sizes))
             if self.step % LOOK == 0:
                 loss, count = self.totals[:2].tolist()
@@ -221,8 +231,9 @@ class Fit:
         session, config = self.session, self.session.config
         # Dropout draws from the global generator.
         torch.manual_seed(seed_of(config.seed, self.stage, self.epoch, self.step, session.rank))
-        for part in range(config.accumulate):
-            images, labels = next(batches)
+        # Before anything changes, as an image that cannot be read makes the run save and end.
+        parts = [next(batches) for _ in range(config.accumulate)]
+        for part, (images, labels) in enumerate(parts):
             if not self.cached:
                 images = session.laid_out(images)
             wait = session.world > 1 and part + 1 < config.accumulate
@@ -247,8 +258,8 @@ class Fit:
             distributed.average_buffers(self.net)  # they differ between processes
         try:
             rows = session.evaluate(self.evaluated, self.net, self.head, self.cached)
-        except Stopped:
-            self.save()
+        except (Stopped, LostImages):
+            self.save_alone()
             raise
         record[self.evaluated] = error_report(rows)
         error = record[self.evaluated]["error1"]
@@ -275,7 +286,7 @@ class Fit:
         """Loads the chosen model and tests it."""
         session = self.session
         distributed.barrier()  # until the first process has written the file
-        states = checkpoint.load_model(self.model_file)
+        states = checkpoint.load_model(self.model_file, "--resume")
         for module, state in zip((self.net, self.head), states, strict=True):
             module.load_state_dict(state)
         more = analysis.rows_and_norms, analysis.WIDTH
@@ -308,4 +319,4 @@ class Fit:
             text = advice.stage2_spoilt(session.config, classes, self.history, self.results)
         report["warning"] = text
         if text:
-            session.say(f"[yellow]warning:[/] {text}")
+            session.warn(text)

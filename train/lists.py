@@ -1,13 +1,15 @@
 """Data sets of image files that lists name: lines `relative/path label`, or iNaturalist's JSON."""
 
 import json
-import os
+import re
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from train.config import Config, TrainError
-from train.splits import LongTailed, Split
+from train.splits import LongTailed, Paths, Split
 
 # Classes and training images as published: ImageNet and iNaturalist by their challenges, the
 # long-tailed sets by Liu et al. (OLTR, CVPR 2019).
@@ -18,57 +20,100 @@ PUBLISHED = {
     "inat2018": (8142, 437_513),
     "inat2019": (1010, 265_213),
 }
-LIST_NAMES = {
-    "train": ("train.txt", "ImageNet_LT_train.txt", "Places_LT_train.txt"),
-    "val": ("val.txt", "ImageNet_LT_val.txt", "Places_LT_val.txt"),
-    "test": ("test.txt", "ImageNet_LT_test.txt", "Places_LT_test.txt"),
+# How the names of the lists begin that OLTR and those after it give out.
+OFFICIAL = {
+    "imagenet": "ImageNet_",
+    "imagenetlt": "ImageNet_LT_",
+    "places-lt": "Places_LT_",
+    "inat2018": "iNaturalist18_",
+    "inat2019": "iNaturalist19_",
 }
+BLANKS, DIGITS, SLASH = b" \t\r", b"0123456789", b"/"
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TrainError(f"--data: got {path} ({error.strerror}), wanted a list to read") from None
+
+
+def moved(codes: np.ndarray, at: np.ndarray, limit: np.ndarray, members: bytes) -> np.ndarray:
+    """Positions moved over the characters `members`, forwards or backwards, up to `limit`."""
+    step = 1 if (limit > at).any() else -1
+    table, at = np.isin(np.arange(256), list(members)), at.copy()
+    going = np.flatnonzero(at != limit)
+    while len(going := going[table[codes[at[going] + min(step, 0)]]]):
+        at[going] += step
+        going = going[at[going] != limit[going]]
+    return at
 
 
 def read_list(path: Path, root: Path) -> Split:
-    """The images of a list file. The label follows the last space of a line, and a leading / of
-    the path is dropped."""
-    images, labels, where = [], [], []
-    for number, line in enumerate(path.read_text("utf-8-sig", "surrogateescape").splitlines(), 1):
-        if not line.strip():
-            continue
-        image, _, label = line.strip().rpartition(" ")
-        image = image.strip().lstrip("/")
-        if not image or not label.isdecimal() or len(label) > 18:  # more digits overflow int64
-            raise TrainError(f"{path}:{number}: got {line!r}, wanted `relative/path label`")
-        images.append(os.path.normpath(root / image))
-        labels.append(int(label))
-        where.append(f"{path}:{number}")
-    if not images:
+    """The images of a list file, which is taken apart by arrays, as it may have a million lines.
+
+    The label follows the last blank, tab or comma of a line. Slashes before the path are dropped.
+    """
+    text = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    if text[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in text:
+        raise TrainError(f"{path}: got UTF-16 or zero bytes, wanted a list in UTF-8")
+    codes = np.frombuffer(text, np.uint8)
+    breaks = (found.start() for found in re.finditer(b"\n", text))
+    kind = np.int32 if len(text) < 2**31 else np.int64
+    stop = np.fromiter(chain(breaks, [len(text)]), kind, text.count(b"\n") + 1)
+    start = np.concatenate([stop[:1] * 0, stop[:-1] + 1])
+    end = moved(codes, stop, start, BLANKS)
+    lines = np.flatnonzero(end > start)
+    if not len(lines):
         raise TrainError(f"{path}: got an empty list, wanted lines `relative/path label`")
-    return Split(images, torch.tensor(labels), where)
+    start, end = start[lines], end[lines]
+    label = moved(codes, end, start, DIGITS)
+    name = moved(codes, label, start, BLANKS)
+    # A comma before blanks may be the name's last character, unless all lines have one there.
+    comma = (name > start) & (codes[name - 1] == ord(","))
+    comma &= comma.all() | (name == label)
+    name = moved(codes, name - comma, start, BLANKS)
+    start = moved(codes, moved(codes, start, name, BLANKS), name, SLASH)
+    digits = end - label
+    # More digits would overflow int64.
+    bad = (digits == 0) | (digits > 18) | (name == label) | (name == start)
+    if bad.any():
+        line = lines[bad.argmax()]
+        got = text.split(b"\n", line + 1)[line].decode(errors="surrogateescape")
+        raise TrainError(f"{path}:{line + 1}: got {got!r}, wanted `relative/path label`")
+    labels = (int(text[a:b]) for a, b in zip(label, end, strict=True))
+    labels = torch.from_numpy(np.fromiter(labels, np.int64, len(lines)))
+    return Split(Paths(str(root), text, start, name), labels, f"{path}:", lines + 1)
 
 
 def read_inat_json(path: Path, root: Path) -> Split:
     """iNaturalist's own annotations: images with a file_name, annotations with a category_id."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        files = {image["id"]: image["file_name"] for image in content["images"]}
-        pairs = [(files[a["image_id"]], int(a["category_id"])) for a in content["annotations"]]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(read_bytes(path))
+        files = {image["id"]: image["file_name"].lstrip("/") for image in content["images"]}
+        names = [files[a["image_id"]] for a in content["annotations"]]
+        labels = torch.tensor([int(a["category_id"]) for a in content["annotations"]])
+    except TrainError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise TrainError(
             f"{path}: got JSON without {error}, wanted iNaturalist's images and annotations"
         ) from None
-    if not pairs:
+    if not names:
         raise TrainError(f"{path}: got no annotation, wanted one for each image")
-    images = [os.path.join(root, file.lstrip("/")) for file, _ in pairs]
-    where = [f"{path}, annotation {i}" for i in range(len(pairs))]
-    return Split(images, torch.tensor([label for _, label in pairs]), where)
+    numbers = np.arange(len(names))
+    return Split(Paths.of(str(root), names), labels, f"{path}, annotation ", numbers)
 
 
 def find_lists(config: Config) -> dict[str, Split]:
     """The splits whose lists lie in --lists, or in --data if that is not given."""
     folder = config.lists or config.data
+    prefixes = dict.fromkeys(["", OFFICIAL.get(config.dataset, ""), *OFFICIAL.values()])
     found = {}
-    for split, names in LIST_NAMES.items():
-        for name in names:
-            if split not in found and (folder / name).is_file():
-                found[split] = read_list(folder / name, config.data)
+    for split in ("train", "val", "test"):
+        names = (folder / f"{prefix}{split}.txt" for prefix in prefixes)
+        if path := next((name for name in names if name.is_file()), None):
+            found[split] = read_list(path, config.data)
         # iNaturalist's train2018.json and val2018.json; its test2018.json has no labels.
         official = folder / f"{split}{config.dataset.removeprefix('inat')}.json"
         if split not in (*found, "test") and official.is_file():
@@ -76,25 +121,25 @@ def find_lists(config: Config) -> dict[str, Split]:
     # Without a list of test images that of val is the test set, as in the paper's code.
     if "test" not in found and "val" in found:
         found["test"] = found.pop("val")
-    for split in ("train", "test"):
-        if split not in found:
-            raise TrainError(
-                f"--data: got {folder} without a list of {split} images, wanted {split}.txt "
-                "there with lines `relative/path label`"
-            )
     return found
 
 
 def load_lists(config: Config) -> LongTailed:
     """A data set of list files or of iNaturalist's JSON."""
     found = find_lists(config)
+    for split in ("train", "test"):
+        if split not in found:
+            raise TrainError(
+                f"--data: got {config.lists or config.data} without a list of {split} images, "
+                f"wanted {split}.txt there with lines `relative/path label`"
+            )
     train = found["train"]
     largest, present = int(train.labels.max()), len(train.labels.unique())
     num_classes = PUBLISHED.get(config.dataset, [largest + 1])[0]
     # A mistyped label could ask for gigabytes of weights. Published sets are checked elsewhere.
     if config.dataset not in PUBLISHED and num_classes > 10 * present:
         raise TrainError(
-            f"{train.where[train.labels.argmax()]}: got class {largest} in a list of "
+            f"{train.where(int(train.labels.argmax()))}: got class {largest} in a list of "
             f"{present} classes, wanted labels from 0 on without such gaps"
         )
     return LongTailed(train, found["test"], found.get("val"), num_classes)

@@ -2,14 +2,19 @@
 
 import importlib.util
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 from train.checkpoint import no_room
 from train.session import Session
 
 
-def has_tensorboard() -> bool:
-    return importlib.util.find_spec("tensorboard") is not None
+def has_tensorboard(out: Path) -> bool:
+    """Whether TensorBoard is there and can write to OUT: it takes no path that is not UTF-8."""
+    return bool(importlib.util.find_spec("tensorboard")) and not re.search(
+        "[\ud800-\udfff]", str(out)
+    )
 
 
 class Log:
@@ -17,7 +22,7 @@ class Log:
 
     def __init__(self, session: Session, stage: int, first_epoch: int):
         self.session, self.writer = session, None
-        if has_tensorboard():
+        if has_tensorboard(session.config.out):
             from torch.utils.tensorboard import SummaryWriter  # takes seconds; --help must not
 
             logs = session.config.out / "logs" / f"stage{stage}"

@@ -1,6 +1,7 @@
 """The state that both stages of a run share: configuration, data, device, processes, terminal."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -8,10 +9,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from train import distributed
+from train.augment import channel_statistics
 from train.batches import (
     SAMPLING,
     Loader,
-    channel_statistics,
+    Readers,
     seed_of,
     share,
     steps_of,
@@ -40,12 +42,16 @@ class Session:
 
     def __init__(self, config: Config, data: LongTailed, rank=0, world=1, device="cpu"):
         self.config, self.data, self.rank, self.world = config, data, rank, world
-        self.device, self.console = torch.device(device), Console(quiet=rank > 0)
+        self.device = torch.device(device)
+        # Brackets and colons may belong to a path.
+        self.console = Console(quiet=rank > 0, markup=False, emoji=False)
         self.parts = world * config.accumulate
         self.bad: set[str] = set()
         self.sample = sample(data.train, data.num_classes)
         self.log_prior = log_prior(data.counts).to(self.device)
         images = data.train.images
+        self.data_summary = data.summary()
+        self.readers = Readers(config.workers, self.device)
         self.statistics = channel_statistics(images) if isinstance(images, Tensor) else None
         splits = (*data.splits(), ("sample", self.sample))
         self.loaders = {name: self.loader(split, name == "train") for name, split in splits}
@@ -63,12 +69,19 @@ class Session:
             erase=config.erase,
             statistics=self.statistics,
             skip_bad=config.bad_images == "skip",
-            workers=config.workers,
+            readers=self.readers,
         )
 
-    def say(self, text: str) -> None:
+    def identity(self) -> dict[str, Any]:
+        """What decides the result of the run: a checkpoint of another one does not fit."""
+        return self.config.identity() | {"data set": self.data_summary}
+
+    def say(self, text: str, style: str | None = None) -> None:
         """Prints a line, in the first process alone."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, style=style, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}", "yellow")
 
     def autocast(self) -> AbstractContextManager:
         dtype = DTYPES[self.config.precision]

@@ -1,36 +1,76 @@
 """Splits of a data set, and what changes them: long-tailed class sizes, subsets, label noise."""
 
 import dataclasses
+import hashlib
+import os
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from train.config import TrainError
 
 
+class Paths:
+    """Paths of image files below a folder, kept as one string of bytes: a million of them as Python
+    objects would take 120 MB, in each process that reads images.
+
+    Path i is `text[begin[i]:end[i]]`.
+    """
+
+    def __init__(self, root: str, text: bytes, begin: np.ndarray, end: np.ndarray):
+        self.root, self.text, self.begin, self.end = root, text, begin, end
+
+    @classmethod
+    def of(cls, root: str, names: list[str]) -> "Paths":
+        """Paths relative to `root`."""
+        encoded = [os.fsencode(name) for name in names]
+        ends = np.cumsum([0, *map(len, encoded)])
+        return cls(root, b"".join(encoded), ends[:-1], ends[1:])
+
+    def __len__(self) -> int:
+        return len(self.begin)
+
+    def __getitem__(self, i: int) -> str:
+        name = os.fsdecode(self.text[self.begin[i] : self.end[i]])
+        return os.path.normpath(os.path.join(self.root, name))
+
+    def names(self) -> Iterator[bytes]:
+        """The paths relative to `root`, as they were given."""
+        for first in range(0, len(self), 4096):  # numbers as Python objects take memory, too
+            part = slice(first, first + 4096)
+            for begin, end in zip(self.begin[part].tolist(), self.end[part].tolist(), strict=True):
+                yield self.text[begin:end]
+
+
 @dataclasses.dataclass
 class Split:
     """Images, as files or in memory, and their classes."""
 
-    images: list[str] | Tensor
+    images: Paths | Tensor
     """Paths, or [N, channels, height, width] uint8."""
     labels: Tensor
     """[N] int64"""
-    where: list[str] | None = None
-    """How an error message names each image: list file and line."""
+    source: str = ""
+    """The file that lists the images; messages name an image by it and its number in `lines`."""
+    lines: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def where(self, i: int) -> str:
+        """How an error message names an image."""
+        return str(self.images[i]) if self.lines is None else f"{self.source}{self.lines[i]}"
+
     def take(self, index: Tensor) -> "Split":
         """The images at these indices, in their order."""
-
-        def some(items):
-            return [items[i] for i in index.tolist()] if isinstance(items, list) else items
-
-        images = self.images[index] if isinstance(self.images, Tensor) else some(self.images)
-        return Split(images, self.labels[index], some(self.where))
+        at, images, lines = index.numpy(), self.images, self.lines
+        if isinstance(images, Tensor):
+            images = images[index]
+        else:
+            images = Paths(images.root, images.text, images.begin[at], images.end[at])
+        return Split(images, self.labels[index], self.source, None if lines is None else lines[at])
 
 
 @dataclasses.dataclass
@@ -47,12 +87,26 @@ class LongTailed:
     image_size: int = 0
     bad_images: int = 0
     """Images left out while small images were read; Session counts those that it meets later."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What the user should know about the files."""
 
     def splits(self) -> Iterator[tuple[str, Split]]:
         """The name and content of each split that there is."""
         for name in ("train", "val", "test"):
             if (split := getattr(self, name)) is not None:
                 yield name, split
+
+    def summary(self) -> str:
+        """The number of classes, and the sizes and a digest of the splits, by which --resume sees
+        that the data set is another one."""
+        sizes, digest = [], hashlib.blake2b(digest_size=8)
+        for name, split in self.splits():
+            in_memory = isinstance(split.images, Tensor)
+            sizes.append(f"{len(split)} images of {name}")
+            for part in [split.images.contiguous().numpy()] if in_memory else split.images.names():
+                digest.update(part)
+            digest.update(split.labels.numpy())
+        return f"{self.num_classes} classes, {', '.join(sizes)}, digest {digest.hexdigest()}"
 
 
 def exponential_profile(largest: int, imbalance: float, num_classes: int) -> list[int]:

@@ -22,6 +22,7 @@ def build_net(session: Session) -> nn.Module:
     config, images = session.config, session.data.train.images
     channels = images.shape[1] if isinstance(images, Tensor) else 3
     net = make_net(config.net, channels, config.pretrained).to(session.device)
+    check_net(net, config.net, channels, session.data.image_size)
     if config.sync_bn:
         if session.device.type != "cuda":
             raise TrainError("--sync-bn: got CPU processes, wanted GPUs: PyTorch has none for CPUs")
@@ -31,6 +32,22 @@ def build_net(session: Session) -> nn.Module:
     if config.compile:
         net.compile()
     return net
+
+
+def check_net(net: nn.Module, name: str, channels: int, size: int) -> None:
+    """Refuses a net that cannot take images of that size, such as most vision transformers."""
+    try:
+        with torch.no_grad():
+            images = torch.zeros(1, channels, size, size, device=next(net.parameters()).device)
+            features = net.eval()(images)
+        if features.shape != (1, net.num_features):
+            raise ValueError(f"its output is {list(features.shape)}")
+    except Exception as error:  # each net of timm fails in a way of its own
+        raise TrainError(
+            f"--net: got {name} ({checkpoint.first_line(error)}), wanted a net that makes features "
+            f"of {size} x {size} pixels, or another --image-size"
+        ) from None
+    net.train()
 
 
 def check_session(session: Session) -> None:
@@ -53,7 +70,7 @@ def train(session: Session) -> dict[str, dict]:
     check_session(session)
     saved = None
     if config.resume:
-        saved = checkpoint.load(config.out, config, lambda text: session.say(f"warning: {text}"))
+        saved = checkpoint.load(config.out, session.identity(), session.warn)
         session.bad |= set(saved["bad_images"])
     results = saved["results"] if saved else {}
     torch.manual_seed(config.seed)
@@ -89,13 +106,14 @@ def train_stage2(
 ) -> dict:
     """Trains a new cosine head on the frozen backbone, on every class equally often."""
     config = session.config
-    before = checkpoint.fill(net, config.model or config.out / "stage1.pt", config.net)["weight"]
+    source = (config.model, "--model") if config.model else (config.out / "stage1.pt", "--resume")
+    before = checkpoint.fill(net, source[0], config.net, source[1])["weight"]
     net.requires_grad_(False)
     torch.manual_seed(seed_of(config.seed, 2))
     counts, tau, kappa = session.data.counts, config.stage2_prior, config.stage2_kappa
     prior = log_prior(counts, tau) if tau else None
-    config2 = dataclasses.replace(config, kappa=kappa)
-    head = make_head("tvmf" if kappa else "cosine", net.num_features, len(counts), config2, prior)
+    own = dataclasses.replace(config, kappa=kappa, cosine_margin=0.0, angular_margin=0.0)
+    head = make_head("tvmf" if kappa else "cosine", net.num_features, len(counts), own, prior)
     if config.bn == "shift":
         shift_statistics(session, net)
     cached = cache_features(session, net) if config.views else None

@@ -46,7 +46,7 @@ def numbers(split):
 
 def names(split, root):
     """The paths of a split's images, relative to `root`."""
-    return [os.path.relpath(image, root) for image in split.images]
+    return [os.path.relpath(split.images[i], root) for i in range(len(split))]
 
 
 def load(root, dataset="list", **options):

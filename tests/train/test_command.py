@@ -177,7 +177,7 @@ def test_two_runs_in_one_directory_are_refused(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "size, flags, net",
-    [(64, [], "convnet"), (65, [], "resnet10"), (8, ["--net", "resnet50"], "resnet50")],
+    [(64, [], "gridnet"), (65, [], "resnet10"), (8, ["--net", "resnet50"], "resnet50")],
 )
 def test_image_size_decides_on_the_net(tmp_path, monkeypatch, size, flags, net):
     class Chosen(Exception):

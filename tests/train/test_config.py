@@ -45,11 +45,18 @@ def test_recipes_have_the_numbers_of_the_paper(name):
     config = load_recipe(name)
     assert config.dataset == name
     own = name in ("list", "folder")
-    batch = 0 if own else 256
-    assert (config.batch_size, config.lr, config.weight_decay) == (batch, 0.2, 1e-4)
+    assert (config.lr, config.weight_decay) == (0.2, 1e-4)
     assert (config.epochs, config.stage2_epochs) == (90, 30)
-    assert (config.head, config.kappa, config.bn, config.select) == ("tvmf", 16, "batch", "auto")
-    assert config.scale_start == pytest.approx(1 + math.log(2)) and config.scale_lr == 1
+    assert (config.head, config.kappa, config.select) == ("tvmf", 16, "auto")
+    assert (config.scale_lr, config.prior, config.stage2_kappa) == (1, 0, 0)
+    stage2 = (config.bn, config.sampling, config.stage2_start, config.stage2_prior)
+    if own:
+        assert (config.batch_size, config.scale_start, config.stage2_lr) == (0, 10, 0.05)
+        assert stage2 == ("frozen", "images", "stage1", 1)
+    else:
+        assert (config.batch_size, config.stage2_lr) == (256, 0)
+        assert config.scale_start == pytest.approx(1 + math.log(2))
+        assert stage2 == ("batch", "classes", "fresh", 0)
     net, augment = IMAGE_FILES.get(name, ("convnet", "small"))
     if own:
         net, augment = "auto", "auto"
@@ -91,7 +98,7 @@ def test_the_papers_heads():
         ("lr = 0", r"lr: got 0, .*greater than 0"),
         ("lr = nan", r"lr: got nan, .*finite"),
         ("epochs = 5.5", r"epochs: got 5\.5, .*valid integer"),
-        ("net = 'resnet'", r"net: got 'resnet', .*convnet\|resnet10\|resnet50\|timm"),
+        ("net = 'resnet'", r"net: got 'resnet', .*convnet\|gridnet\|resnet10\|resnet50\|timm"),
         ("head = 'arcface'", r"head: got 'arcface', .*'softmax', 'cosine' or 'tvmf'"),
         ("dataset = 'mnist'", r"dataset: got 'mnist', .*'mnist-lt'"),
         ("label_noise = 1.5", r"label_noise: got 1\.5, .*less than or equal to 1"),
@@ -176,19 +183,20 @@ def test_identity_is_what_decides_the_result():
     [(6_151, 15, 32), (6_151, 60, 128), (6_151, 90, 256), (50, 1, 16), (437_513, 90, 256)],
 )
 def test_batch_of_zero_follows_from_the_number_of_images(images, epochs, batch):
-    config = settle(Config(batch_size=0, epochs=epochs), images, 100, small=True)
+    config = settle(Config(batch_size=0, epochs=epochs), images, 100, 3, small=True)
     assert config.batch_size == batch
-    given = settle(Config(batch_size=64, epochs=epochs), images, 100, small=True)
+    given = settle(Config(batch_size=64, epochs=epochs), images, 100, 3, small=True)
     assert given.batch_size == 64
 
 
 @pytest.mark.parametrize("evaluated, every", [(100, 1), (600, 1), (1000, 2), (6000, 10)])
 def test_evaluation_costs_at_most_a_fifth(evaluated, every):
-    assert settle(Config(), 1000, evaluated, small=True).eval_every == every
-    assert settle(Config(eval_every=7), 1000, evaluated, small=True).eval_every == 7
+    assert settle(Config(), 1000, evaluated, 3, small=True).eval_every == every
+    assert settle(Config(eval_every=7), 1000, evaluated, 3, small=True).eval_every == 7
 
 
-def test_net_follows_from_the_size_of_the_images():
-    assert settle(Config(), 10, 10, small=True).net == "gridnet"
-    assert settle(Config(), 10, 10, small=False).net == "resnet10"
-    assert settle(Config(net="resnet50"), 10, 10, small=True).net == "resnet50"
+def test_net_follows_from_the_images():
+    assert settle(Config(), 100, 10, 10, small=True).net == "convnet"
+    assert settle(Config(), 99, 10, 10, small=True).net == "gridnet"  # fewer than 10 a class
+    assert settle(Config(), 99, 10, 10, small=False).net == "resnet10"
+    assert settle(Config(net="resnet50"), 10, 10, 10, small=True).net == "resnet50"

@@ -1,6 +1,7 @@
 """The steps for every data set: checks of its files, transforms by size, images in memory."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -52,10 +53,20 @@ def test_image_in_two_splits_is_named_with_both_lines(tmp_path, other):
         load(tmp_path)
 
 
-def test_image_twice_in_one_split_is_allowed(tmp_path):
+@pytest.mark.parametrize("again", ["train/1.png", "train/../train//1.png"])
+def test_image_twice_in_one_split_is_told(tmp_path, again):
     write_lists(tmp_path, train=[0, 1], test=[0])
-    append(tmp_path / "train.txt", "train/1.png 1")
-    assert numbers(load(tmp_path).train) == [0, 1, 1]
+    assert load(tmp_path).notes == []
+    append(tmp_path / "train.txt", f"{again} 1")
+    data = load(tmp_path)
+    assert numbers(data.train) == [0, 1, 1]
+    assert re.match(r"1 images .* once, such as .*train/1\.png \(.*train\.txt:3\)", data.notes[0])
+    append(tmp_path / "train.txt", f"{again} 0")
+    wanted = (
+        r"txt:4: got .*1\.png for train, class 0, which .*:[23] names for train, class 1; wanted"
+    )
+    with pytest.raises(TrainError, match=wanted):
+        load(tmp_path)
 
 
 def test_published_sets_are_held_to_their_counts(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from tests.train.runs import (
     train_both,
 )
 from train import checkpoint, command, fit, stages
-from train.batches import channel_statistics
+from train.augment import channel_statistics
 from train.config import TrainError
 from train.fit import Fit
 from train.model import Classifier, head_of_state

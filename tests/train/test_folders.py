@@ -1,5 +1,7 @@
 """Data sets of folders, one for each class."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -87,3 +89,65 @@ def test_bad_folders_are_refused(tmp_path):
     write_tree(tmp_path / "new", train={"a": 2}, test={"a": 0})
     with pytest.raises(TrainError, match="got no image in test"):
         load(tmp_path / "new", "folder")
+
+
+def test_what_is_hidden_is_no_data(tmp_path):
+    write_tree(tmp_path, train={"a": 2, "b": 1}, test={"a": 1})
+    for name in (".a/0.png", "a/.thumbs/0.png", "a/._0.png", "a/deep/.x/0.png"):
+        png(tmp_path / "train" / name, 99)
+    data = load(tmp_path, "folder")
+    assert numbers(data.train) == [0, 1, 2] and data.num_classes == 2 and data.notes == []
+
+
+def test_links_are_followed_once(tmp_path):
+    write_tree(tmp_path / "data", train={"a": 2, "b": 1}, test={"a": 1})
+    png(tmp_path / "pool/c/x.png", 70)
+    train = tmp_path / "data/train"
+    png(tmp_path / "pool/own.png", 50)
+    for link, target in (
+        ("c", tmp_path / "pool/c"),  # a class of its own
+        ("a/out", tmp_path / "pool/own.png"),  # no image by its name
+        ("a/out.png", tmp_path / "pool/own.png"),
+        ("a/twice.png", tmp_path / "pool/own.png"),
+        ("a/loop", train),
+        ("b/up", tmp_path / "data"),
+        ("a/b", train / "b"),
+        ("b/again.png", train / "b/000.png"),
+        ("latest", train / "a"),
+    ):
+        (train / link).symlink_to(target)
+    data = load(tmp_path / "data", "folder")
+    labels = dict(zip(numbers(data.train), data.train.labels.tolist(), strict=True))
+    assert labels == {0: 0, 1: 0, 50: 0, 2: 1, 70: 2} and len(data.train) == 5
+    assert data.num_classes == 3 and len(data.test) == 1 and len(data.notes) == 1
+    (train / "b/out.png").symlink_to(tmp_path / "pool/own.png")
+    with pytest.raises(
+        TrainError, match=r"own\.png for train, class 1, .*names for train, class 0"
+    ):
+        load(tmp_path / "data", "folder")
+
+
+def test_files_that_are_no_images_by_their_names_are_counted(tmp_path):
+    write_tree(tmp_path, train={"a": 6}, test={"a": 1})
+    folder = tmp_path / "train/a"
+    for old, new in ((0, "0.gif"), (1, "1.avif"), (2, "2.jfif"), (3, "3"), (4, "4.xyz")):
+        (folder / f"00{old}.png").rename(folder / new)
+    data = load(tmp_path, "folder")
+    assert sorted(numbers(data.train)) == [0, 1, 2, 5]  # a name decides on what is read, not how
+    assert data.notes == [
+        f"2 files are no images by their names and left out, such as {folder / '3'}"
+    ]
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    write_tree(tmp_path, train={"a": 1}, test={"a": 1})
+    scandir = os.scandir
+
+    def forbidden(path):
+        if str(path).endswith("train/a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(TrainError, match=r"--data: got .*train/a \(Permission denied\), wanted"):
+        load(tmp_path, "folder")
