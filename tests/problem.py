@@ -257,6 +257,10 @@ def oracle(function, problem, upstream=None):
         d = 1 + kappa * (1 - unit_x @ unit_w.T)
         dphi = terms["linear_bias"]  # the bias is added to phi
         t = dphi * (1 + 2 * kappa) / d**2
+        of_cosine = dict(zip(outputs, upstream, strict=True)).get("cosine")
+        if of_cosine is not None:  # it does not pass through the bias
+            rows = (target != problem.get("ignore_index", -100)).nonzero()[:, 0]
+            t[rows, target[rows]] += of_cosine[rows].to(t)
         size = {
             "input": (t @ unit_w).norm(dim=1).maximum(t.norm(dim=1)),
             "linear_weight": (t.T @ unit_x).norm(dim=1).maximum(t.norm(dim=0)),

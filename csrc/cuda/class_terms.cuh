@@ -44,10 +44,42 @@ __device__ __forceinline__ int column_of(int64_t label, int64_t first_class, int
   return column >= 0 && column < classes ? int(column) : -1;
 }
 
+// The inverse of a row's norm, by the sum of squares of the row times `scale`.
 template <class T>
-__device__ __forceinline__ T rnorm_of(T squares) {
-  const T norm = sqrt(squares);
+__device__ __forceinline__ T rnorm_of(T squares, T scale = 1) {
+  const T norm = sqrt(squares) / scale;
   return 1 / (norm < T(kEps) ? T(kEps) : norm);
+}
+
+// float16 has a narrow range. Its products are made of unit rows: rows of x and of the weight times
+// the power of two that brings their norm to about 2^8. `unit_scale` is that power, by the inverse
+// of the row's norm, and `unit_rnorm` is the inverse of the unit row's norm. Small enough an
+// element to be rounded as a subnormal number is 2^-22 of its row or less.
+__device__ __forceinline__ float unit_scale(float rnorm) {
+  return bits_as<float>(bits_as<uint32_t>(rnorm) & 0x7f800000) * 256.0f;
+}
+__device__ __forceinline__ float unit_rnorm(float rnorm) {
+  return bits_as<float>((bits_as<uint32_t>(rnorm) & 0x807fffff) | 0x3b800000);
+}
+
+// The same for the kinds of product that need no unit rows as well.
+template <Math kMath, class T>
+__device__ __forceinline__ T inner_rnorm(T rnorm) {
+  if constexpr (kMath == Math::kF16)
+    return unit_rnorm(rnorm);
+  else
+    return rnorm;
+}
+// Whether the cosines are made of unit rows of the weight: where float32 is rounded to float16.
+// Then prepare_rows makes their norms.
+template <Math kMath, class W>
+constexpr bool kUnitWeights = kMath == Math::kF16 && sizeof(W) == 4;
+template <Math kMath, class W, class T>
+__device__ __forceinline__ T operand_rnorm(T rnorm) {
+  if constexpr (kUnitWeights<kMath, W>)
+    return unit_rnorm(rnorm);
+  else
+    return rnorm;
 }
 
 // The logarithm of a sum of exponentials. On Hopper they are relative to the target's logit, so

@@ -27,7 +27,8 @@ struct PartialStatistics {
 template <class T>
 struct alignas(16) GradientRow {
   T rnorm;
-  T scaled_rnorm;  // rnorm * loss scale, the factor of the row's gradient tile
+  T scaled_rnorm;  // rnorm, in float16 that of the unit row, times the loss scale: the factor of
+                   // the row's gradient tile
   T max;
   T others;  // dL/dothers / sum_exp
   T sum;     // dL/dsum
@@ -49,6 +50,13 @@ struct GradientRows {
   TargetGradient<T>* targets;  // [N]
   T* loss_scale;               // [2]  a power of two that keeps float16 in range, and its inverse
   double* scale_rest;          // []  what GradientSums::totals lacks of the scale's gradient
+};
+
+// Copies of rows of x or of the weight, in the features' dtype, whose norm is about 2^8. They are
+// the operands of float16 products with the gradient.
+struct UnitRows {
+  void* data;      // [rows, stride], null where the given rows are the operands
+  int64_t stride;  // their elements, rounded up to 8
 };
 
 // The run of classes that one launch of the backward pass works on.

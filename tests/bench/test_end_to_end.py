@@ -29,13 +29,13 @@ class KnownClock:
 def test_end_to_end_trains_both_heads_alike(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(end_to_end, "CASES", {"small": ("convnet", 300, 4, 4)})
     monkeypatch.setattr(end_to_end, "Clock", KnownClock)
-    calls, function = [], reference.tvmf_cross_entropy
+    calls, function = [], reference.tvmf_logits
 
     def counted(*args, **kwargs):
         calls.append(1)
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(reference, "tvmf_cross_entropy", counted)
+    monkeypatch.setattr(reference, "tvmf_logits", counted)
     path = tmp_path / "steps.json"
     end_to_end.main(["--quick", "--json", str(path)])
     (case,) = json.loads(path.read_text())["cases"]

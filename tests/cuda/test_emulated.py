@@ -68,8 +68,9 @@ def test_latency_path(mix, kept):
     problem, how = make(140, 200, 72, mix, **OPTIONS)
     plan = check(problem, statistics=True, kept=kept, **how)["plan"]
     assert plan["latency"] and plan["chunks"] == 1
-    assert plan["forward_launches"] == 3 and plan["backward_launches"] == 4
-    assert len(simt.load().reports()) == 7
+    unit_rows = mix.startswith("fp16")  # the launch that copies the weights
+    assert plan["forward_launches"] == 3 and plan["backward_launches"] == 4 + unit_rows
+    assert len(simt.load().reports()) == 7 + unit_rows
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -107,6 +108,83 @@ def test_any_strides(mix, path):
     problem["linear_weight"] = padded[:, 1:25]
     problem["target"] = torch.stack([problem["target"]] * 2, 1)[:, 0]
     check(problem, **path, **how)
+
+
+PATHS = pytest.mark.parametrize("path", [{}, CHUNKED], ids=["latency", "throughput"])
+
+
+def powers_of_two(rows, most):
+    return 2.0 ** torch.linspace(-most, most, rows).round()[:, None]
+
+
+def check_powers_of_two(mix, path):
+    """A row of the weight or of x times a power of two has the same loss to the bit, and its
+    gradient is the same divided by that power."""
+    problem, how = make(70, 90, 24, mix, scale=16.0)
+    half = {name: problem[name].dtype == F16 for name in ("input", "linear_weight")}
+    upstream = {"loss": torch.ones((), dtype=problems.compute_dtype(problem["input"].dtype))}
+    loss, gradients, _ = simt.step(problem, upstream, **path, **how)
+    for name in half:
+        by = powers_of_two(len(problem[name]), 3 if half[name] else 26).to(problem[name].dtype)
+        scaled, of_scaled, _ = simt.step(
+            problem | {name: problem[name] * by}, upstream, **path, **how
+        )
+        assert torch.equal(scaled["loss"], loss["loss"])
+        for other in half:
+            gradient = of_scaled[other] * (by if other == name else 1)
+            if half[other]:  # a gradient in float16 can be subnormal
+                torch.testing.assert_close(gradient, gradients[other], rtol=0.01, atol=2e-6)
+            else:
+                assert torch.equal(gradient, gradients[other])
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@PATHS
+def test_powers_of_two_change_no_bit(mix, path):
+    check_powers_of_two(mix, path)
+
+
+def largest_errors(problem, loss=1.0, **path):
+    """The largest error of a row's gradient relative to the size of its terms, for x and weight."""
+    upstream = torch.tensor(loss)
+    _, gradients, _ = simt.step(problem, {"loss": upstream}, **path)
+    _, exact, size = problems.oracle(
+        tvmf_ext.tvmf_cross_entropy, problem, upstream=[upstream.double()]
+    )
+    return [
+        problems.error(gradients[name], exact[name], size[name], rows=True)
+        for name in ("input", "linear_weight")
+    ]
+
+
+def check_ranges_of_float16(make_problem, path):
+    """A problem that leaves float16's range has the error of one that does not."""
+    most = 2.5 * torch.finfo(F16).eps
+
+    def check(problem, names=2, **options):
+        for error in largest_errors(problem, **options, **path)[-names:]:
+            assert error < most
+
+    problem = make_problem(40, 100, 32, scale=16.0)
+    for row in (7, problem["target"][3]):
+        problem["linear_weight"][row] *= 1e8
+        problem["linear_weight"][row + 1] *= 1e-8
+    check(problem)
+    problem = make_problem(256, 100, 32, scale=16.0)
+    problem["input"][5] = 0
+    problem["input"][5, 3] = 6e-8  # its own gradient is beyond float16
+    check(problem, names=1)
+    # The upstream gradient brings that of x into float16's normal numbers.
+    check(make_problem(40, 1000, 64, scale=16.0, kappa=1e4), loss=1e4)
+    check(make_problem(8, 20_000, 32, scale=16.0, kappa=1e4), loss=1e4)
+    check(make_problem(40, 1000, 64, scale=16.0, kappa=1e6), loss=1e6, names=1)
+    for loss in (1e-30, 1e30):
+        check(make_problem(40, 100, 32, scale=16.0), loss=loss, names=1)
+
+
+@PATHS
+def test_ranges_of_float16(path):
+    check_ranges_of_float16(lambda *shape, **how: make(*shape, "fp16-fp32", **how)[0], path)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])

@@ -11,7 +11,15 @@ import torch
 import tvmf_ext
 from tests import problem as problems
 from tests import simt
-from tests.cuda.test_emulated import OPTIONS, check, checks, make, module  # noqa: F401
+from tests.cuda.test_emulated import (  # noqa: F401
+    OPTIONS,
+    check,
+    check_powers_of_two,
+    check_ranges_of_float16,
+    checks,
+    make,
+    module,
+)
 from tests.test_loss import MARGINS, with_margins
 
 MIXES = ("bf16-fp32", "fp16-fp32")
@@ -44,6 +52,17 @@ def test_statistics_of_ragged_tiles(few, path, mix):
     assert (plan["chunks"] > 1) == ("l2" in path)
     launches = len(simt.load().reports())
     assert launches == plan["forward_launches"] + plan["backward_launches"]
+
+
+@OF_EACH_DTYPE
+@PATHS
+def test_powers_of_two_change_no_bit(path, mix):
+    check_powers_of_two(mix, path)
+
+
+@PATHS
+def test_ranges_of_float16(path):
+    check_ranges_of_float16(lambda *shape, **how: hopper(*shape, "fp16-fp32", **how), path)
 
 
 @PATHS

@@ -90,7 +90,10 @@ def test_launches_traffic_and_tiles_add_up(problem):
     variant = result.variant
     hopper = isinstance(variant, Sm90Plan)
     latency = not hopper and variant.latency
-    assert result.backward_launches == (4 if latency else 2 + 3 * variant.chunks)
+    launches = 4 if latency else 2 + 3 * variant.chunks
+    if not hopper and options["dtype"] == torch.float16:
+        launches += variant.chunks  # each copies a chunk's weights as unit rows
+    assert result.backward_launches == launches
     if not hopper:
         assert variant.row_tiles * variant.tile >= N > (variant.row_tiles - 1) * variant.tile
         classes = variant.class_splits * variant.tiles_per_split * variant.tile
@@ -245,6 +248,7 @@ def test_the_default_device_is_one_that_is_here():
         ((4, -5, 6), {}, ValueError, "C must be at least 1, got -5"),
         ((2**30, 2**30, 6), {}, ValueError, "N x C, .* must be at most 2\\^53, got"),
         ((4, 10**20, 6), {}, ValueError, "must be at most 2\\^53, got"),
+        ((2**31 - 1, 5, 6), {"device": "H200"}, ValueError, "N must be at most 2147483391 on CUDA"),
         ((4, 5, 6.0), {}, TypeError, "D must be an int, got float"),
         ((4, 5, 6), {"dtype": torch.int64}, ValueError, "dtype must be .* got torch.int64"),
         (

@@ -1,4 +1,4 @@
-// Access to a GradientRow, and the treatment of rows and classes of zeros in both directions.
+// Access to a GradientRow, and the factors of gradients outside their products.
 #pragma once
 
 #include "cuda/class_terms.cuh"
@@ -17,18 +17,11 @@ __device__ __forceinline__ void store_parts(Row* to, const Row& row) {
     reinterpret_cast<Bytes16*>(to)[i] = parts.part[i];
 }
 
-// A row or class of zeros has an rnorm of 1e12, which float16 cannot hold. Its elements are 0, so
-// any factor will do inside the products, and the true one is applied to their sums.
-template <class T>
-__device__ __forceinline__ T inner_rnorm(T rnorm, bool float16) {
-  return float16 && rnorm > T(0.5 / kEps) ? T(1) : rnorm;
-}
-
-// The factor of the sums of a gradient's products: the inverse of the loss scale, and the rnorm
-// where inner_rnorm left it out of the products.
+// The factor of the sums of a gradient's products: the inverse of the loss scale, and in float16
+// the scale of the unit row.
 template <class T>
 __device__ __forceinline__ T outer_factor(T inv_loss_scale, T rnorm, bool float16) {
-  return inv_loss_scale * (inner_rnorm(rnorm, float16) == rnorm ? T(1) : rnorm);
+  return float16 ? inv_loss_scale * T(unit_scale(float(rnorm))) : inv_loss_scale;
 }
 
 // The factor of the projection, which a row or class of zeros does not have.

@@ -87,13 +87,14 @@ struct BackwardPass {
         with_sum(problem.with_sum),
         float16(problem.x == DType::kFloat16) {}
 
-  cudaError_t prepare(const ArrangedRows& arranged) const {
+  cudaError_t prepare(const ArrangedRows& arranged, const UnitRows& unit_x) const {
     return launch_prepare_gradient<T>({.head = call.head,
                                        .options = call.options,
                                        .upstream = call.upstream,
                                        .saved = saved,
                                        .gradient = rows,
                                        .arranged = arranged,
+                                       .unit_x = unit_x,
                                        .with_sum = with_sum,
                                        .float16 = float16},
                                       call.stream);

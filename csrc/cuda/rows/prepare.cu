@@ -6,20 +6,70 @@ namespace {
 
 constexpr int kThreads = 128, kLoads = 4;
 
-// Each of the first N blocks has a row: it makes the row's norm, its product with its target's
-// weight, and the target's score and logit. The blocks beyond arrange the features. Latency bounds
-// this kernel, so the loads of a row of up to 2048 features are in flight at once. The launch
-// bounds say that seven blocks share a multiprocessor, which leaves enough registers for this;
-// otherwise the compiler moves each load to its use.
+// The sum of f over a line's elements, for all lanes of the warp.
+template <class F>
+__device__ __forceinline__ float line_sum(const Operand<float>& matrix, int64_t line, const F& f) {
+  const float* from = matrix.data + line * matrix.line_stride;
+  const int lane = threadIdx.x % kWarp;
+  float sum = 0;
+  if (matrix.vectors && matrix.elements % 4 == 0) {
+    struct alignas(16) Four {
+      float v[4];
+    };
+#pragma unroll 4
+    for (int64_t d = lane * 4; d < matrix.elements; d += 4 * kWarp) {
+      const Four four = load_as<Four>(from + d);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum += f(four.v[i]);
+    }
+  } else {
+    for (int64_t d = lane; d < matrix.elements; d += kWarp)
+      sum += f(from[d * matrix.element_stride]);
+  }
+  return warp_sum(sum);
+}
+__device__ __forceinline__ float scale_of_line(const Operand<float>& matrix, int64_t line) {
+  return unit_scale(rnorm_of(line_sum(matrix, line, [](float v) { return v * v; })));
+}
+
+// A warp makes the norm of a class's weights, rounded to float16 as the products round them.
+__device__ __forceinline__ void prepare_class(const PrepareParams<float>& p, int64_t c) {
+  if (c >= p.head.C) return;
+  const auto weight = Operand<float>::of(p.head.weight, p.head.C, p.head.D);
+  const float scale = scale_of_line(weight, c);
+  const float squares = line_sum(weight, c, [&](float v) {
+    const float rounded = as_operand<Math::kF16>(v * scale);
+    return rounded * rounded;
+  });
+  if (threadIdx.x % kWarp == 0) p.saved.weight_rnorm[c] = rnorm_of(squares, scale);
+}
+
+// The blocks that make the norms of the classes.
 template <Math kMath, class W>
-__global__ void __launch_bounds__(kThreads, 7)
+TVMF_HOST_DEVICE int64_t class_blocks(int64_t C) {
+  return kUnitWeights<kMath, W> ? ceil_div(C, kThreads / kWarp) : 0;
+}
+
+// Each of the first N blocks has a row: it makes the row's norm, its product with its target's
+// weight, and the target's score and logit. The blocks beyond make the norms of the classes, where
+// the products need them before they start, and arrange the features. Latency bounds this kernel,
+// so the loads of a row of up to 2048 features are in flight at once. The launch bounds say that
+// six blocks share a multiprocessor, which leaves enough registers for this; otherwise the
+// compiler moves each load to its use.
+template <Math kMath, class W>
+__global__ void __launch_bounds__(kThreads, 6)
     prepare_rows(const __grid_constant__ PrepareParams<typename MathTraits<kMath>::Acc> p) {
   using X = typename MathTraits<kMath>::X;
   using T = typename MathTraits<kMath>::Acc;
   const CudaHead& head = p.head;
   const int64_t n = blockIdx.x;
   if (n >= head.N) {
-    sm90::arrange(head, p.arranged, (n - head.N) * kThreads + threadIdx.x);
+    const int64_t block = n - head.N, arranging = block - class_blocks<kMath, W>(head.C);
+    if (arranging >= 0) {
+      sm90::arrange(head, p.arranged, arranging * kThreads + threadIdx.x);
+    } else if constexpr (kUnitWeights<kMath, W>) {
+      prepare_class(p, (block * kThreads + threadIdx.x) / kWarp);
+    }
     return;
   }
   const auto x = Operand<X>::of(head.x, head.N, head.D);
@@ -30,7 +80,10 @@ __global__ void __launch_bounds__(kThreads, 7)
   const TargetTerms terms = valid ? target_terms<T>(head, y) : TargetTerms{};
   const X* x_line = x.data + n * x.line_stride;
   const W* w_line = weight.data + (valid ? y : 0) * weight.line_stride;
-  T sums[3] = {};  // |x|^2, |w|^2, <x, w>
+  T w_scale = 1;
+  if constexpr (kUnitWeights<kMath, W>)
+    if (valid) w_scale = scale_of_line(weight, y);
+  T sums[3] = {};  // |x|^2, |w|^2, <x, w>, of w times w_scale
   const auto add_runs = [&](auto run) {
     constexpr int kRun = decltype(run)::value;
     struct XRun {
@@ -55,7 +108,9 @@ __global__ void __launch_bounds__(kThreads, 7)
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
           const T xi = as_operand<kMath>(to_number<T>(xs[load].element[i]));
-          const T wi = as_operand<kMath>(to_number<T>(ws[load].element[i]));
+          T wi = to_number<T>(ws[load].element[i]);
+          if constexpr (kUnitWeights<kMath, W>) wi *= w_scale;
+          wi = as_operand<kMath>(wi);
           sums[0] = fma(xi, xi, sums[0]);
           sums[1] = fma(wi, wi, sums[1]);
           sums[2] = fma(xi, wi, sums[2]);
@@ -77,11 +132,12 @@ __global__ void __launch_bounds__(kThreads, 7)
   T score = 0;
   double cosine = 0, logit = 0;
   if (valid) {
-    cosine = clamp_cosine(product * rnorm_of(x_squares) * rnorm_of(w_squares));
+    const double w_rnorm = rnorm_of(w_squares, double(w_scale)) / w_scale;
+    cosine = clamp_cosine(product * rnorm_of(x_squares) * w_rnorm);
     logit = target_logit(cosine, terms).value;
     // As the tiles compute the score of a class, so that equal classes tie.
-    score = similarity(cosine_of(T(product), x_rnorm, rnorm_of(T(w_squares))), T(terms.kappa)) +
-            T(terms.bias);
+    const T rnorm = operand_rnorm<kMath, W>(rnorm_of(T(w_squares), w_scale));
+    score = similarity(cosine_of(T(product), x_rnorm, rnorm), T(terms.kappa)) + T(terms.bias);
   }
   if (head.target_score.data) {
     score = value_at<T>(head.target_score, n);
@@ -103,8 +159,10 @@ template <class T>
 cudaError_t launch_prepare(const PrepareParams<T>& p, Math math, cudaStream_t stream) {
   return with_math_of<T>(math, p.head.weight.dtype, [&](auto kind, auto weight) {
     constexpr Math kMath = decltype(kind)::value;
-    const int64_t blocks = p.head.N + ceil_div(p.arranged.items(), kThreads);
-    return launch_kernel(prepare_rows<kMath, decltype(weight)>, dim3(unsigned(blocks)), kThreads,
+    using W = decltype(weight);
+    const int64_t blocks =
+        p.head.N + class_blocks<kMath, W>(p.head.C) + ceil_div(p.arranged.items(), kThreads);
+    return launch_kernel(prepare_rows<kMath, W>, dim3(unsigned(blocks)), kThreads,
                          3 * kThreads / kWarp * 8, stream, p);
   });
 }

@@ -1,22 +1,48 @@
 #include "cuda/rows/gradient_row.cuh"
 #include "cuda/rows/rows.cuh"
+#include "cuda/rows/unit_rows.cuh"
 
 namespace tvmf::rows {
 namespace {
 
 constexpr int kThreads = 512;
 
+// A bound on the slope of phi over the classes of a row:
+//   dphi/dc = (1 + kappa (1 + phi))^2 / (1 + 2 kappa)
+// As a function of kappa it is largest at the smallest or the largest kappa of a class.
+struct SteepestPhi {
+  double smallest_kappa, largest_kappa;
+  double offset;  // the logit of a class is at least scale phi - offset
+
+  // Of a row none of whose logits is above `max`. The slope rises with phi where kappa is positive.
+  __device__ __forceinline__ double of(double max, double scale) const {
+    const double most = scale > 0 ? (max + offset) / scale : 1.0;
+    const double phi = most > -1 && most < 1 ? most : most < 0 ? -1.0 : 1.0;
+    const auto slope = [&](double kappa) {
+      const double rise = 1 + (kappa > 0 ? kappa * (1 + phi) : 0);
+      return rise * rise / (1 + 2 * kappa);
+    };
+    return larger(slope(smallest_kappa), slope(largest_kappa));
+  }
+};
+
 // The first block makes dL/dothers, dL/dsum and the target's gradient of every row, and the loss
-// scale of float16 gradient tiles; the blocks beyond arrange the features. Latency bounds this
-// kernel: the loads of a row's terms are in flight while the block makes sums over all rows and
-// classes.
+// scale of float16 gradient tiles; the blocks beyond arrange or copy the features. Latency bounds
+// this kernel: the loads of a row's terms are in flight while the block makes sums over all rows
+// and classes.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     prepare_gradient(const __grid_constant__ PrepareGradientParams<T> p) {
   double* smem = static_cast<double*>(shared_memory());
   const CudaHead& head = p.head;
   if (blockIdx.x > 0) {
-    sm90::arrange(head, p.arranged, int64_t(blockIdx.x - 1) * kThreads + threadIdx.x);
+    const int64_t i = int64_t(blockIdx.x - 1) * kThreads + threadIdx.x;
+    if constexpr (sizeof(T) == 4) {
+      if (p.unit_x.data)
+        copy_unit_row(Operand<f16>::of(head.x, head.N, head.D), p.saved.x_rnorm, p.unit_x, i);
+      else
+        sm90::arrange(head, p.arranged, i);
+    }
     return;
   }
   const bool of_loss = p.upstream.loss.data, mean = p.options.reduction == Reduction::kMean;
@@ -55,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Terms next = terms_of(threadIdx.x);
 
   double sums[2] = {};    // class weights summed over the rows' labels, and over the classes
-  double maxima[3] = {};  // of the class weights, of phi', and of the classes' 1 / norm
+  double maxima[5] = {};  // of the class weights, and of what bounds phi' (SteepestPhi)
   if (of_loss && mean) {
     for (int64_t n = threadIdx.x; n < head.N; n += kThreads) {
       const int64_t label = label_of(head, n);
@@ -69,18 +95,25 @@ __global__ void __launch_bounds__(kThreads, 1)
       maxima[0] = larger(omega, maxima[0]);
     });
   }
+  const T scale = Scale<T>::of(head).value;
   if (p.float16) {
     const auto note_kappa = [&](double kappa) {
-      maxima[1] = larger(kappa > 0 ? 1 + 2 * kappa : 1 / (1 + 2 * kappa), maxima[1]);
+      maxima[1] = larger(1 + 2 * kappa, maxima[1]);
+      maxima[2] = larger(1 / (1 + 2 * kappa), maxima[2]);
     };
-    if (head.kappa.data && head.kappa.stride != 0)
-      for_values<T>(head.kappa, head.C, note_kappa);
-    else
-      note_kappa(value_at<T>(head.kappa, 0));
-    const VectorRef rnorms{p.saved.weight_rnorm, DType::kFloat32, 1, 0};
-    for_values<T>(rnorms, head.C, [&](T rnorm) {
-      maxima[2] = larger(double(inner_rnorm(rnorm, true)), maxima[2]);
-    });
+    const auto note_bias = [&](double bias) { maxima[3] = larger(-bias, maxima[3]); };
+    const auto note_prior = [&](double prior) {
+      if (prior > -1e30) maxima[4] = larger(-prior, maxima[4]);
+    };
+    const auto over_classes = [&](const VectorRef& vector, const auto& note) {
+      if (vector.data && vector.stride != 0)
+        for_values<T>(vector, head.C, note);
+      else
+        note(value_at<T>(vector, 0));
+    };
+    over_classes(head.kappa, note_kappa);
+    over_classes(head.bias, note_bias);
+    over_classes(head.prior, note_prior);
   }
   if ((of_loss && mean) || (p.with_sum && weighted)) block_sums(sums, smem);
   if ((p.with_sum && weighted) || p.float16) block_maxima(maxima, smem);
@@ -88,8 +121,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const double omega_sum = weighted ? sums[1] : head.class_weight.value * double(head.C);
   const double omega_max = weighted ? maxima[0] : head.class_weight.value;
 
-  // The largest dlogit/dcosine of any class.
-  const double steepest = maxima[1] * double(Scale<T>::of(head).value);
+  const SteepestPhi steepest{(1 / maxima[2] - 1) / 2, (maxima[1] - 1) / 2,
+                             fabs(double(scale)) * maxima[3] + maxima[4]};
   double largest[1] = {}, rest = 0;
   for (int64_t n = threadIdx.x; n < head.N; n += kThreads) {
     const Terms terms = next;
@@ -120,13 +153,18 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (none) a = 0;
       rest += (double(a) + double(s) * (omega_sum - omega)) * double(terms.max);
     }
-    const T inner = inner_rnorm(terms.rnorm, p.float16);
+    T inner = terms.rnorm;
+    if constexpr (sizeof(T) == 4)
+      if (p.float16) inner = unit_rnorm(inner);
     const T others = none ? T(0) : a / terms.sum_exp;
     store_parts(p.gradient.rows + n,
                 GradientRow<T>{terms.rnorm, inner, terms.max, others, s, terms.label});
     store_parts(p.gradient.targets + n, target);
-    const double bound = (fabs(double(a)) + fabs(double(s)) * omega_max) * steepest;
-    largest[0] = larger(larger(bound, fabs(double(target.by_cosine))) * double(inner), largest[0]);
+    if (!p.float16) continue;
+    // No logit is above the maximum, with which the slope of phi rises.
+    const double g = fabs(double(others)) + fabs(double(s)) * omega_max;
+    const double bound = g * fabs(double(scale)) * steepest.of(terms.max, double(scale));
+    largest[0] = larger(larger(bound, fabs(double(target.by_cosine))), largest[0]);
   }
   double rests[1] = {rest};
   block_sums(rests, smem);
@@ -136,10 +174,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
-  // The loss scale brings the bound |t r q| <= largest * max q to 2^12; float16 reaches 2^16.
+  // The loss scale brings the bound on |t| times the rnorms of two unit rows, each below 2^-7, to
+  // 2^13; float16 reaches 2^16. A gradient that is not finite stays so.
   block_maxima(largest, smem);
-  const double bound = largest[0] * maxima[2];
-  const int exponent = bound > 1e-30 && bound < 1e30 ? 12 - ilogb(bound) : 0;
+  const int wanted = largest[0] > 0 && largest[0] < infinity<double>() ? 26 - ilogb(largest[0]) : 0;
+  const int exponent = wanted > 126 ? 126 : wanted < -126 ? -126 : wanted;
   const T loss_scale = T(exp2(double(exponent)));
   if (threadIdx.x == 0)
     p.gradient.loss_scale[0] = loss_scale, p.gradient.loss_scale[1] = 1 / loss_scale;
@@ -151,9 +190,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class T>
 cudaError_t launch_prepare_gradient(const PrepareGradientParams<T>& p, cudaStream_t stream) {
-  const int64_t blocks = 1 + ceil_div(p.arranged.items(), kThreads);
+  const int64_t items = p.unit_x.data ? unit_items(p.unit_x, p.head.N) : p.arranged.items();
+  const int64_t blocks = 1 + ceil_div(items, kThreads);
   return launch_kernel(prepare_gradient<T>, dim3(unsigned(blocks)), kThreads,
-                       3 * kThreads / kWarp * 8, stream, p);
+                       5 * kThreads / kWarp * 8, stream, p);
 }
 template cudaError_t launch_prepare_gradient(const PrepareGradientParams<float>&, cudaStream_t);
 template cudaError_t launch_prepare_gradient(const PrepareGradientParams<double>&, cudaStream_t);

@@ -13,7 +13,8 @@ using sm90::ArrangedRows;
 template <class T>
 struct PrepareParams {
   CudaHead head;
-  Saved<T> saved;         // writes x_rnorm, target_cosine and target_logit
+  Saved<T> saved;         // writes x_rnorm, target_cosine and target_logit, and weight_rnorm where
+                          // float32 weights are rounded to float16
   RowTargets<T> targets;  // writes both
   ArrangedRows arranged;  // writes it, where it is not null
 };
@@ -46,6 +47,7 @@ struct PrepareGradientParams {
   Saved<const T> saved;
   GradientRows<T> gradient;  // writes it
   ArrangedRows arranged;     // writes it, where it is not null
+  UnitRows unit_x;           // writes them, where they are not null
   bool with_sum;
   bool float16;  // whether gradient tiles are float16, so that they need a loss scale
 };
@@ -70,5 +72,15 @@ struct FinishGradientParams {
 // Adds up the partial gradients of the features in order and projects them; finishes the scalars.
 template <class T>
 cudaError_t launch_finish_gradient(const FinishGradientParams<T>& p, cudaStream_t stream);
+
+struct UnitRowsParams {
+  MatrixRef from;      // [lines, elements]  float16, or float32 to be rounded to it
+  const float* rnorm;  // [lines]
+  UnitRows to;         // writes it
+  int64_t lines, elements;
+};
+
+// Copies rows as unit rows.
+cudaError_t launch_unit_rows(const UnitRowsParams& p, cudaStream_t stream);
 
 }  // namespace tvmf::rows

@@ -156,7 +156,7 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
         for (int e = 0; e < 2; ++e) {
           const int c = col + e;
           const T rnorm = tail.classes.rnorm[c];
-          T cosine = cosine_of(acc[i][j][half + e], row.rnorm, rnorm);
+          T cosine = cosine_of(acc[i][j][half + e], row.rnorm, operand_rnorm<K::kMath, W>(rnorm));
           const auto s = similarity_with_gradient(cosine, tail.classes.kappa[c]);
           const T logit = logit_of(scale, s.phi, tail.classes.offset[c]);
           const T below = logit - row.max;
@@ -176,7 +176,7 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
           sums.bias[j][e] += g;
           sums.kappa[j][e] += g * phi_by_kappa;
           sums.scale += by_scale;
-          scaled[e] = t * row.scaled_rnorm * inner_rnorm(rnorm, p.float16);
+          scaled[e] = t * row.scaled_rnorm * inner_rnorm<K::kMath>(rnorm);
         }
         const Pair<X> pair = round_pair<X>(scaled[0], scaled[1]);
         if (p.work.resident) store_as(smem + K::kBytes + LayoutG::offset(int(n), col), pair);
@@ -223,8 +223,10 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
     };
     const auto multiply = [&](int, int stage) {
       const unsigned char* x_smem = smem + stage * K::kStageBytes;
+      const float* rnorm = nullptr;
+      if constexpr (kUnitWeights<K::kMath, W>) rnorm = tail.classes.rnorm;
       multiply_stage<K::kMath, GradientTile, LayoutX, LayoutW>(x_smem, x_smem + LayoutX::kBytes,
-                                                               lane, acc);
+                                                               lane, acc, rnorm);
     };
     const int steps = int((head.D + K::kDepth - 1) / K::kDepth);
     pipeline<K::kPipeline>(tiles, steps, load, [](int) {}, multiply, finish);
@@ -250,7 +252,7 @@ __device__ __forceinline__ void finish_columns(const typename K::Params& p, unsi
       for (int64_t s = first_slot; s < first_slot + slots; ++s)
         sums[which] += p.sums.columns[(s * 3 + which) * p.chunk.size + column];
     const T rnorm = c < head.C ? p.saved.weight_rnorm[c] : T(0);
-    tail.factor[i] = outer_factor(p.rows.loss_scale[1], rnorm, p.float16);
+    tail.factor[i] = outer_factor(p.rows.loss_scale[1], rnorm, K::kMath == Math::kF16);
     tail.projection[i] = projection(sums[0], rnorm);
     if (blockIdx.y != 0 || c >= head.C) continue;
     const T scale = Scale<T>::of(head).value;
@@ -271,7 +273,7 @@ __device__ __forceinline__ void make_weight_gradient(const typename K::Params& p
   const CudaHead& head = p.head;
   const auto& tail = K::tail(smem);
   const Lane lane = Lane::of<WeightTile>();
-  const auto x = Operand<X>::of(head.x, head.N, head.D);
+  const auto x = Operand<X>::of(p.x, head.N, head.D);
   const auto weight = Operand<W>::of(head.weight, head.C, head.D);
   const auto gradient = Operand<X>::of(p.gradient.data, p.chunk.size, 1, head.N, p.chunk.size);
   const int64_t first_column = first_column_of_block();

@@ -26,10 +26,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   using LayoutW = typename Smem::LayoutW;
   constexpr int kDepth = kTileD<kMath>;
   unsigned char* smem = static_cast<unsigned char*>(shared_memory());
-  const CudaHead& head = p.head;
   const Lane lane = Lane::of<Shape>();
-  const auto grad = Operand<X>::of(p.gradient.data, p.chunk.size, 1, head.N, p.chunk.size);
-  const auto weight = Operand<W>::of(head.weight, head.C, head.D);
+  const auto grad = Operand<X>::of(p.gradient.data, p.chunk.size, 1, p.N, p.chunk.size);
+  const auto weight = Operand<W>::of(p.weight, p.chunk.count, p.D);
   const int64_t first_row = int64_t(blockIdx.x) * Shape::kRows;
   const int64_t first_feature = int64_t(blockIdx.y) * Shape::kCols;
   const int all_steps = int((p.chunk.count + kDepth - 1) / kDepth);
@@ -43,32 +42,31 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     unsigned char* to = smem + stage * Smem::kStageBytes;
     const int c = (first_step + step) * kDepth;
     load_operand<LayoutG, Shape::kThreads>(grad, first_row, c, to);
-    load_operand<LayoutW, Shape::kThreads>(weight, p.chunk.begin + c, first_feature,
-                                           to + LayoutG::kBytes);
+    load_operand<LayoutW, Shape::kThreads>(weight, c, first_feature, to + LayoutG::kBytes);
   };
   const auto multiply = [&](int, int stage) {
     const unsigned char* g_smem = smem + stage * Smem::kStageBytes;
     multiply_stage<kMath, Shape, LayoutG, LayoutW>(g_smem, g_smem + LayoutG::kBytes, lane, acc);
   };
   const auto finish = [&](int) {
-    T* dx = p.dx.data + blockIdx.z * head.N * head.D;
-    const bool add = p.chunk.begin > 0, aligned = head.D % 2 == 0;
+    T* dx = p.dx.data + blockIdx.z * p.N * p.D;
+    const bool add = p.chunk.begin > 0, aligned = p.D % 2 == 0;
 #pragma unroll
     for (int r = 0; r < 2 * Shape::kFragsRow; ++r) {
       const int64_t n = first_row + lane.row<Shape>(r / 2, r % 2);
-      if (n >= head.N) continue;
+      if (n >= p.N) continue;
 #pragma unroll
       for (int j = 0; j < Shape::kFragsCol; ++j) {
         const int64_t d = first_feature + lane.col<Shape>(j);
-        if (d >= head.D) continue;
-        T* to = dx + n * head.D + d;
+        if (d >= p.D) continue;
+        T* to = dx + n * p.D + d;
         Pair<T> pair{acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]};
         if (aligned) {
           const Pair<T> old = add ? load_as<Pair<T>>(to) : Pair<T>{};
           store_as(to, Pair<T>{old.low + pair.low, old.high + pair.high});
         } else {
           to[0] = add ? to[0] + pair.low : pair.low;
-          if (d + 1 < head.D) to[1] = add ? to[1] + pair.high : pair.high;
+          if (d + 1 < p.D) to[1] = add ? to[1] + pair.high : pair.high;
         }
       }
     }
@@ -85,13 +83,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 template <class T>
 cudaError_t launch_input_gradient(const InputGradientParams<T>& p, const Plan& plan,
                                   cudaStream_t stream) {
-  return with_math_of<T>(plan.math, p.head.weight.dtype, [&](auto math, auto weight) {
+  return with_math_of<T>(plan.math, p.weight.dtype, [&](auto math, auto weight) {
     constexpr Math kMath = decltype(math)::value;
-    using W = decltype(weight);
+    using W = std::conditional_t<kMath == Math::kF16, f16, decltype(weight)>;
     return with_tile<kMath>(plan.input_tile, [&](auto shape) {
       using Shape = decltype(shape);
-      const dim3 grid(unsigned(ceil_div(p.head.N, Shape::kRows)),
-                      unsigned(ceil_div(p.head.D, Shape::kCols)), unsigned(p.dx.count));
+      const dim3 grid(unsigned(ceil_div(p.N, Shape::kRows)), unsigned(ceil_div(p.D, Shape::kCols)),
+                      unsigned(p.dx.count));
       return launch_kernel(input_gradient<kMath, W, Shape>, grid, Shape::kThreads,
                            InputGradientLayout<kMath, W, Shape>::kBytes, stream, p);
     });

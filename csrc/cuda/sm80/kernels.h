@@ -10,7 +10,7 @@ namespace tvmf::sm80 {
 template <class T>
 struct StatisticsParams {
   CudaHead head;
-  Saved<T> saved;  // writes weight_rnorm, and product where products are kept
+  Saved<T> saved;  // writes weight_rnorm, unless prepare_rows has, and product where it is kept
   RowTargets<T> targets;
   PartialStatistics<T> partial;  // writes it
   int64_t tiles_per_split;
@@ -20,7 +20,7 @@ template <class T>
 cudaError_t launch_statistics(const StatisticsParams<T>& p, const Plan& plan, cudaStream_t stream);
 
 // The chunk's gradients with respect to the cosines, as the products read them: element [n, c] is
-// t_nc r_n q_c times the loss scale.
+// t_nc r_n q_c times the loss scale, in float16 with the r_n and q_c of unit rows.
 struct GradientMatrix {
   void* data;  // [N, chunk.size] of the features' dtype
 };
@@ -45,8 +45,8 @@ struct ClassGradientParams {
   GradientMatrix gradient;  // writes and reads it
   GradientSums<T> sums;     // writes and reads them
   ClassWork work;
+  MatrixRef x;  // [N, D]  the features, in float16 their unit rows, as operand of dw
   bool with_sum;
-  bool float16;  // whether gradient tiles are float16
 };
 
 template <class T>
@@ -55,9 +55,10 @@ cudaError_t launch_class_gradient(const ClassGradientParams<T>& p, const Plan& p
 
 template <class T>
 struct InputGradientParams {
-  CudaHead head;
+  int64_t N, D;
   Chunk chunk;
   GradientMatrix gradient;
+  MatrixRef weight;       // [chunk.count, D]  the chunk's weights, in float16 their unit rows
   PartialFeatures<T> dx;  // writes it, or adds to it after the first chunk
 };
 

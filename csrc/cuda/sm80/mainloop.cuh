@@ -2,6 +2,7 @@
 // a pipeline of cp.async stages in shared memory. The code does not depend on the loss.
 #pragma once
 
+#include "cuda/class_terms.cuh"
 #include "cuda/sm80/tile.cuh"
 
 namespace tvmf::sm80 {
@@ -123,10 +124,12 @@ __device__ __forceinline__ void load_fragment_a(uint32_t (&a)[4], const unsigned
     for (int i = 0; i < 4; ++i) a[i] = to_tf32(a[i]);
 }
 
-// Two fragments of 8 columns each of the right operand, which is rounded to the features' dtype.
+// Two fragments of 8 columns each of the right operand, which is rounded to the features' dtype. In
+// float16 it is made of unit rows, whose rnorm is given.
 template <Math kMath, class Layout>
 __device__ __forceinline__ void load_fragments_b(uint32_t (&b)[2][2], const unsigned char* smem,
-                                                 int first_col, int step, const Lane& lane) {
+                                                 int first_col, int step, const Lane& lane,
+                                                 [[maybe_unused]] const float* rnorm) {
   const int matrix = lane.lane / 8, row = lane.lane % 8;
   uint32_t frag[4];
   if constexpr (sizeof(typename Layout::T) == 4 && kMath != Math::kTf32) {
@@ -137,9 +140,14 @@ __device__ __forceinline__ void load_fragments_b(uint32_t (&b)[2][2], const unsi
         struct Pair {
           float low, high;
         };
-        const Pair pair = load_as<Pair>(smem + Layout::offset(col, k));
+        Pair pair = load_as<Pair>(smem + Layout::offset(col, k));
+        if constexpr (kMath == Math::kF16) {
+          const float scale = unit_scale(rnorm[col]);
+          pair.low *= scale, pair.high *= scale;
+        }
         frag[i] = pack<kMath>(pair.low, pair.high);
       } else {
+        static_assert(kMath != Math::kF16, "the copies of unit rows are operands there");
         frag[i] = pack<kMath>(load_as<float>(smem + Layout::offset(k, col)),
                               load_as<float>(smem + Layout::offset(k + 1, col)));
       }
@@ -164,7 +172,8 @@ __device__ __forceinline__ void load_fragments_b(uint32_t (&b)[2][2], const unsi
 template <Math kMath, class Shape, class LayoutA, class LayoutB, class Acc>
 __device__ __forceinline__ void multiply_stage_mma(const unsigned char* a_smem,
                                                    const unsigned char* b_smem, const Lane& lane,
-                                                   Accumulator<Acc, Shape>& acc) {
+                                                   Accumulator<Acc, Shape>& acc,
+                                                   const float* b_rnorm) {
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
     uint32_t a[Shape::kFragsRow][4], b[Shape::kFragsCol / 2][2][2];
@@ -175,7 +184,7 @@ __device__ __forceinline__ void multiply_stage_mma(const unsigned char* a_smem,
 #pragma unroll
     for (int j = 0; j < Shape::kFragsCol / 2; ++j)
       load_fragments_b<kMath, LayoutB>(b[j], b_smem, lane.warp_col * Shape::kWarpCols + j * 16,
-                                       step, lane);
+                                       step, lane, b_rnorm);
 #pragma unroll
     for (int i = 0; i < Shape::kFragsRow; ++i)
 #pragma unroll
@@ -230,9 +239,10 @@ __device__ __forceinline__ void multiply_stage_fma(const unsigned char* a_smem,
 template <Math kMath, class Shape, class LayoutA, class LayoutB, class Acc>
 __device__ __forceinline__ void multiply_stage(const unsigned char* a_smem,
                                                const unsigned char* b_smem, const Lane& lane,
-                                               Accumulator<Acc, Shape>& acc) {
+                                               Accumulator<Acc, Shape>& acc,
+                                               const float* b_rnorm = nullptr) {
   if constexpr (kTensorCores<kMath>)
-    multiply_stage_mma<kMath, Shape, LayoutA, LayoutB, Acc>(a_smem, b_smem, lane, acc);
+    multiply_stage_mma<kMath, Shape, LayoutA, LayoutB, Acc>(a_smem, b_smem, lane, acc, b_rnorm);
   else
     multiply_stage_fma<kMath, Shape, LayoutA, LayoutB, Acc>(a_smem, b_smem, lane, acc);
 }

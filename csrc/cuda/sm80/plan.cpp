@@ -5,9 +5,13 @@
 namespace tvmf::sm80 {
 namespace {
 
+// Bytes of a UnitRow, which float16 products with the gradient have as an operand.
+int64_t unit_row_bytes(const CudaProblem& p) {
+  return p.x == DType::kFloat16 ? round_up(p.D, 8) * 2 : 0;
+}
 // Bytes that each class of a chunk takes in the L2 cache: its gradient tile and its weights.
 int64_t cached_bytes(const CudaProblem& p) {
-  return p.N * size_of(p.x) + p.D * size_of(p.weight());
+  return p.N * size_of(p.x) + p.D * size_of(p.weight()) + unit_row_bytes(p);
 }
 int64_t usable_cache(const Gpu& gpu) { return gpu.l2 * 7 / 10; }
 
@@ -16,7 +20,7 @@ int64_t usable_cache(const Gpu& gpu) { return gpu.l2 * 7 / 10; }
 int64_t chunk_of(const CudaProblem& p, const Gpu& gpu) {
   const int64_t acc = accumulator_size(p.x), row_groups = ceil_div(p.N, kGradientRows);
   const int64_t bytes = p.N * size_of(p.x) + p.N * acc * kRowParts / kClassTile +
-                        row_groups * (3 * acc + 16 / kClassTile + 1);
+                        row_groups * (3 * acc + 16 / kClassTile + 1) + unit_row_bytes(p);
   const int64_t chunk = std::min(usable_cache(gpu) / cached_bytes(p), 28 * kMiB / bytes);
   const int64_t wave = gpu.sms * kClassTile;
   const int64_t whole = chunk > wave ? chunk / wave * wave : chunk / kClassTile * kClassTile;
@@ -91,8 +95,12 @@ PassCost forward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   // Blocks that run at the same time walk the same classes, so that the weights cross the memory
   // interface once for each wave of blocks.
   const double waves = tiles(plan.row_tiles * plan.class_splits, 2 * gpu.sms);
-  pass.hbm = waves * C * D * w + N * D * x + N * kept * acc;
-  const double prepare = N * D * (x + w) + 6 * N * kSectorBytes;
+  // Where float32 weights are rounded to float16, prepare_rows reads them first: those of a class
+  // twice, and those of a target four times more.
+  const bool unit_weights = p.x == DType::kFloat16 && p.weight() == DType::kFloat32;
+  pass.hbm = (waves + unit_weights) * C * D * w + N * D * x + N * kept * acc;
+  const double prepare =
+      N * D * (x + w) + 6 * N * kSectorBytes + unit_weights * ((2 * C + 4 * N) * D * w + C * acc);
   const double statistics = tiles(p.C, plan.tile) * N * D * x + tiles(p.N, plan.tile) * C * D * w +
                             N * kept * acc + splits * N * (5 * acc + 12) + C * acc +
                             N * kSectorBytes;
@@ -108,7 +116,8 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   const double w_pair = std::max(w, 4.0), chunks = double(plan.chunks);
   const double input_splits = double(plan.input_splits);
   PassCost pass;
-  pass.launches = plan.latency ? 4 : 2 + 3 * plan.chunks;
+  const bool float16 = p.x == DType::kFloat16;
+  pass.launches = (plan.latency ? 4 : 2 + 3 * plan.chunks) + (float16 ? plan.chunks : 0);
   pass.workspace = BackwardWorkspace(p, plan).size;
   // On the latency path each block that shares a weight gradient makes the gradient tile.
   const double makers = plan.latency ? double(plan.feature_splits) : 1;
@@ -129,7 +138,7 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   const double weight = class_tiles * N * D * x + C * D * (w_pair + w_pair) +
                         (plan.resident ? 0 : tiles(p.D, kFeatureTile) * N * C * x);
   const double input = tiles(p.D, plan.input_tile) * N * C * x +
-                       tiles(p.N, plan.input_tile) * C * D * w +
+                       tiles(p.N, plan.input_tile) * C * D * (float16 ? x : w) +
                        input_splits * N * D * acc * (2 * chunks - 1);
   // Of a block's rows, finish_gradient reads each partial sum in one sector and its own terms in
   // eight. Four numbers of float64 are two loads, each of which takes both sectors.
@@ -137,7 +146,9 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   const double row_dots = double(plan.partial_counts().row_dots), loads = acc == 8 ? 2 : 1;
   const double finish = loads * (input_splits * N * D * acc + N * D * x) + N * D * x +
                         finish_blocks * (row_dots + 8) * kSectorBytes;
-  pass.l2 = N * (27 * acc + 8) + gradient + weight + input + finish;
+  // Loads of 8 float32 weights take two accesses, each of all sectors.
+  const double unit_rows = float16 ? N * D * (x + x) + C * D * (w == 4 ? 2 * w + x : w + x) : 0;
+  pass.l2 = N * (27 * acc + 8) + gradient + weight + input + finish + unit_rows;
   return pass;
 }
 
@@ -155,6 +166,9 @@ BackwardWorkspace::BackwardWorkspace(const CudaProblem& problem, const Plan& pla
   rows = rows::BackwardWorkspace::take(cursor, problem, plan.partial_counts());
   gradient = cursor.take(problem.N * plan.chunk * size_of(problem.x));
   column_sums = cursor.take(slots * 3 * plan.chunk * accumulator_size(problem.x));
+  const int64_t unit_row = unit_row_bytes(problem);
+  unit_x = cursor.take(problem.N * unit_row);
+  unit_weight = cursor.take(plan.chunk * unit_row);
   size = cursor.at;
 }
 

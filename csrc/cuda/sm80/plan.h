@@ -54,8 +54,9 @@ struct ForwardWorkspace {
 struct BackwardWorkspace {
   BackwardWorkspace(const CudaProblem& problem, const Plan& plan);
   rows::BackwardWorkspace rows;
-  int64_t gradient;     // GradientMatrix: N x chunk elements of x's dtype
-  int64_t column_sums;  // [slots, 3, chunk] accumulators
+  int64_t gradient;             // GradientMatrix: N x chunk elements of x's dtype
+  int64_t column_sums;          // [slots, 3, chunk] accumulators
+  int64_t unit_x, unit_weight;  // UnitRows of all rows and of a chunk's classes, in float16
   int64_t size;
 };
 

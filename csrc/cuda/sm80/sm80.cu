@@ -28,10 +28,17 @@ cudaError_t backward_of(const BackwardCall& call, const CudaProblem& problem, co
   const rows::BackwardPass<T> pass(call, problem, at.rows, at.column_sums, plan.kept,
                                    plan.partial_counts());
   const GradientMatrix gradient{pass.workspace.bytes(at.gradient)};
+  const CudaHead& head = call.head;
+  const int64_t unit_stride = round_up(problem.D, 8);
+  const UnitRows unit_x{pass.float16 ? pass.workspace.bytes(at.unit_x) : nullptr, unit_stride},
+      unit_weight{pass.float16 ? pass.workspace.bytes(at.unit_weight) : nullptr, unit_stride};
+  const auto matrix_of = [](const UnitRows& rows) {
+    return MatrixRef{rows.data, DType::kFloat16, rows.stride, 1};
+  };
   const CudaGradients& out = call.out;
   const bool class_outputs = out.weight.data || out.bias.data || out.kappa.data;
 
-  cudaError_t error = pass.prepare({});
+  cudaError_t error = pass.prepare({}, unit_x);
   for (int64_t begin = 0; begin < problem.C && error == cudaSuccess; begin += plan.chunk) {
     const Chunk chunk{begin, std::min(plan.chunk, problem.C - begin), plan.chunk};
     const auto launch_classes = [&](bool make_gradient, bool make_weight) {
@@ -47,8 +54,8 @@ cudaError_t backward_of(const BackwardCall& call, const CudaProblem& problem, co
                                                 .resident = plan.resident,
                                                 .row_groups = plan.row_groups,
                                                 .feature_splits = plan.feature_splits},
-                                       .with_sum = problem.with_sum,
-                                       .float16 = pass.float16},
+                                       .x = pass.float16 ? matrix_of(unit_x) : head.x,
+                                       .with_sum = problem.with_sum},
                                       plan, call.stream);
     };
     if (plan.latency) {
@@ -57,10 +64,28 @@ cudaError_t backward_of(const BackwardCall& call, const CudaProblem& problem, co
       error = launch_classes(true, false);
       if (error == cudaSuccess && class_outputs) error = launch_classes(false, true);
     }
-    if (error == cudaSuccess && out.x.data)
-      error = launch_input_gradient<T>(
-          {.head = call.head, .chunk = chunk, .gradient = gradient, .dx = pass.dx}, plan,
+    if (error != cudaSuccess || !out.x.data) continue;
+    MatrixRef weight = head.weight;
+    weight.data =
+        static_cast<const char*>(weight.data) + begin * weight.row_stride * size_of(weight.dtype);
+    if (pass.float16) {
+      error = rows::launch_unit_rows(
+          {.from = weight,
+           .rnorm = reinterpret_cast<const float*>(pass.saved.weight_rnorm) + begin,
+           .to = unit_weight,
+           .lines = chunk.count,
+           .elements = problem.D},
           call.stream);
+      weight = matrix_of(unit_weight);
+    }
+    if (error == cudaSuccess)
+      error = launch_input_gradient<T>({.N = problem.N,
+                                        .D = problem.D,
+                                        .chunk = chunk,
+                                        .gradient = gradient,
+                                        .weight = weight,
+                                        .dx = pass.dx},
+                                       plan, call.stream);
   }
   return error == cudaSuccess ? pass.finish() : error;
 }

@@ -40,10 +40,15 @@ struct StatisticsLayout {
   static constexpr int kBytes = kStagesBytes + int(sizeof(Tail));
 };
 
+// Two blocks share a multiprocessor, but for large tiles that make unit rows of float32 weights:
+// their products would spill registers, and on most chips their stages leave room for one block.
+template <Math kMath, class W, class Shape>
+constexpr int kBlocks = kUnitWeights<kMath, W> && Shape::kCols == kLargeTile ? 1 : 2;
+
 // A block has kRows rows and walks a run of class tiles. Blocks of the same run read the same
 // weights at about the same time, so that these cross the memory interface once.
 template <Math kMath, class W, class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2)
+__global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, W, Shape>)
     row_statistics(const __grid_constant__ StatisticsParams<typename MathTraits<kMath>::Acc> p) {
   using Smem = StatisticsLayout<kMath, W, Shape>;
   using X = typename Smem::X;
@@ -89,14 +94,22 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   };
   const auto start = [&](int tile) {
     const int64_t c = int64_t(first_tile + tile) * Shape::kCols;
-    for (int i = threadIdx.x; i < Shape::kCols; i += Shape::kThreads)
+    for (int i = threadIdx.x; i < Shape::kCols; i += Shape::kThreads) {
       tail.classes.set(i, ClassValues<T>::of(head, c + i, scale));
+      if constexpr (kUnitWeights<kMath, W>)
+        tail.classes.rnorm[i] = c + i < head.C ? p.saved.weight_rnorm[c + i] : T(0);
+    }
+    if constexpr (kUnitWeights<kMath, W>) __syncthreads();
   };
   const auto multiply = [&](int, int stage) {
     const unsigned char* x_smem = smem + stage * Smem::kStageBytes;
     const unsigned char* w_smem = x_smem + LayoutX::kBytes;
-    multiply_stage<kMath, Shape, LayoutX, LayoutW>(x_smem, w_smem, lane, acc);
-    add_squares<kMath, LayoutW>(w_smem, squares);
+    if constexpr (kUnitWeights<kMath, W>) {
+      multiply_stage<kMath, Shape, LayoutX, LayoutW>(x_smem, w_smem, lane, acc, tail.classes.rnorm);
+    } else {
+      multiply_stage<kMath, Shape, LayoutX, LayoutW>(x_smem, w_smem, lane, acc);
+      add_squares<kMath, LayoutW>(w_smem, squares);
+    }
   };
   const auto finish = [&](int tile) {
     const int64_t first_class = int64_t(first_tile + tile) * Shape::kCols;
@@ -105,16 +118,18 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
         classes_left < Shape::kCols ? int(classes_left) : Shape::kCols;  // in this tile
 
     // Finish the norms of the weights. The first row of blocks saves them for the backward pass.
-    squares += __shfl_xor_sync(0xffffffff, squares, 1);
-    if (threadIdx.x % 2 == 0) {
-      const int col = threadIdx.x / 2;
-      const T rnorm = rnorm_of(squares);
-      tail.classes.rnorm[col] = rnorm;
-      if (blockIdx.x == 0 && first_class + col < head.C)
-        p.saved.weight_rnorm[first_class + col] = rnorm;
+    if constexpr (!kUnitWeights<kMath, W>) {
+      squares += __shfl_xor_sync(0xffffffff, squares, 1);
+      if (threadIdx.x % 2 == 0) {
+        const int col = threadIdx.x / 2;
+        const T rnorm = rnorm_of(squares);
+        tail.classes.rnorm[col] = rnorm;
+        if (blockIdx.x == 0 && first_class + col < head.C)
+          p.saved.weight_rnorm[first_class + col] = rnorm;
+      }
+      squares = 0;
+      __syncthreads();
     }
-    squares = 0;
-    __syncthreads();
 
 #pragma unroll
     for (int r = 0; r < kRowsPerLane; ++r) {
@@ -136,8 +151,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int c = col + e;
-          const T cosine =
-              cosine_of(e ? product.high : product.low, x_rnorm, tail.classes.rnorm[c]);
+          const T cosine = cosine_of(e ? product.high : product.low, x_rnorm,
+                                     operand_rnorm<kMath, W>(tail.classes.rnorm[c]));
           const T phi = similarity(cosine, tail.classes.kappa[c]);
           const bool is_target = target == c;
           const T logit = is_target ? -infinity<T>() : logit_of(scale, phi, tail.classes.offset[c]);

@@ -2,7 +2,7 @@
 // fragments are neighbours in shared memory. The kernels that prepare the rows write them.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/class_terms.cuh"
 
 namespace tvmf::sm90 {
 
@@ -11,6 +11,7 @@ struct ArrangedRows {
   int64_t rows, columns;  // multiples of 32 and of 64
   void* by_rows;          // [rows, columns]  rows and columns by source_of: operand of the cosines
   void* by_columns;       // [N, columns]  columns by column_of: operand of the weight gradient
+  const float* rnorm;     // [N]  not null where by_columns has unit rows, in float16
 
   // Work items of `arrange`, each of 16 bytes.
   int64_t items() const { return by_rows ? rows * (columns / 8) : 0; }
@@ -50,9 +51,14 @@ __device__ __forceinline__ void arrange(const CudaHead& head, const ArrangedRows
   store_as(static_cast<uint16_t*>(to.by_rows) + row * to.columns + col,
            eight_of(row / 32 * 32 + source_of(int(row % 32)),
                     [&](int k) { return col / 32 * 32 + source_of(col % 32 + k); }));
-  if (to.by_columns && row < head.N)
-    store_as(static_cast<uint16_t*>(to.by_columns) + row * to.columns + col,
-             eight_of(row, [&](int k) { return col / 16 * 16 + column_of(col % 16 + k); }));
+  if (!to.by_columns || row >= head.N) return;
+  Eight eight = eight_of(row, [&](int k) { return col / 16 * 16 + column_of(col % 16 + k); });
+  if (to.rnorm) {
+    const float scale = unit_scale(to.rnorm[row]);
+#pragma unroll
+    for (uint16_t& each : eight.v) each = to_f16(to_float(f16{each}) * scale).bits;
+  }
+  store_as(static_cast<uint16_t*>(to.by_columns) + row * to.columns + col, eight);
 }
 
 }  // namespace tvmf::sm90

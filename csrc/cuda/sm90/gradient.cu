@@ -5,6 +5,8 @@
 namespace tvmf::sm90 {
 namespace {
 
+__host__ __device__ constexpr int target_at(int row) { return row + row / 8; }
+
 template <class Shape>
 struct GradientLayout {
   // The terms of each row of the block, in the order in which they are read.
@@ -14,7 +16,8 @@ struct GradientLayout {
     float others[Shape::kRows];  // dL/dothers / sum_exp
     float sum[Shape::kRows];     // dL/dsum
     int label[Shape::kRows];
-    TargetGradient<float> target[Shape::kRows];
+    // One is left out after each 8 rows, so that lanes of different quads read different banks.
+    TargetGradient<float> target[target_at(Shape::kRows)];
   };
   struct Sums {
     float dot[kConsumerWarps][Shape::kGroupRows];
@@ -51,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
     tail.others[i] = row.others;
     tail.sum[i] = row.sum;
     tail.label[i] = inside ? int(row.label) : int(kIgnored);
-    if (inside) tail.target[i] = load_as<TargetGradient<float>>(p.rows.targets + n);
+    if (inside) tail.target[target_at(i)] = load_as<TargetGradient<float>>(p.rows.targets + n);
   }
   tail.ring.init();
 
@@ -71,15 +74,15 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
       const int column = first_column + lane.group;
       const int first_class = int(p.chunk.begin) + first_column;
       ClassPair classes;
-      float weight_factor[2], col_dot[2] = {}, col_bias[2] = {}, col_kappa[2] = {};
+      float col_dot[2] = {}, col_bias[2] = {}, col_kappa[2] = {}, unit[2] = {};
       bool inside[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int64_t c = p.chunk.begin + column + h * 8;
         inside[h] = c < head.C;
         classes.terms[h] = ClassValues<float>::of_gradient(head, c, scale);
-        classes.rnorm[h] = inside[h] ? p.saved.weight_rnorm[c] : 0.0f;
-        weight_factor[h] = inner_rnorm(classes.rnorm[h], p.options.float16);
+        const float rnorm = inside[h] ? p.saved.weight_rnorm[c] : 0.0f;
+        classes.rnorm[h] = inner_rnorm<kMath>(rnorm), unit[h] = unit_scale(rnorm);
       }
       // The blocks that share a class tile take turns in writing its rounded weights.
       const bool keep = tile % p.tiles.row_blocks == block.row_block && warp_row == 0;
@@ -96,7 +99,8 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
                      Four{pairs[h], pairs[2 + h], pairs[4 + h], pairs[6 + h]});
       };
       float squares[2] = {};
-      Shape::template multiply<kMath>(smem, tail.ring, state, lane, block.steps, acc, squares, use);
+      Shape::template multiply<kMath>(smem, tail.ring, state, lane, block.steps, acc, unit, squares,
+                                      use);
       const unsigned targets =
           groups_with_target<kGroups>(tail.label + warp_row, first_class, lane.lane);
 
@@ -140,7 +144,8 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
               if (!is_target) {
                 total_scale = fma(g, below - terms.bias, total_scale);
               } else {
-                const auto target = load_as<TargetGradient<float>>(tail.target + row + i);
+                const auto target =
+                    load_as<TargetGradient<float>>(tail.target + target_at(row) + i);
                 cosine = target.cosine, t = target.by_cosine;
                 g = target.by_logit, phi_by_kappa = target.phi_by_kappa;
               }
@@ -150,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
               }
               dot[i] = fma(t, cosine, dot[i]);
               col_dot[h] = fma(t, cosine, col_dot[h]);
-              const float value = t * scaled_rnorm[k] * weight_factor[h];
+              const float value = t * scaled_rnorm[k] * classes.rnorm[h];
               if (i % 2 == 0)
                 scaled[h] = value;
               else

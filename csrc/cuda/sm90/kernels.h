@@ -21,7 +21,7 @@ struct CosineTiles {
 struct StatisticsParams {
   TensorMaps maps;  // weight, arranged features
   CudaHead head;
-  Saved<float> saved;  // writes weight_rnorm
+  Saved<float> saved;  // writes weight_rnorm, unless prepare_rows has
   RowTargets<float> targets;
   PartialStatistics<float> partial;  // writes it
   CosineTiles tiles;
@@ -32,13 +32,13 @@ cudaError_t launch_statistics(const StatisticsParams& p, const Plan& plan, bool 
                               cudaStream_t stream);
 
 // The chunk's gradients with respect to the cosines, as the products read them: element [c, n] is
-// t_nc r_n q_c times the loss scale.
+// t_nc r_n q_c times the loss scale, in float16 with the r_n and q_c of unit rows.
 struct ClassMajorGradient {
   uint16_t* data;  // [chunk.size, stride] of the features' dtype
   int64_t stride;  // N, rounded up to 8
 };
 
-// The chunk's weights in the features' dtype.
+// The chunk's weights in the features' dtype, in float16 as unit rows.
 struct RoundedWeights {
   uint16_t* data;  // [chunk.size, stride]
   int64_t stride;  // D, rounded up to 8
@@ -46,8 +46,7 @@ struct RoundedWeights {
 
 struct GradientOptions {
   bool with_sum;
-  bool float16;  // whether the features are float16
-  bool all;      // whether gradients of `sum`, the bias or kappa are involved
+  bool all;  // whether gradients of `sum`, the bias or kappa are involved
 };
 
 // Sums of each class over the rows: of t c, of g and of g dphi/dkappa.
@@ -87,7 +86,6 @@ struct WeightGradientParams {
   RoundedWeights weight;
   ColumnSums sums;
   ProductTiles tiles;
-  bool float16;
 };
 
 cudaError_t launch_weight_gradient(const WeightGradientParams& p, const Plan& plan,

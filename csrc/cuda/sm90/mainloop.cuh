@@ -108,14 +108,16 @@ struct CosineShape {
     state.next();
   }
 
-  // Multiplies all steps of a tile. `squares` gets the lane's share of the squares of its two lines
-  // of rounded weights. use(step, half, pairs) gets the rounded weights of half a step: pair 4 t +
-  // r + 2 i belongs to line r.
+  // Multiplies all steps of a tile. `scale` is that of the lane's two unit rows of the weight,
+  // which only float16 has. `squares` gets the lane's share of the squares of its two lines of
+  // rounded weights. use(step, half, pairs) gets the rounded weights of half a step: pair 4 t + r +
+  // 2 i belongs to line r.
   template <Math kMath, class Use>
   static __device__ __forceinline__ void multiply(const unsigned char* smem, Ring& ring,
                                                   State& state, const WgmmaLane& lane, int steps,
-                                                  float (&acc)[kAccumulators], float (&squares)[2],
-                                                  const Use& use) {
+                                                  float (&acc)[kAccumulators],
+                                                  [[maybe_unused]] const float (&scale)[2],
+                                                  float (&squares)[2], const Use& use) {
     const int weight_line = (kSplitRows ? 0 : lane.warpgroup * 64) + lane.line;
     const int x_line = kSplitRows ? lane.warpgroup * kGroupRows : 0;
     struct alignas(16) Four {
@@ -134,8 +136,12 @@ struct CosineShape {
         for (int r = 0; r < 2; ++r)
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            const Four w = load_as<Four>(w_smem + half * kBox + r * 8 * kLine +
-                                         ((lane.quad * 2 + k) ^ lane.group) * 16);
+            Four w = load_as<Four>(w_smem + half * kBox + r * 8 * kLine +
+                                   ((lane.quad * 2 + k) ^ lane.group) * 16);
+            if constexpr (kMath == Math::kF16) {
+#pragma unroll
+              for (float& each : w.v) each *= scale[r];
+            }
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const uint32_t pair = pack<kMath>(w.v[2 * i], w.v[2 * i + 1]);

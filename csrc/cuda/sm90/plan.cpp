@@ -29,10 +29,13 @@ PassCost forward_cost(const CudaProblem& p, const Plan& plan) {
   pass.launches = 3 + (rows::finish_block_rows(p.N, plan.statistics_blocks) < p.N);
   pass.workspace = ForwardWorkspace(p, plan).size;
   pass.flops = 2 * N * C * D;
-  pass.hbm = C * D * w + N * D * x;
+  // Where the weights are rounded to float16, prepare_rows reads them first: those of a class
+  // twice, and those of a target four times more.
+  const double first = p.x == DType::kFloat16 ? 1 : 0;
+  pass.hbm = (1 + first) * C * D * w + N * D * x;
   // To arrange the features, every sector of a row is read four times.
-  const double prepare =
-      N * D * (x + w) + 4 * N * D * x + arranged_bytes(plan) + 10 * N * kSectorBytes;
+  const double prepare = N * D * (x + w) + 4 * N * D * x + arranged_bytes(plan) +
+                         10 * N * kSectorBytes + first * (2 * C + 4 * N) * D * w;
   pass.l2 =
       prepare + cosine_bytes(p, plan) + splits * N * (p.with_sum ? 48 : 40) + N * 20 + C * acc;
   return pass;

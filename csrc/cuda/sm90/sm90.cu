@@ -77,17 +77,16 @@ class ChunkLauncher {
   cudaError_t gradient(const Chunk& chunk) const {
     MapMaker maps(problem_.x);
     const bool all = problem_.with_sum || out_.bias.data || out_.kappa.data;
-    const GradientParams p{
-        .maps = maps.of_cosines(head_, arranged_, plan_),
-        .head = head_,
-        .saved = pass_.saved,
-        .rows = pass_.rows,
-        .chunk = chunk,
-        .gradient = gradient_,
-        .weight = weight_,
-        .sums = pass_.sums,
-        .tiles = cosine_tiles(plan_, chunk.count, plan_.gradient_blocks),
-        .options = {.with_sum = problem_.with_sum, .float16 = pass_.float16, .all = all}};
+    const GradientParams p{.maps = maps.of_cosines(head_, arranged_, plan_),
+                           .head = head_,
+                           .saved = pass_.saved,
+                           .rows = pass_.rows,
+                           .chunk = chunk,
+                           .gradient = gradient_,
+                           .weight = weight_,
+                           .sums = pass_.sums,
+                           .tiles = cosine_tiles(plan_, chunk.count, plan_.gradient_blocks),
+                           .options = {.with_sum = problem_.with_sum, .all = all}};
     return maps.error == cudaSuccess ? launch_gradient(p, plan_, pass_.call.stream) : maps.error;
   }
 
@@ -104,8 +103,7 @@ class ChunkLauncher {
         .chunk = chunk,
         .weight = weight_,
         .sums = {.data = pass_.sums.columns, .slots = int(plan_.column_slots)},
-        .tiles = product_tiles(chunk.count, head_.D, N),
-        .float16 = pass_.float16};
+        .tiles = product_tiles(chunk.count, head_.D, N)};
     return maps.error == cudaSuccess ? launch_weight_gradient(p, plan_, pass_.call.stream)
                                      : maps.error;
   }
@@ -143,7 +141,8 @@ cudaError_t forward(const ForwardCall& call, const CudaProblem& problem, const P
   const rows::ArrangedRows arranged{.rows = plan.arranged_rows,
                                     .columns = plan.arranged_columns,
                                     .by_rows = pass.workspace.bytes(at.arranged),
-                                    .by_columns = nullptr};
+                                    .by_columns = nullptr,
+                                    .rnorm = nullptr};
   cudaError_t error = pass.prepare(plan.math, arranged);
   if (error != cudaSuccess) return error;
   MapMaker maps(problem.x);
@@ -165,9 +164,10 @@ cudaError_t backward(const BackwardCall& call, const CudaProblem& problem, const
   const rows::ArrangedRows arranged{.rows = plan.arranged_rows,
                                     .columns = plan.arranged_columns,
                                     .by_rows = pass.workspace.bytes(at.arranged),
-                                    .by_columns = pass.workspace.bytes(at.arranged_columns)};
+                                    .by_columns = pass.workspace.bytes(at.arranged_columns),
+                                    .rnorm = pass.float16 ? pass.saved.x_rnorm : nullptr};
   const ChunkLauncher launcher(pass, problem, plan, at, arranged);
-  cudaError_t error = pass.prepare(arranged);
+  cudaError_t error = pass.prepare(arranged, {});
   for (int64_t begin = 0; begin < problem.C && error == cudaSuccess; begin += plan.chunk)
     error = launcher.launch({begin, std::min(plan.chunk, problem.C - begin), plan.chunk});
   return error == cudaSuccess ? pass.finish() : error;

@@ -18,6 +18,7 @@ struct StatisticsLayout {
   struct Sums {
     float sum_exp[kConsumerWarps][Shape::kGroupRows], sum[kConsumerWarps][Shape::kGroupRows];
     int rank[kConsumerWarps][Shape::kGroupRows];
+    float largest_logit[kConsumerWarps];
   };
   static_assert(sizeof(Sums) <= Shape::kStagesBytes);
   static constexpr int kBytes = Shape::kStagesBytes + int(sizeof(Tail));
@@ -67,6 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float acc[Shape::kAccumulators];
     float row_sum_exp[kGroups] = {}, row_sum[kGroups] = {};
     int row_rank[kGroups] = {};
+    float largest_logit = kLowest<float>;  // of the lane, in float16
 
     for (int tile = block.first_tile; tile < block.tiles; tile += block.stride) {
       const int first_class = warp_class_of<Shape>(tile, lane);
@@ -74,18 +76,28 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         classes.terms[h] = ClassValues<float>::of(head, first_class + lane.group + h * 8, scale);
-      float squares[2] = {};
-      Shape::template multiply<kMath>(smem, tail.ring, state, lane, block.steps, acc, squares,
+      float squares[2] = {}, unit[2] = {};
+      if constexpr (kMath == Math::kF16) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int c = first_class + lane.group + h * 8;
+          const float rnorm = c < head.C ? p.saved.weight_rnorm[c] : 0.0f;
+          unit[h] = unit_scale(rnorm), classes.rnorm[h] = unit_rnorm(rnorm);
+        }
+      }
+      Shape::template multiply<kMath>(smem, tail.ring, state, lane, block.steps, acc, unit, squares,
                                       [](int, int, const uint32_t*) {});
 
       // Finish the norms of the weights. The blocks of the first rows save them for the backward
       // pass.
+      if constexpr (kMath != Math::kF16) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        classes.rnorm[h] = rnorm_of(quad_sum(squares[h]));
-        const int c = first_class + lane.group + h * 8;
-        if (first_row + warp_row == 0 && lane.quad == 0 && c < head.C)
-          p.saved.weight_rnorm[c] = classes.rnorm[h];
+        for (int h = 0; h < 2; ++h) {
+          classes.rnorm[h] = rnorm_of(quad_sum(squares[h]));
+          const int c = first_class + lane.group + h * 8;
+          if (first_row + warp_row == 0 && lane.quad == 0 && c < head.C)
+            p.saved.weight_rnorm[c] = classes.rnorm[h];
+        }
       }
       const unsigned targets =
           groups_with_target<kGroups>(tail.label + warp_row, first_class, lane.lane);
@@ -118,6 +130,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                 const float logit = logit_of(scale, phi, terms.offset);
                 const float e = exp_of(logit - reference[i]);
                 v[i] += is_target ? 0.0f : e;
+                if constexpr (kMath == Math::kF16)
+                  if (!is_target) largest_logit = fmaxf(largest_logit, logit);
                 if constexpr (kAll) {
                   if (c < head.C && !is_target) {
                     if (!(phi + terms.bias <= target_score[i])) count[i / 4] += 1 << i % 4 * 8;
@@ -195,6 +209,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         sums.rank[lane.warp][row] = row_rank[b];
       }
     }
+    if constexpr (kMath == Math::kF16) {
+      for (int mask = 1; mask < kWarp; mask *= 2)
+        largest_logit = larger(largest_logit, __shfl_xor_sync(0xffffffff, largest_logit, mask));
+      if (lane.lane == 0) sums.largest_logit[lane.warp] = largest_logit;
+    }
     consumer_sync();
     constexpr int kWarps = RowWarps<Shape>::kCount;
     for (int i = threadIdx.x; i < Shape::kRows; i += kConsumers * kWarpgroup) {
@@ -211,6 +230,15 @@ __global__ void __launch_bounds__(kThreads, 1)
           sum += sums.sum[w][row];
           rank += sums.rank[w][row];
         }
+      }
+      if constexpr (kMath == Math::kF16) {
+        // The loss scale needs a tight bound on the row's logits. It becomes the reference: the
+        // block's largest logit, or the logarithm of the row's sum where that is less.
+        float bound = kLowest<float>;
+        for (float each : sums.largest_logit) bound = larger(bound, each);
+        const float lse = max + log(sum_exp);
+        bound = larger(lse < bound ? lse : bound, max - 80);
+        if (sum_exp > 0) sum_exp *= exp_of(max - bound), max = bound;
       }
       const int64_t at = int64_t(block.first_tile) * head.N + n;
       p.partial.max[at] = max;
