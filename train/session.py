@@ -63,7 +63,6 @@ class Session:
             self.device,
             train=train,
             flip=config.flip,
-            erase=config.erase,
             statistics=self.statistics,
             skip_bad=config.bad_images == "skip",
             readers=self.readers,
