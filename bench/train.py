@@ -11,6 +11,8 @@ Stage 2: the whole stage on real digits, and with --data on long-tailed Fashion-
 epochs are cached, and the time for that counts; the other way runs the backbone in every step as
 the paper's code does (--views 0). Both are evaluated after each epoch, as in the paper's code, and
 again after the last epoch alone.
+Input: the CPU time that a worker takes for a JPEG of 256 to 500 pixels with ImageNet's transforms,
+ours and torchvision's. Ours leaves the colours to the device; the time beside it is a CPU's.
 """
 
 import argparse
@@ -20,7 +22,8 @@ import os
 import statistics
 import tempfile
 import time
-from itertools import chain, count
+from functools import partial
+from itertools import chain, count, starmap
 from pathlib import Path
 
 import torch
@@ -34,12 +37,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from bench.measure.machine import about
+from train.augment import STATISTICS
+from train.batches import FileImages, Loader, Readers, collate
 from train.config import Config, load_recipe
 from train.data import load_data
 from train.fit import MOMENTUM
 from train.model import Classifier, make_head
 from train.session import Session
-from train.splits import LongTailed, Split
+from train.splits import LongTailed, Paths, Split
 from train.stages import build_net, train
 from tvmf_ext import reference
 
@@ -192,6 +197,60 @@ def stage2(recipe, options, progress):
         yield measure(about, functions, "error1", options.seconds, progress)
 
 
+def write_jpegs(folder, size):
+    """JPEGs of 256 to 500 pixels a side, whose coarse and fine patterns make the file as large as a
+    photograph's of that size."""
+    draw = torch.Generator().manual_seed(0)
+    names = [str(folder / f"{i}.jpg") for i in range(size)]
+    for name in names:
+        height, width = torch.randint(256, 501, (2,), generator=draw).tolist()
+        layers = [
+            strength * F.interpolate(torch.rand(1, 3, side, side, generator=draw), (height, width))
+            for side, strength in ((6, 150), (40, 70), (200, 35))
+        ]
+        pixels = sum(layers)[0].permute(1, 2, 0).byte().numpy()
+        Image.fromarray(pixels).save(name, quality=92)
+    return names
+
+
+def input_pipeline(options, folder, progress):
+    """Milliseconds of CPU time an image, in turns: our worker, torchvision's, and our device."""
+    names = write_jpegs(folder, 8 if options.quick else 200)
+    split = Split(Paths.of("", names), torch.zeros(len(names), dtype=torch.int64))
+    readers, cpu = Readers(0, torch.device("cpu")), torch.device("cpu")
+    loader = Loader(split, "imagenet", 224, cpu, train=True, readers=readers)
+    ours, positions = FileImages(split, "imagenet", 224), range(len(split))
+    jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)
+    theirs = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), jitter]
+    theirs = transforms.Compose(
+        [*theirs, transforms.ToTensor(), transforms.Normalize(*STATISTICS["imagenet"])]
+    )
+
+    def timed(work):
+        began = time.process_time()
+        return work(), (time.process_time() - began) / len(split) * 1000
+
+    def by_torchvision():
+        for i in positions:
+            with Image.open(split.images[i]) as image:
+                theirs(image.convert("RGB"))
+
+    found, began = {"ours": [], "torchvision": [], "ours, device": []}, time.perf_counter()
+    task = progress.add_task("input", total=None)
+    while len(found["ours"]) < 3 or time.perf_counter() - began < options.seconds:
+        items, spent = timed(lambda: [ours.read(True, i, 0, i) for i in positions])
+        found["ours"].append(spent)
+        found["torchvision"].append(timed(by_torchvision)[1])
+        pixels, draws, *_ = collate(items)
+        batch = zip(pixels.split(1), draws.split(1), strict=True)
+        found["ours, device"].append(timed(partial(list, starmap(loader.prepare, batch)))[1])
+    progress.remove_task(task)
+    sizes = [os.path.getsize(split.images[i]) for i in positions]
+    return {"name": "input", "images": len(split), "file_bytes": statistics.mean(sizes)} | {
+        "ms_per_image": {name: statistics.median(times) for name, times in found.items()}
+    }
+
+
 def main(args=None):
     parser = argparse.ArgumentParser(
         "python -m bench.train",
@@ -229,6 +288,7 @@ def main(args=None):
             if options.quick:
                 recipe = dataclasses.replace(recipe, epochs=1, stage2_epochs=2, subset=0.2)
             cases += stage2(recipe, options, progress)
+        inputs = input_pipeline(options, Path(folder), progress)
 
     table = Table("", "ours", "the reference's", "ratio", "same data", title="device: " + DEVICE)
     for case in cases:
@@ -241,8 +301,10 @@ def main(args=None):
         ratios = [f"{ratio:.2f}x" for ratio in case["ratios"].values()]
         table.add_row(case["name"], *cells[:2], *ratios[1:])
     Console().print(table)
+    figures = (f"{name} {ms:.2f}" for name, ms in inputs["ms_per_image"].items())
+    Console().print(f"input, ms of CPU time an image: {', '.join(figures)}")
     report = about(DEVICE) | {"workers": options.workers, "quick": options.quick}
-    report |= {"batch_size": BATCH, "cases": cases}
+    report |= {"batch_size": BATCH, "cases": cases, "input": inputs}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -94,6 +94,8 @@ def read(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify them
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
+            if any(entry.external_attr for entry in archive.infolist()):
+                raise ValueError("an attribute in its directory")  # torch.load would skip the entry
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -34,3 +34,5 @@ def test_quick_benchmark(tmp_path, monkeypatch, threads):
     for name in ("ours", "reference"):
         assert stage1[0]["results"][name]["loss"][0] < stage1[0]["first_loss"][name]
     assert each["results"]["ours"]["error1"] == last["results"]["ours"]["error1"]
+    assert set(report["input"]["ms_per_image"]) == {"ours", "torchvision", "ours, device"}
+    assert all(ms > 0 for ms in report["input"]["ms_per_image"].values())

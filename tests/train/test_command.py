@@ -57,11 +57,12 @@ def test_command_trains_a_folder_with_lists(command_run):
     table = [line.replace("│", " ").split() for line in printed.splitlines()]
     for stage in ("stage1", "stage2"):
         report = result[stage]
-        names = ("error1", "error5", "many", "medium", "few")
+        names = ("error1", "adjusted_error1", "error5", "many", "medium", "few")
         figures = [report[name] for name in names]
         assert all(0 <= figure <= 100 for figure in figures)
         assert report["selected_on"] == "last epoch"
-        row = [stage[-1], *(f"{figure:.1f}" for figure in figures), "last", "epoch"]
+        marked = ["(!)"] if report["warning"] else []
+        row = [stage[-1], *marked, *(f"{figure:.1f}" for figure in figures), "last", "epoch"]
         assert row in table
         # Each class has 5 test images; 1 class has more than 100 images, 3 have 20 to 100.
         groups = report["many"] * 5 + report["medium"] * 15 + report["few"] * 40

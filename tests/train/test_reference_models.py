@@ -1,5 +1,7 @@
 """Model files of the paper's code, and files that are no model."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,3 +139,53 @@ def test_wrong_models_are_refused(folder, tmp_path, capsys):
         evaluate(tmp_path / "other.pt")
     with pytest.raises(TrainError, match="none, which is no file"):
         evaluate(tmp_path / "none")
+
+
+class CosLoss(nn.Linear):
+    """The parameters and buffers of the heads in the paper's code: kappa only with t-vMF."""
+
+    def __init__(self, features, classes, kappa=None):
+        super().__init__(features, classes, bias=False)
+        self.s_ = nn.Parameter(torch.zeros(1))
+        if kappa is not None:
+            self.register_buffer("kappa", torch.tensor([float(kappa)]))
+
+
+@pytest.mark.parametrize("head, kappa", [("tvmf", 4.0), ("cosine", None)])
+def test_our_models_load_in_the_papers_code(tmp_path, head, kappa):
+    """As its `main_train.py -e --resume` and `main_finetune.py` load them."""
+    config = configure(
+        tmp_path, net="resnet10", head=head, kappa=4.0, epochs=1, prior=1.0, stage2_epochs=1
+    )
+    data = in_memory(side=32, channels=3)
+    stages.train(Session(config, data))
+    for name, wanted in (("stage1.pt", kappa), ("stage2.pt", None)):
+        file = load_state(tmp_path / name)
+        assert (file["arch"], file["epoch"]) == ("ResNet10Feature", 1)
+        net, loss = ResNet10(), CosLoss(512, 4, wanted)
+        net.load_state_dict(file["feat_state_dict"])
+        loss.load_state_dict(file["fc_state_dict"])
+        both = nn.ModuleList([net, loss])
+        optimizer = torch.optim.SGD(both.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+        optimizer.load_state_dict(file["optimizer"])
+        figures = {f"{s}_{n}" for s in ("train", "test") for n in ("err1", "err5", "loss")}
+        assert set(file["stats"]) == figures
+        again = head_of_state(load_state(tmp_path / name)["fc_state_dict"])
+        assert again.kappa.tolist() == [wanted or 0.0]
+
+
+@pytest.mark.parametrize(
+    "options, title, flags",
+    [
+        ({"kappa": None}, "cosine", {"head": "cosine"}),
+        ({"kappa": 4.0}, "t-vMF, kappa 4", {"head": "tvmf", "kappa": 4.0}),
+        ({"linear": True}, "softmax", {"head": "softmax"}),
+    ],
+)
+def test_stage2_of_a_model_is_titled_by_its_file(folder, tmp_path, capsys, options, title, flags):
+    write_reference(tmp_path / "model.tar", 12, **options)
+    more = ["--model", tmp_path / "model.tar", "--net", "resnet10", "--stage2-epochs", 1]
+    main([*FLAGS, "--data", folder, "--out", tmp_path / "out", *more, "--views", 1, "--kappa", 64])
+    assert f", {title}, 60 test images" in " ".join(capsys.readouterr().out.split())
+    config = json.loads((tmp_path / "out/result.json").read_text())["config"]
+    assert {key: config[key] for key in flags} == flags
