@@ -23,6 +23,7 @@ from bench.show.results import load, save
 from bench.show.tables import table
 from bench.show.units import milliseconds, with_unit
 from tvmf_ext import plan
+from tvmf_ext.collectives import GATHERED_RANKS
 
 MIDDLE = {"cpu": (256, 8192, 512), "cuda": (1024, 131_072, 512)}
 SIZES = {
@@ -149,11 +150,13 @@ def spread_over(classes, gpus):
         rows, own, FEATURES, dtype=torch.bfloat16, weight_dtype=torch.float32, device="H200"
     )
     weight = 4 * own * FEATURES
-    # A row's features are gathered in bfloat16. Its largest logit, sum of exponentials and target's
-    # logit, float32 each, are sent to be combined and sent back. The gradient of its features is
-    # summed over the GPUs in float32.
-    row_bytes = 2 * FEATURES + 2 * 3 * 4 + 4 * FEATURES
-    sent = rows * row_bytes * (gpus - 1) / gpus
+    # A row's features, bfloat16, and label are gathered, and the score of its target is summed. The
+    # gradient of its features is scattered in float32.
+    row_bytes = 2 * FEATURES + 8 + 2 * 4 + 4 * FEATURES
+    # Three float32 statistics and a rank a row: those of all shards or, for more GPUs, there and
+    # back.
+    gathered = gpus if gpus <= GATHERED_RANKS else 2
+    sent = rows * (row_bytes + gathered * (3 * 4 + 8)) * (gpus - 1) / gpus
     seconds = found.forward_seconds + found.backward_seconds
     rate = NVLINK if gpus <= NODE else NETWORK
     return {

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.problem import error
 from tests.ranks import run_ranks
-from tvmf_ext import TvMFLoss
+from tvmf_ext import TvMFLoss, collectives
 from tvmf_ext.distributed import ShardedTvMFLoss, clip_grad_norm_
 
 # All worlds divide the rows. Of 9 classes 4 ranks have 3, 3, 3 and 0.
@@ -179,12 +179,25 @@ def compiled(rank, world, mesh):
     return plain, found, message(RuntimeError, lambda: program(input, target + 3 * rank + 5))
 
 
+def merged_in_parts(rank, world, mesh):
+    """The loss and the gradients with either way to merge statistics."""
+    head, found = sharded_head(mesh), []
+    input, target = (t[part_of(rank, world)] for t in batches(1)[0])
+    input = input[:, :FEATURES]
+    for most in (collectives.GATHERED_RANKS, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collectives, "GATHERED_RANKS", most)
+            found.append(loss_and_gradients(head, input, target))
+    return found
+
+
 def every_job(rank, world, folder):
     mesh = init_device_mesh("cpu", (world,))
     found = {name: trained(rank, world, mesh, name) for name in OPTIMIZERS}
     found["checkpoints"] = saved_and_loaded(rank, world, mesh, folder)
     if world > 1:
         found["refused"] = refused(rank, world, mesh)
+        found["merged"] = merged_in_parts(rank, world, mesh)
     if world == 2:
         found["compiled"] = compiled(rank, world, mesh)
     if world == 4:
@@ -236,6 +249,14 @@ def test_two_groups_of_two_ranks_equal_one_process(results):
     """Classes are spread in a group, and rows over all ranks."""
     for found in results(4)[1]:
         assert_close(found["2 x 2"], trained_by_one("SGD"))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_many_ranks_merge_in_parts_with_the_same_bits(results, world):
+    for found in results(world)[1]:
+        at_once, in_parts = found["merged"]
+        for name, value in at_once.items():
+            assert torch.equal(in_parts[name], value), name
 
 
 def test_torch_compile_takes_the_head_whole(results):
