@@ -68,6 +68,7 @@ def head_arguments(problem):
         class_weight=problem.get("weight"),
         cosine_margin=None,
         angular_margin=None,
+        target_score=None,
         kappa_value=0.0 if tensor else kappa,
         scale_value=1.0 if softplus else scale,
         cosine_margin_value=problem.get("cosine_margin", 0.0),

@@ -417,6 +417,7 @@ def test_no_uninitialised_memory_reaches_a_result(kept, monkeypatch):
         class_weight=None,
         cosine_margin=None,
         angular_margin=None,
+        target_score=None,
         kappa_value=0.0,
         scale_value=1.0,
         cosine_margin_value=0.0,
