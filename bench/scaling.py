@@ -3,7 +3,8 @@
 One of the three grows from a middle size. A power is fitted to the larger half of each series, and
 the plan's prediction stands beside it: on the CPU the plan's operations at the rate of a large
 matrix product measured here, on a GPU the plan's own time. `--paper` measures nothing: it predicts,
-with `tvmf_ext.plan`, a head whose classes are spread over many H200s.
+with `tvmf_ext.plan`, a head whose classes are spread over many H200s. `--processes 1,2,4` measures
+such a head on this machine.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
+from bench import processes
 from bench.measure.case import measure
 from bench.measure.machine import about
 from bench.show import documents, plots
@@ -21,6 +23,7 @@ from bench.show.results import load, save
 from bench.show.tables import table
 from bench.show.units import milliseconds, with_unit
 from tvmf_ext import plan
+from tvmf_ext.collectives import GATHERED_RANKS
 
 MIDDLE = {"cpu": (256, 8192, 512), "cuda": (1024, 131_072, 512)}
 SIZES = {
@@ -147,11 +150,13 @@ def spread_over(classes, gpus):
         rows, own, FEATURES, dtype=torch.bfloat16, weight_dtype=torch.float32, device="H200"
     )
     weight = 4 * own * FEATURES
-    # A row's features are gathered in bfloat16. Its largest logit, sum of exponentials and target's
-    # logit, float32 each, are sent to be combined and sent back. The gradient of its features is
-    # summed over the GPUs in float32.
-    row_bytes = 2 * FEATURES + 2 * 3 * 4 + 4 * FEATURES
-    sent = rows * row_bytes * (gpus - 1) / gpus
+    # A row's features, bfloat16, and label are gathered, and the score of its target is summed. The
+    # gradient of its features is scattered in float32.
+    row_bytes = 2 * FEATURES + 8 + 2 * 4 + 4 * FEATURES
+    # Three float32 statistics and a rank a row: those of all shards or, for more GPUs, there and
+    # back.
+    gathered = gpus if gpus <= GATHERED_RANKS else 2
+    sent = rows * (row_bytes + gathered * (3 * 4 + 8)) * (gpus - 1) / gpus
     seconds = found.forward_seconds + found.backward_seconds
     rate = NVLINK if gpus <= NODE else NETWORK
     return {
@@ -182,6 +187,14 @@ def markdown(report):
     return f"{growth_table(report)}\n\n{picture}"
 
 
+def counts(text):
+    """Numbers of processes, which must divide the rows."""
+    found = [int(part) for part in text.split(",")]
+    if any(count < 1 or processes.ROWS % count for count in found):
+        raise argparse.ArgumentTypeError(f"got {text}, wanted divisors of {processes.ROWS}")
+    return found
+
+
 def parse(args):
     parser = argparse.ArgumentParser(
         prog="python -m bench.scaling",
@@ -195,19 +208,22 @@ def parse(args):
     add("--load", type=Path, metavar="PATH", help="show a file of --json, measure nothing")
     add("--plot", type=Path, metavar="PATH", help="draw the figures there")
     add("--paper", action="store_true", help="predict a head over many GPUs, measure nothing")
+    text = "measure a sharded head in so many processes, by default 1,2,4, over gloo on the CPU"
+    add("--processes", nargs="?", const="1,2,4", type=counts, metavar="P,P,...", help=text)
     text = (
         f"write the table and the picture into {documents.MEASUREMENTS} and the figures into "
-        f"bench/results/scaling-DEVICE.json; with --paper its table into {documents.SCALING}"
+        f"bench/results/scaling-DEVICE.json; with --paper or --processes their table into "
+        f"{documents.SCALING}"
     )
     add("--document", action="store_true", help=text)
     add("--quick", action="store_true", help="only try that it runs; its times mean nothing")
     options = parser.parse_args(args)
-    measures = not options.paper and not options.load
+    measures = not options.paper and not options.load and not options.processes
     if options.device == "cuda" and measures and not torch.cuda.is_available():
         parser.error("--device cuda wants a GPU, got none")
     if options.quick and options.document:
         parser.error("--document wants measured figures, got --quick")
-    if options.document:
+    if options.document and not options.processes:
         name = f"scaling-{options.device}"
         options.json = options.json or documents.results_path(name)
         options.plot = options.plot or documents.picture_path(name)
@@ -240,6 +256,15 @@ def main(args=None):
         print(paper())
         if options.document:
             documents.write_between(documents.SCALING, "paper", paper())
+        return
+    if options.processes:
+        sizes = {"classes": (1000,)} if options.quick else {}
+        found = processes.processes_table(
+            processes.run(options.processes, options.seconds, **sizes)
+        )
+        print(found)
+        if options.document:
+            documents.write_between(documents.SCALING, "processes", found)
         return
     report = options.load or run(options)
     print(growth_table(report))

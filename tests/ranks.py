@@ -1,7 +1,9 @@
 """Runs a function in several processes of a gloo group, as the ranks of a sharded head."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
+import time
 import traceback
 
 import torch
@@ -37,12 +39,15 @@ def run_ranks(function, world, folder, *args, seconds=120):
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(seconds)
+    end = time.monotonic() + seconds
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], 1)
+        if any(process.exitcode for process in processes):
+            end = min(end, time.monotonic() + 2)  # the rest would wait for it
     for process in processes:
         if process.is_alive():
             process.kill()
-            process.join()
+        process.join()
     errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
     codes = [process.exitcode for process in processes]
     assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(errors)

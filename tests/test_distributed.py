@@ -137,6 +137,7 @@ def own_rows(tensor, rank):
 def all_cases(rank, world):
     mesh, results = init_device_mesh("cpu", (world,)), {}
     for problem in PROBLEMS:
+        C = problem[1]
         plain, *rows = data(*problem, world)
         head = sharded(plain, *problem, mesh)
         rows = [own_rows(t, rank) for t in rows]
@@ -144,7 +145,8 @@ def all_cases(rank, world):
         by_statistics = step(head, *rows, by_statistics=True)
         with torch.no_grad():
             statistics = head.row_statistics(*rows[:2])
-        results[problem] = found, by_statistics, statistics
+        some = [] if C > 1003 else [head.logits(rows[0]), *head.topk(rows[0], min(C, 4))]
+        results[problem] = found, by_statistics, statistics, some
     return results
 
 
@@ -196,3 +198,9 @@ def test_sharded_head_is_that_of_one_process(results, problem, world):
     for value, exact in zip(statistics[:-1], expected[:-1], strict=True):
         assert error(value, exact) <= tolerance
     assert math.isfinite(wanted["loss"].sum())
+    if problem[1] <= 1003:
+        logits, best, classes = (torch.cat(t) for t in zip(*(e[3] for e in found), strict=True))
+        with torch.no_grad():
+            assert error(logits, plain.logits(input)) <= tolerance
+        assert torch.equal(logits.gather(1, classes), best)
+        assert torch.equal(best, logits.topk(best.shape[1], dim=1).values)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.problem import error
 from tests.ranks import run_ranks
-from tvmf_ext import TvMFLoss
+from tvmf_ext import TvMFLoss, collectives
 from tvmf_ext.distributed import ShardedTvMFLoss, clip_grad_norm_
 
 # All worlds divide the rows. Of 9 classes 4 ranks have 3, 3, 3 and 0.
@@ -54,8 +54,8 @@ def plain_head():
     return TvMFLoss(FEATURES, CLASSES, **OPTIONS)
 
 
-def sharded_head(mesh):
-    head = ShardedTvMFLoss(FEATURES, CLASSES, mesh=mesh, **OPTIONS)
+def sharded_head(mesh, **options):
+    head = ShardedTvMFLoss(FEATURES, CLASSES, mesh=mesh, **OPTIONS, **options)
     head.load_state_dict(plain_head().state_dict())
     return head
 
@@ -153,12 +153,56 @@ def refused(rank, world, mesh):
     return found
 
 
+def loss_and_gradients(head, input, target):
+    input = input.clone().requires_grad_()
+    head.zero_grad()
+    loss = head(input, target)
+    loss.backward()
+    sharded = {name: p.grad for name, p in head.named_parameters()}
+    return {"loss": loss.detach(), "input": input.grad} | {
+        name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        for name, grad in sharded.items()
+    }
+
+
+def compiled(rank, world, mesh):
+    """The head as it stands and under torch.compile, and what a bad label does there."""
+    head = sharded_head(mesh)
+    g = torch.Generator().manual_seed(rank)
+    input = torch.randn(5, FEATURES, generator=g).double()
+    target = torch.randint(CLASSES, (5,), generator=g)
+    plain = loss_and_gradients(head, input, target)
+    torch.compiler.reset()
+    program = torch.compile(head, fullgraph=True, backend="aot_eager")
+    found = loss_and_gradients(program, input, target)
+    found = {name.removeprefix("_orig_mod."): value for name, value in found.items()}
+    return plain, found, message(RuntimeError, lambda: program(input, target + 3 * rank + 5))
+
+
+def merged_in_parts(rank, world, mesh):
+    """The loss and the gradients with either way to merge statistics."""
+    head, found = sharded_head(mesh), []
+    input, target = (t[part_of(rank, world)] for t in batches(1)[0])
+    input = input[:, :FEATURES]
+    for most in (collectives.GATHERED_RANKS, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collectives, "GATHERED_RANKS", most)
+            found.append(loss_and_gradients(head, input, target))
+    return found
+
+
 def every_job(rank, world, folder):
     mesh = init_device_mesh("cpu", (world,))
     found = {name: trained(rank, world, mesh, name) for name in OPTIMIZERS}
     found["checkpoints"] = saved_and_loaded(rank, world, mesh, folder)
     if world > 1:
         found["refused"] = refused(rank, world, mesh)
+        found["merged"] = merged_in_parts(rank, world, mesh)
+    if world == 2:
+        found["compiled"] = compiled(rank, world, mesh)
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
+        found["2 x 2"] = trained(rank, world, mesh, "SGD")
     return found
 
 
@@ -199,6 +243,27 @@ WORLDS = pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_five_clipped_steps_with_a_backbone_equal_one_process(results, world, optimizer):
     for found in results(world)[1]:
         assert_close(found[optimizer], trained_by_one(optimizer))
+
+
+def test_two_groups_of_two_ranks_equal_one_process(results):
+    """Classes are spread in a group, and rows over all ranks."""
+    for found in results(4)[1]:
+        assert_close(found["2 x 2"], trained_by_one("SGD"))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_many_ranks_merge_in_parts_with_the_same_bits(results, world):
+    for found in results(world)[1]:
+        at_once, in_parts = found["merged"]
+        for name, value in at_once.items():
+            assert torch.equal(in_parts[name], value), name
+
+
+def test_torch_compile_takes_the_head_whole(results):
+    for found in results(2)[1]:
+        plain, program, refusal = found["compiled"]
+        assert_close(program, plain, 1e-13)
+        assert "wanted a class in [0, 9)" in refusal
 
 
 @WORLDS

@@ -133,6 +133,25 @@ class OwnRows(torch.autograd.Function):
         return joined.movedim(0, -1) / ctx.world, None, None
 
 
+# Up to so many ranks, each gets the statistics of every shard in one gather. Their bytes grow with
+# the ranks times the rows. Beyond, each rank merges a part of the rows, and the results are
+# gathered.
+GATHERED_RANKS = 32
+
+
+def _merged(group: Group, floats: Tensor, ranks: Tensor) -> list[Tensor]:
+    """The merged statistics `[N, k]` and ranks `[N]`, the same on every rank of the group."""
+    in_parts = group.size > GATHERED_RANKS
+    found = (
+        [exchange(group, t) for t in (floats, ranks)] if in_parts else gather(group, floats, ranks)
+    )
+    floats, ranks = found[0].view(group.size, -1, floats.shape[1]), found[1].view(group.size, -1)
+    others = floats[:, :, :1].logsumexp(0)
+    # An ignored row has the rank -1 in every shard.
+    merged = [torch.cat([others, floats[:, :, 1:].sum(0)], 1), ranks.sum(0).clamp_min(-1)]
+    return gather(group, *merged) if in_parts else merged
+
+
 class MergeShards(torch.autograd.Function):
     """Row statistics of all classes, made of those of the shards, each `[N]`.
 
@@ -149,18 +168,16 @@ class MergeShards(torch.autograd.Function):
         target: Tensor,
         cosine: Tensor,
         rank: Tensor,
-        *more: Tensor,
+        *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        own = torch.stack([others, target, cosine, *more])
-        joined, ranks = gather(group, own, rank)
-        joined, ranks = joined.view(group.size, *own.shape), ranks.view(group.size, -1)
-        merged = joined[:, 0].logsumexp(0)
+        floats = torch.stack([others, target, cosine, *rest], 1)
+        joined, ranks = _merged(group, floats, rank)
+        merged, target, cosine, *more = joined.unbind(1)
         # The share of this shard in the sum of exponentials; 0 where it has no class to add.
         share = torch.where(others == -torch.inf, 0, (others - merged).exp())
         ctx.save_for_backward(share)
-        rank = ranks.sum(0).clamp_min(-1)
-        ctx.mark_non_differentiable(rank)
-        return merged, joined[:, 1].sum(0), joined[:, 2].sum(0), rank, *joined[:, 3:].sum(0)
+        ctx.mark_non_differentiable(ranks)
+        return merged, target, cosine, ranks, *more
 
     @staticmethod
     def backward(

@@ -6,7 +6,7 @@ a row are merged over the ranks, and make the loss that one process has for the 
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,14 @@ from .functional import (
 )
 from .head import SoftplusScale, autocast_input, check_tensor, make_head
 from .modules import TvMFLoss
+from .part_steps import step_in_parts
+from .partial import Call, Pending, Sample
 
 # The first weights are drawn for so many classes at a time, each time from a seed of its own, so
 # that they do not depend on the number of ranks.
 _INIT_CLASSES = 4096
+
+_MARGINS = ("cosine_margin", "angular_margin")
 
 
 def clip_grad_norm_(
@@ -89,6 +93,9 @@ class _LabelCheck:
 
     def __call__(self, labels: Tensor, wrong: Tensor, wanted: str, ranks: int) -> None:
         if ops.is_recorded():
+            if ops.is_compiling() and not labels.is_cuda:
+                text = f"a target of some rank is wrong, wanted {wanted}"
+                torch._assert_async(~wrong.any(), text)
             return
         if not labels.is_cuda:
             if wrong.any():
@@ -105,7 +112,7 @@ class _LabelCheck:
             copied.synchronize()
             if flag.item():
                 self._earlier = None
-                raise IndexError(f"a target of an earlier call is none of what is wanted: {wanted}")
+                raise IndexError(f"a target of an earlier call was wrong, wanted {wanted}")
         flag = torch.empty((), dtype=torch.bool, pin_memory=True)
         flag.copy_(wrong.any(), non_blocking=True)
         copied = torch.cuda.Event()
@@ -113,14 +120,82 @@ class _LabelCheck:
         self._earlier = flag, copied
 
 
-class _Rows:
-    """The rows of all ranks of a group, and their statistics."""
+class _Rows(NamedTuple):
+    """The rows of all ranks of a group."""
 
-    def __init__(
-        self, statistics: RowStatistics, valid: Tensor, weight: Tensor, labels: Tensor
-    ) -> None:
-        self.statistics, self.valid, self.weight = statistics, valid, weight
-        self.labels = labels
+    statistics: RowStatistics
+    valid: Tensor
+    weight: Tensor
+    """the class weight of a row's target, 0 for an ignored row"""
+
+
+def _with_summed_gradients(
+    tensors: dict[str, Tensor], groups: tuple[Group, ...]
+) -> dict[str, Tensor]:
+    """The tensors, with gradients that are summed over the groups."""
+    names = [name for name, value in tensors.items() if value.requires_grad]
+    # The class vectors alone are large: they are not joined with the rest into one tensor.
+    vectors = [name for name in names if name == "linear_weight"]
+    for together in (vectors, [name for name in names if name not in vectors]):
+        if together and groups:
+            summed = SumGradients.apply(groups, *(tensors[name] for name in together))
+            tensors = tensors | dict(zip(together, summed, strict=True))
+    return tensors
+
+
+def _shard_statistics(
+    rows: Tensor, local: Tensor, arguments: dict[str, Any], score: Tensor, with_sum: bool
+) -> tuple[Tensor, ...]:
+    """`others, target, cosine, sum, rank` over the classes of the arguments.
+
+    `local` has their numbers, -1 for an ignored row, and any other number for another class, and
+    `score` is `phi + bias` of every row's target.
+    """
+    if not len(arguments["linear_weight"]):
+        tensors = [arguments["scale"].s, *(v for v in arguments.values() if isinstance(v, Tensor))]
+        others, cosine, sum_, rank = EmptyShard.apply(rows, score.dtype, *tensors)
+        return others, torch.zeros_like(others), cosine, sum_, rank
+    head, kept = make_head(
+        rows,
+        arguments["linear_weight"],
+        local,
+        arguments["kappa"],
+        arguments["scale"],
+        arguments["linear_bias"],
+        arguments["prior"],
+        arguments["class_weight"],
+        -1,
+        arguments["cosine_margin"],
+        arguments["angular_margin"],
+        score,
+    )
+    try:
+        others, cosine, sum_, rank = ops.row_statistics(*head, with_sum, kept)
+    except RuntimeError as error:
+        raise explained(error) from None
+    return others, target_logits(head, cosine), cosine, sum_, rank
+
+
+@torch.no_grad()
+def _target_scores(
+    input: Tensor, column: Tensor, mine: Tensor, arguments: dict[str, Any]
+) -> Tensor:
+    """`phi + bias` of each row's target, before its margins; 0 where another shard has it.
+
+    The roundings are those of the kernels, so that equal classes have equal scores.
+    """
+    dtype = ops.compute_dtype(input.dtype)
+    weight, input = arguments["linear_weight"][column].to(dtype), input.to(dtype)
+    product = (input.double() * weight.double()).sum(1).to(dtype)
+    rnorm = [1 / t.norm(dim=1).clamp_min(1e-12) for t in (weight, input)]
+    cosine = (product * (rnorm[0] * rnorm[1])).clamp(-1, 1)
+    kappa, bias = arguments["kappa"], arguments["linear_bias"]
+    kappa = kappa[column] if len(kappa) > 1 else kappa
+    gap = 1 - cosine
+    score = (cosine - kappa * gap) * (1 / (1 + kappa * gap))
+    if bias is not None:
+        score = score + bias[column]
+    return torch.where(mine, score, 0)
 
 
 def _group(mesh: DeviceMesh, dim: int) -> Group:
@@ -149,6 +224,15 @@ class ShardedTvMFLoss(TvMFLoss):
         mesh: the ranks, a DeviceMesh. If it has two dimensions, the classes are spread over the
             ranks of the last one, and each of these groups has a copy of the head and sees rows of
             its own.
+        sample_rate: the share of its classes that a rank compares the rows with in training
+            (PartialFC, An et al., CVPR 2022): the targets of all rows, and a uniform sample of the
+            rest. Their logits are raised by `-log q` with the chance q of being drawn, so that the
+            sum of the exponentials is right in the mean. A rank counts in the sample. Below 1 an
+            optimizer must be attached; see `attach`.
+        sample_seed: the sample follows from it, from `sample_step`, which counts the calls in
+            training, and from the rank.
+        gradient_blocks: in how many blocks the gradient of the own classes is made, of which only
+            one is held at a time. Above 1 an optimizer must be attached; see `attach`.
         reduce_dtype: the dtype in which the gradient of the features is summed over ranks, by
             default float32 (float64 for float64 features). torch.bfloat16 sends half as much.
         device: by default that of the mesh.
@@ -169,6 +253,9 @@ class ShardedTvMFLoss(TvMFLoss):
         num_classes: int,
         *,
         mesh: DeviceMesh,
+        sample_rate: float = 1.0,
+        sample_seed: int = 0,
+        gradient_blocks: int = 1,
         reduce_dtype: torch.dtype | None = None,
         weight: Tensor | None = None,
         device: torch.device | str | None = None,
@@ -180,10 +267,22 @@ class ShardedTvMFLoss(TvMFLoss):
             raise ValueError(f"mesh must have one or two dimensions, got {mesh.ndim}")
         if reduce_dtype not in (None, *ops.DTYPES):
             raise ValueError(f"reduce_dtype must be a floating-point dtype, got {reduce_dtype}")
+        if not 0 < sample_rate <= 1:
+            raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}")
+        if gradient_blocks < 1:
+            raise ValueError(f"gradient_blocks must be at least 1, got {gradient_blocks}")
+        if sample_rate < 1 and (gradient_blocks > 1 or mesh.ndim > 1):
+            raise ValueError(
+                "sample_rate below 1 needs one block of gradients and a mesh of one dimension, got "
+                f"gradient_blocks = {gradient_blocks} and {mesh.ndim} dimensions"
+            )
         if device is None and torch.get_default_device().type != "meta":
             device = mesh.device_type
         # TvMFLoss's constructor makes the parameters and buffers by the layout that is set here.
         self.mesh = mesh
+        self.sample_rate, self.sample_seed, self.sample_step = sample_rate, sample_seed, 0
+        self.gradient_blocks = gradient_blocks
+        self._pending: Pending | None = None
         self.reduce_dtype = reduce_dtype
         *self._data_groups, self._group = (_group(mesh, dim) for dim in range(mesh.ndim))
         self._groups = (*self._data_groups, self._group)
@@ -306,70 +405,78 @@ class ShardedTvMFLoss(TvMFLoss):
         self._check_labels(labels, wrong, wanted, self._group.size)
         return rows, labels, wrong
 
-    def _arguments(self, input: Tensor) -> dict[str, Any]:
-        """Weight, kappa, scale and bias of the own classes. The gradients of what other ranks hold,
-        too, are summed over these ranks."""
-        local = {"weight": self.weight, "kappa": self.kappa, "scale": self.s_}
+    def _arguments(self, input: Tensor, rows: Tensor | None = None) -> dict[str, Any]:
+        """The arguments of the head for the own classes, or for some `rows` of them.
+
+        The gradients of what other ranks hold, too, are summed over these ranks.
+        """
+        pick = (lambda values: values) if rows is None else (lambda values: values[rows])
+        found: dict[str, Any] = {"linear_bias": None}
+        parameters = {"linear_weight": self.weight, "kappa": self.kappa, "scale": self.s_}
         if self.bias is not None:
-            local["bias"] = self.bias
-        sharded = {name: isinstance(value, DTensor) for name, value in local.items()}
-        for name, value in local.items():
-            value = value.to_local() if isinstance(value, DTensor) else value
-            local[name] = value if name == "weight" else in_compute_dtype(value, input)
-        for names, groups in (
-            ([n for n in local if not sharded[n]], self._groups),
-            (["weight"], tuple(self._data_groups)),
-            ([n for n in local if sharded[n] and n != "weight"], tuple(self._data_groups)),
-        ):
-            names = [n for n in names if local[n].requires_grad]
-            if names and groups:
-                local |= zip(
-                    names, SumGradients.apply(groups, *(local[n] for n in names)), strict=True
-                )
-        return {"bias": None, **local, "scale": SoftplusScale(local["scale"])}
+            parameters["linear_bias"] = self.bias
+        shared, per_class = {}, {}
+        for name, value in parameters.items():
+            if isinstance(value, DTensor):
+                per_class[name] = pick(value.to_local())
+            else:
+                shared[name] = value
+        if rows is not None or self.gradient_blocks > 1:
+            # The parameters themselves get no gradients.
+            per_class = {name: values.detach() for name, values in per_class.items()}
+            learnt = {n: t for n, t in per_class.items() if parameters[n].requires_grad}
+            if rows is not None:
+                for values in learnt.values():
+                    values.requires_grad_()
+            if torch.is_grad_enabled():
+                self._pending = Pending(rows, learnt)
+        for tensors, groups in ((shared, self._groups), (per_class, self._data_groups)):
+            for name, value in tensors.items():
+                if name != "linear_weight":
+                    tensors[name] = in_compute_dtype(value, input)
+            found |= _with_summed_gradients(tensors, tuple(groups))
+        for name in ("prior", "class_weight", *_MARGINS):
+            value = getattr(self, name)
+            found[name] = pick(value) if isinstance(value, Tensor) else value
+        return found | {"scale": SoftplusScale(found["scale"])}
 
     def _statistics(self, input: Tensor, target: Tensor, with_sum: bool) -> _Rows:
         """The statistics of all rows of the group over all classes."""
         rows, labels, wrong = self._gathered(input, target)
-        valid = labels != self.ignore_index
-        arguments = self._arguments(rows)
         dtype = ops.compute_dtype(rows.dtype)
+        valid = labels != self.ignore_index
+        own = labels - self.first_class
+        mine = (own >= 0) & (own < self.own_classes) & valid
+        column, sample, count = torch.where(mine, own, 0), None, self.own_classes
+        if self.training and self.sample_rate < 1:
+            sample = self._draw_sample(column, mine)
+            column, count = sample.columns(column), len(sample.rows)
+        arguments = self._arguments(rows, None if sample is None else sample.rows)
+        class_weight = arguments["class_weight"]
+        if sample is not None:
+            arguments |= sample.corrected(arguments, dtype)
         more: list[Tensor] = []
-        if self.own_classes:
-            own = labels - self.first_class
-            mine = (own >= 0) & (own < self.own_classes) & valid
-            # Any number but a class of the shard says that the class is another shard's.
-            local = torch.where(valid, torch.where(mine, own, self.own_classes), -1)
-            score = total(self._target_scores(rows, own, mine, arguments), self._group)
-            head, kept = make_head(
-                rows,
-                arguments["weight"],
-                local,
-                arguments["kappa"],
-                arguments["scale"],
-                arguments["bias"],
-                self.prior,
-                self.class_weight,
-                -1,
-                self.cosine_margin,
-                self.angular_margin,
-                score,
+        if self.class_weight is not None:
+            more.append(torch.zeros(len(rows), dtype=dtype, device=rows.device))
+        score = torch.zeros(len(rows), dtype=dtype, device=rows.device)
+        if count:
+            score = _target_scores(rows, column, mine, arguments)
+            if more:
+                more[0] = torch.where(mine, class_weight.to(dtype)[column], 0)
+        score = total(score, self._group)
+        # Any number but a class of the shard says that the class is another shard's.
+        local = torch.where(valid, torch.where(mine, column, count), -1)
+        others, logit, cosine, sum_, rank = _shard_statistics(
+            rows, local, arguments, score, with_sum
+        )
+        if sample is not None and with_sum:
+            sum_ = sum_ + sample.sum_offset
+        if self.gradient_blocks > 1 and torch.is_grad_enabled():
+            assert self._pending is not None
+            call = Call(rows.detach(), local, arguments, score, with_sum, others.detach())
+            others, logit, cosine, sum_ = self._pending.capture(
+                call, self.gradient_blocks, self._data_groups, others, logit, cosine, sum_
             )
-            try:
-                others, cosine, sum_, rank = ops.row_statistics(*head, with_sum, kept)
-            except RuntimeError as error:
-                raise explained(error) from None
-            logit = target_logits(head, cosine)
-            if self.class_weight is not None:
-                omega = self.class_weight.to(dtype)[torch.where(mine, own, 0)]
-                more = [torch.where(mine, omega, 0)]
-        else:
-            total(rows.new_zeros(len(rows), dtype=dtype), self._group)
-            scale = arguments.pop("scale").s
-            others, cosine, sum_, rank = EmptyShard.apply(rows, dtype, scale, *arguments.values())
-            logit = torch.zeros_like(cosine)
-            if self.class_weight is not None:
-                more = [torch.zeros_like(cosine.detach())]
         if with_sum:
             more.append(sum_)
         merged = MergeShards.apply(self._group, others, logit, cosine, rank, *more)
@@ -377,30 +484,7 @@ class ShardedTvMFLoss(TvMFLoss):
         sum_ = more.pop() if with_sum else others.new_empty(0)
         weight = more[0] if more else valid.to(dtype)
         logit = torch.where(wrong, torch.nan, logit)
-        return _Rows(RowStatistics(others, cosine, logit, sum_, rank), valid, weight, labels)
-
-    @torch.no_grad()
-    def _target_scores(
-        self, input: Tensor, own: Tensor, mine: Tensor, arguments: dict[str, Any]
-    ) -> Tensor:
-        """`phi + bias` of each row's target, before its margins; 0 where another shard has it.
-
-        The roundings are those of the kernels, so that equal classes have equal scores.
-        """
-        dtype = ops.compute_dtype(input.dtype)
-        column = torch.where(mine, own, 0)
-        weight = arguments["weight"][column].to(dtype)
-        input = input.to(dtype)
-        product = (input.double() * weight.double()).sum(1).to(dtype)
-        rnorm = [1 / t.norm(dim=1).clamp_min(1e-12) for t in (weight, input)]
-        cosine = (product * (rnorm[0] * rnorm[1])).clamp(-1, 1)
-        kappa, bias = arguments["kappa"], arguments["bias"]
-        kappa = kappa[column] if isinstance(self.kappa, DTensor) else kappa
-        gap = 1 - cosine
-        score = (cosine - kappa * gap) * (1 / (1 + kappa * gap))
-        if bias is not None:
-            score = score + bias[column]
-        return torch.where(mine, score, 0)
+        return _Rows(RowStatistics(others, cosine, logit, sum_, rank), valid, weight)
 
     def _reduced(
         self, losses: Tensor, weight: Tensor, groups: tuple[Group, ...], count: int
@@ -414,6 +498,39 @@ class ShardedTvMFLoss(TvMFLoss):
     def _losses(self, statistics: RowStatistics, valid: Tensor, weight: Tensor) -> Tensor:
         e = self.label_smoothing
         return row_losses(statistics, valid, weight, self._total_weight, e, e / self.num_classes)
+
+    def _draw_sample(self, column: Tensor, mine: Tensor) -> Sample:
+        """The classes of the next step: all targets, and a uniform sample of the rest."""
+        step = self.sample_step * self._group.size + self._group.rank
+        self.sample_step += 1
+        return Sample.draw(
+            column, mine, self.own_classes, self.sample_rate, (self.sample_seed << 40) + step
+        )
+
+    def attach(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
+        """Lets the optimizer's `step` also step `weight`, `bias` and a kappa for each class where
+        their gradients are those of a sample or of blocks. Their `grad` stays None.
+
+        The step changes the rows of the sample alone: others keep their values, their momentum and
+        their weight decay. With blocks, one block after the other gets its gradient, from one more
+        forward and backward pass over it, and its step. The optimizer must change each element by
+        itself, as SGD, Adam and AdamW do. Gradients of several calls are not added, and those of
+        the class vectors have no part in clipping.
+
+        Args:
+            optimizer: it has these parameters, in a group apart from plain ones.
+            scaler: the GradScaler that scales the loss. A step that it skips is skipped here, too.
+        """
+
+        def step_rest(*_: Any) -> None:
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                own = {"linear_weight": "weight", "linear_bias": "bias", "kappa": "kappa"}
+                parameters = {name: getattr(self, own[name]) for name in pending.leaves}
+                scale = 1.0 if scaler is None else scaler.get_scale()
+                step_in_parts(optimizer, parameters, pending.parts(_shard_statistics), scale)
+
+        optimizer.register_step_post_hook(step_rest)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of the rows of all ranks; for `reduction="none"` the losses of the own rows."""
@@ -454,12 +571,7 @@ class ShardedTvMFLoss(TvMFLoss):
 
     def _own_logit_arguments(self, input: Tensor) -> dict[str, Any]:
         found = self._arguments(input)
-        return {
-            "linear_weight": found["weight"],
-            "kappa": found["kappa"],
-            "scale": found["scale"],
-            "linear_bias": found["bias"],
-        }
+        return {name: found[name] for name in ("linear_weight", "kappa", "scale", "linear_bias")}
 
     @torch.no_grad()
     def logits(self, input: Tensor) -> Tensor:
