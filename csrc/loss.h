@@ -5,10 +5,23 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "similarity.h"
 
 namespace tvmf {
+
+// A row whose label is none of the C classes: its target is ignored, names no class, or names one
+// of another shard's classes.
+constexpr int64_t kIgnored = -1, kWrong = -2, kElsewhere = -3;
+
+// The class that a row's target names, or one of the above. `sharded`: the classes are a part of
+// all, so that a target outside [0, C) names one of the others.
+TVMF_HOST_DEVICE int64_t label_of(int64_t target, int64_t ignore_index, int64_t C, bool sharded) {
+  if (target == ignore_index) return kIgnored;
+  if (target >= 0 && target < C) return target;
+  return sharded ? kElsewhere : kWrong;
+}
 
 // The terms of a row's target class.
 struct TargetTerms {

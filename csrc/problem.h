@@ -46,7 +46,8 @@ struct Saved {
                      // the exponentials
   T* sum_exp;        // [N]  the sum over the other classes of exp(logit - max)
   T* target_cosine;  // [N]  c_{n,y} before its margins; 0 where the row has no target
-  T* target_logit;   // [N]  z'_n, with the margins; 0 where the row has no target
+  T* target_logit;   // [N]  z'_n, with the margins; 0 where the row has no target; of another
+                     // shard's class the logit without margin and prior
   T* x_rnorm;        // [N]  1 / |x_n|
   T* weight_rnorm;   // [C]  1 / |w_c|, then zeros
   T* product;        // <x_n, w_c> of the first `kept` classes: [N, kept] on a GPU, and on the CPU

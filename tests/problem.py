@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import tvmf_ext
 from tvmf_ext import reference
-from tvmf_ext.functional import SoftplusScale
+from tvmf_ext.head import SoftplusScale
 
 DIFFERENTIABLE = ("input", "linear_weight", "kappa", "scale", "linear_bias")
 LOGITS = ("input", "linear_weight", "kappa", "scale", "linear_bias", "prior")
@@ -80,6 +80,67 @@ def make_problem(
     if class_weight:
         problem["weight"] = torch.rand(C, generator=g).add(0.1).to(weight_dtype)
     return problem
+
+
+def shards_of(problem, sizes):
+    """The head in shards of so many classes: for each its problem, with labels of its own, -1 for
+    an ignored row, any other number for the class of another shard, and `target_score`, the score
+    of every row's target."""
+    C = len(problem["linear_weight"])
+    target, ignored = problem["target"], problem["target"] == problem.get("ignore_index", -100)
+    exact = to_dtype(problem, torch.float64)
+    exact = {name: exact[name] for name in LOGITS if name in exact} | {"scale": 1, "prior": None}
+    score = reference.tvmf_logits(**exact)
+    score = score.gather(1, torch.where(ignored, 0, target)[:, None])[:, 0]
+    score = score.detach().to(compute_dtype(problem["input"].dtype))
+    begin = 0
+    for size in sizes:
+        part = {
+            name: value[begin : begin + size]
+            if torch.is_tensor(value) and name != "input" and value.shape[:1] == (C,)
+            else value
+            for name, value in problem.items()
+            if name != "target"
+        }
+        own = torch.where(ignored, -1, torch.where(target < begin, size, target - begin))
+        yield part | {"target": own, "ignore_index": -1, "target_score": score}
+        begin += size
+
+
+def check_shards(problem, sizes, step):
+    """Checks that shards of the classes have the statistics and the gradients of all classes.
+
+    `step(problem, upstream)` returns the outputs of `row_statistics` and the gradients, by name.
+    """
+    problem = statistics_arguments(problem)
+    dtype, N = compute_dtype(problem["input"].dtype), len(problem["input"])
+    upstream = {
+        name: torch.randn(N, dtype=dtype, generator=torch.Generator().manual_seed(i))
+        for i, name in enumerate(("others", "cosine", "sum"))
+    }
+    whole, gradients = step(problem, upstream)
+    parts = list(shards_of(problem, sizes))
+    outputs = [step(part, {})[0] for part in parts]
+    others = torch.stack([each["others"] for each in outputs])
+    merged = {name: sum(each[name] for each in outputs) for name in ("cosine", "sum")}
+    merged["others"] = others.logsumexp(0)
+    for name, value in merged.items():
+        assert error(value, whole[name]) <= 10 * TOLERANCE[dtype], name
+    rank = torch.stack([each["rank"] for each in outputs])
+    ignored = problem["target"] == problem.get("ignore_index", -100)
+    assert ((rank == -1) == ignored).all()
+    check_rank(problem, torch.where(ignored, -1, rank.sum(0)))
+
+    upstreams = [
+        upstream | {"others": upstream["others"] * (own - merged["others"]).exp()} for own in others
+    ]
+    found = [step(*each)[1] for each in zip(parts, upstreams, strict=True)]
+    for name, gradient in gradients.items():
+        of_shards = [each[name] for each in found]
+        per_class = gradient.shape[:1] == (sum(sizes),) and name != "input"
+        value = torch.cat(of_shards) if per_class else sum(of_shards)
+        size = 16 * torch.finfo(gradient.dtype).eps
+        assert error(value, gradient) <= max(size, 10 * TOLERANCE[dtype]), name
 
 
 def statistics_arguments(problem):

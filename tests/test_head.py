@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.problem import error
@@ -280,19 +281,46 @@ def test_repr_shows_what_differs_from_the_defaults():
     assert "kappa=[9]" in repr(head_of(**HEADS["kappa and bias per class"]))
 
 
-def test_distributed_data_parallel_trains_a_head(tmp_path):
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
-    try:
-        head, (input, target) = head_of(bias=True), batch()
-        expected = torch.autograd.grad(head(input, target), list(head.parameters()))
-        model = DistributedDataParallel(head)
-        model(input, target).backward()
-        for parameter, gradient in zip(head.parameters(), expected, strict=True):
-            assert torch.equal(parameter.grad, gradient)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel_trains_a_head(one_process):
+    head, (input, target) = head_of(bias=True), batch()
+    expected = torch.autograd.grad(head(input, target), list(head.parameters()))
+    model = DistributedDataParallel(head)
+    model(input, target).backward()
+    for parameter, gradient in zip(head.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_a_sharded_head_works_and_is_restored_from_the_meta_device(one_process):
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    options = HEADS["every option"] | {"kappa": torch.arange(1.0, C + 1), "learn_kappa": True}
+    plain, (input, target) = head_of(**options), batch()
+    with torch.device("meta"):
+        head = TvMFLoss(D, C, **options)
+    fully_shard(head, mesh=mesh)
+    for name in ("logits", "row_statistics", "topk"):
+        register_fsdp_forward_method(head, name)
+    head.to_empty(device="cpu")
+    head.reset_parameters()
+    assert torch.equal(head.kappa.full_tensor(), plain.kappa)
+    assert head.s_.full_tensor() == 0
+    assert torch.equal(head.prior, plain.prior)
+    plain.load_state_dict({n: p.full_tensor() for n, p in head.state_dict().items()})
+    assert torch.equal(head(input, target), plain(input, target))
+    assert torch.equal(head.logits(input), plain.logits(input))
+    assert torch.equal(head.topk(input, 2)[1], plain.topk(input, 2)[1])
+    assert torch.equal(
+        head.row_statistics(input, target).lse, plain.row_statistics(input, target).lse
+    )
 
 
 def test_arguments_after_the_sizes_go_by_name():

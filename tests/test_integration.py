@@ -20,8 +20,8 @@ from tests.problem import (
     statistics_arguments,
 )
 from tvmf_ext import (
+    SoftplusScale,
     TvMFLoss,
-    functional,
     loss_of_statistics,
     ops,
     plan,
@@ -30,6 +30,7 @@ from tvmf_ext import (
     tvmf_cross_entropy,
     tvmf_logits,
 )
+from tvmf_ext import head as head_module
 
 OPERATORS = pytest.mark.parametrize("operator", [tvmf_cross_entropy, row_statistics])
 OPS = torch.ops.tvmf_ext
@@ -54,7 +55,7 @@ def full_problem(N=6, C=40, D=130, **options):
 def head_arguments(problem):
     """The arguments that all operators share."""
     scale, kappa = problem["scale"], problem["kappa"]
-    softplus = isinstance(scale, functional.SoftplusScale)
+    softplus = isinstance(scale, SoftplusScale)
     tensor = isinstance(kappa, torch.Tensor)
     return ops.Head(
         input=problem["input"],
@@ -67,6 +68,7 @@ def head_arguments(problem):
         class_weight=problem.get("weight"),
         cosine_margin=None,
         angular_margin=None,
+        target_score=None,
         kappa_value=0.0 if tensor else kappa,
         scale_value=1.0 if softplus else scale,
         cosine_margin_value=problem.get("cosine_margin", 0.0),
@@ -134,8 +136,8 @@ def test_python_and_the_plan_agree_on_the_tile_beside_the_kept_products(dtype):
     def tile(N):
         return N * plan(N, 10**6, 8, dtype=dtype, device="cpu").class_block * dtype.itemsize
 
-    assert tile(1 << 20) == (1 << 20) * functional._TILE_CLASSES * dtype.itemsize
-    assert tile(256) == functional._TILE_BYTES
+    assert tile(1 << 20) == (1 << 20) * head_module._TILE_CLASSES * dtype.itemsize
+    assert tile(256) == head_module._TILE_BYTES
 
 
 def operator_calls(problem, kept):
@@ -269,16 +271,16 @@ def matmul():
 def test_the_setting_of_tf32_is_read_however_it_was_made(matmul):
     for value in ("tf32", "ieee"):
         matmul.fp32_precision = value
-        assert functional.cuda_allows_tf32() == (value == "tf32")
+        assert head_module.cuda_allows_tf32() == (value == "tf32")
     for value in ("high", "highest"):
         torch.set_float32_matmul_precision(value)
-        assert functional.cuda_allows_tf32() == (value == "high")
+        assert head_module.cuda_allows_tf32() == (value == "high")
     matmul.fp32_precision = "tf32"  # while the older setting is still at "highest"
-    assert functional.cuda_allows_tf32()
+    assert head_module.cuda_allows_tf32()
 
 
 def test_compiled_code_follows_the_setting_of_tf32(matmul):
-    function = compiled(lambda x: x + functional.cuda_allows_tf32(), backend="eager")
+    function = compiled(lambda x: x + head_module.cuda_allows_tf32(), backend="eager")
     for value in ("tf32", "ieee", "tf32"):
         matmul.fp32_precision = value
         assert function(torch.zeros(())) == (value == "tf32")
@@ -437,7 +439,9 @@ def test_checkpointing_and_saved_tensor_hooks_give_the_same_gradients():
         assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["kappa", "scale", "label_smoothing"])
+@pytest.mark.parametrize(
+    "name", ["kappa", "scale", "cosine_margin", "angular_margin", "label_smoothing"]
+)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_schedule_of_a_number_is_compiled_once_more_and_is_never_stale(name, backend):
     problem = make_problem(6, 5, 8, dtype=torch.float64)

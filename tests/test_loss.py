@@ -9,10 +9,12 @@ import torch.nn.functional as F
 import tvmf_ext
 from tests.problem import (
     check,
+    check_shards,
     error,
     evaluate,
     leaves_of,
     make_problem,
+    shards_of,
     statistics_arguments,
     to_dtype,
 )
@@ -20,10 +22,28 @@ from tvmf_ext import (
     SoftplusScale,
     TvMFLoss,
     loss_of_statistics,
+    ops,
     reference,
     row_statistics,
     tvmf_cross_entropy,
 )
+from tvmf_ext.head import make_head
+
+
+def step_of_shard(problem, upstream):
+    part, leaves = leaves_of(problem)
+    names = ("input", "linear_weight", "target", "kappa", "scale", "linear_bias", "prior", "weight")
+    names += ("ignore_index", "cosine_margin", "angular_margin", "target_score")
+    defaults = {"cosine_margin": 0.0, "angular_margin": 0.0, "ignore_index": -100}
+    head, kept = make_head(*(part.get(name, defaults.get(name)) for name in names))
+    outputs = ops.row_statistics(*head, True, kept)
+    outputs = dict(zip(("others", "cosine", "sum", "rank"), outputs, strict=True))
+    if not upstream:
+        return outputs, {}
+    chosen = [outputs[name] for name in upstream]
+    gradients = torch.autograd.grad(chosen, list(leaves.values()), list(upstream.values()))
+    return outputs, dict(zip(leaves, gradients, strict=True))
+
 
 # The angle of a row that lies near its class is small; with these it stays below pi, or crosses it.
 MARGINS = {
@@ -244,3 +264,31 @@ def test_a_head_has_margins(margin):
     assert "cosine_margin" in repr(head) and "angular_margin=0.1" in repr(head)
     with pytest.raises(ValueError, match=r"kappa must be > -0\.4 with these margins"):
         TvMFLoss(3, 5, kappa=-0.45, cosine_margin=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sizes", [[9], [4, 1, 4], [1] * 9], ids=str)
+def test_shards_of_the_classes_give_what_all_give(sizes, dtype):
+    options = {"kappa": "[C]", "scale": "softplus", "bias": True, "prior": True}
+    options |= {"class_weight": True}
+    problem = make_problem(20, 9, 17, dtype=dtype, ignored=0.2, **options)
+    check_shards(problem, sizes, step_of_shard)
+
+
+def test_a_loss_needs_all_classes():
+    problem = next(shards_of(make_problem(4, 5, 3), [2, 3]))
+    with pytest.raises(ValueError, match="target_score must be None for a loss"):
+        head = ops.Head(*[None] * len(ops.Head._fields))._replace(
+            input=problem["input"],
+            weight=problem["linear_weight"],
+            target=problem["target"],
+            target_score=problem["target_score"],
+            kappa_value=16.0,
+            scale_value=1.0,
+            cosine_margin_value=0.0,
+            angular_margin_value=0.0,
+            softplus_scale=False,
+            ignore_index=-1,
+            allow_tf32=False,
+        )
+        ops.cross_entropy(*head, 0.0, 1, 0)

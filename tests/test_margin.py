@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tvmf_ext import TvMFLoss, margin
+from tvmf_ext import TvMFLoss, margin, tvmf_cross_entropy
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
@@ -47,8 +47,13 @@ def test_tau_out_of_range_is_refused(tau):
     "counts", [torch.tensor([500.0, 20, 3]), torch.tensor([5, 3, 2]), [9, 2, 1]]
 )
 def test_counts_in_place_of_their_logarithms_are_refused(counts):
-    with pytest.raises(ValueError, match=r"^prior must be the logarithms .*log_prior\(counts\)"):
+    message = r"^prior must be the logarithms .*log_prior\(counts\)"
+    with pytest.raises(ValueError, match=message):
         TvMFLoss(8, 3, prior=counts)
+    # As floats they show where they are larger than any logarithm of a size.
+    prior = torch.as_tensor(counts).float() + 25
+    with pytest.raises(ValueError, match=message):
+        tvmf_cross_entropy(torch.ones(4, 8), torch.ones(3, 8), torch.arange(4) % 3, prior=prior)
 
 
 def test_ldam_margins_fall_with_the_fourth_root_of_the_size():

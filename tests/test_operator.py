@@ -21,7 +21,7 @@ from tests.problem import (
     upstream_of,
 )
 from tvmf_ext import (
-    functional,
+    SoftplusScale,
     loss_of_statistics,
     ops,
     reference,
@@ -29,6 +29,7 @@ from tvmf_ext import (
     tvmf_cross_entropy,
     tvmf_logits,
 )
+from tvmf_ext import head as head_module
 
 OPERATORS = pytest.mark.parametrize("operator", [tvmf_cross_entropy, row_statistics])
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -255,12 +256,12 @@ def test_kept_and_recomputed_products_give_the_same_gradients(dtype, monkeypatch
         70, 3001, 128, dtype=dtype, kappa="[C]", scale="[]", bias=True, reduction="none"
     )
     wanted = problem["input"].requires_grad_(), problem["linear_weight"]
-    whole = functional._kept(*wanted)
+    whole = head_module._kept(*wanted)
     assert whole >= 3001
     results = []
     for kept in (whole, 1024, 16, 0):
-        monkeypatch.setattr(functional, "_KEEP_BYTES", 70 * kept * problem["input"].itemsize)
-        assert functional._kept(*wanted) == kept
+        monkeypatch.setattr(head_module, "_KEEP_BYTES", 70 * kept * problem["input"].itemsize)
+        assert head_module._kept(*wanted) == kept
         check(tvmf_cross_entropy, problem)
         results.append(evaluate(tvmf_cross_entropy, problem))
     for other in results[1:]:
@@ -272,18 +273,18 @@ def test_kept_and_recomputed_products_give_the_same_gradients(dtype, monkeypatch
 def test_products_are_kept_only_for_a_backward_pass():
     problem = make_problem(8, 100, 256)
     x, w = problem["input"], problem["linear_weight"]
-    assert functional._kept(x, w) == 0
-    assert functional._kept(x, w, None, torch.ones(1, requires_grad=True)) == 112
+    assert head_module._kept(x, w) == 0
+    assert head_module._kept(x, w, None, torch.ones(1, requires_grad=True)) == 112
     w.requires_grad_()
-    assert functional._kept(x, w) == 112
-    assert functional._kept(x[:, :16], w[:, :16]) == 0
+    assert head_module._kept(x, w) == 112
+    assert head_module._kept(x[:, :16], w[:, :16]) == 0
     with torch.no_grad():
-        assert functional._kept(x, w) == 0
+        assert head_module._kept(x, w) == 0
 
 
 def test_cuda_keeps_all_products_or_none():
     def keep(*problem):
-        return functional.products_to_keep(*problem, cuda=True)
+        return head_module.products_to_keep(*problem, cuda=True)
 
     assert keep(256, 8142, 2048, torch.bfloat16) == 8144
     assert keep(256, 65536, 64, torch.float32) == 65536
@@ -358,7 +359,7 @@ def test_gradcheck_in_float64(operator):
     _, leaves = leaves_of(problem)
 
     def function(input, linear_weight, kappa, s, linear_bias):
-        scale = functional.SoftplusScale(s)
+        scale = SoftplusScale(s)
         leaves = (input, linear_weight, kappa, scale, linear_bias)
         output = operator(**problem | dict(zip(DIFFERENTIABLE, leaves, strict=True)))
         return output if isinstance(output, torch.Tensor) else output[:4]
@@ -416,6 +417,7 @@ def test_no_uninitialised_memory_reaches_a_result(kept, monkeypatch):
         class_weight=None,
         cosine_margin=None,
         angular_margin=None,
+        target_score=None,
         kappa_value=0.0,
         scale_value=1.0,
         cosine_margin_value=0.0,
@@ -424,8 +426,8 @@ def test_no_uninitialised_memory_reaches_a_result(kept, monkeypatch):
         ignore_index=-100,
         allow_tf32=False,
     )
-    monkeypatch.setattr(functional, "_KEEP_MIN_FEATURES", 1)
-    monkeypatch.setattr(functional, "_KEEP_BYTES", 7 * 4 * kept)
+    monkeypatch.setattr(head_module, "_KEEP_MIN_FEATURES", 1)
+    monkeypatch.setattr(head_module, "_KEEP_BYTES", 7 * 4 * kept)
     statistics = statistics_arguments(problem)
     expected = evaluate(tvmf_cross_entropy, problem), evaluate(row_statistics, statistics)
     for _ in range(3):

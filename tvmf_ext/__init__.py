@@ -12,7 +12,7 @@ if "torch" not in sys.modules:
 from . import margin
 from .functional import (
     RowStatistics,
-    SoftplusScale,
+    check_targets,
     error_at,
     loss_of_statistics,
     row_statistics,
@@ -20,6 +20,7 @@ from .functional import (
     tvmf_cross_entropy,
     tvmf_logits,
 )
+from .head import SoftplusScale
 from .info import VERSION, build_info
 from .modules import TvMFLoss
 from .planning import CpuPlan, CudaPlan, plan
@@ -33,6 +34,7 @@ __all__ = [
     "SoftplusScale",
     "TvMFLoss",
     "build_info",
+    "check_targets",
     "error_at",
     "loss_of_statistics",
     "margin",

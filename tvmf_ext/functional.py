@@ -1,9 +1,7 @@
 """Functions of the t-vMF head: row statistics, the losses made of them, and logits."""
 
-import functools
 import math
-from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -11,21 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-
-_is_compiling = torch.compiler.is_compiling  # true while exporting, too
-_IGNORE_INDEX = -100  # torch's default, which None stands for
+from .head import IGNORE_INDEX, SoftplusScale, check_tensor, make_head, number
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the enum Reduction of csrc/problem.h
-
-# The forward pass keeps products for the backward pass. On the CPU they and the working tile share
-# a number of bytes, so that the extra memory stays under 64 MB whatever C is; a tile has 2 MiB, or
-# 256 classes of many rows (csrc/cpu/plan.cpp). On CUDA all products are kept, or none. With fewer
-# features than this, a product takes about as little time to recompute as to write and read.
-_KEEP_BYTES = 50 * 1024 * 1024
-_TILE_BYTES, _TILE_CLASSES = 2 * 1024 * 1024, 256
-_KEEP_MIN_FEATURES = 128
-_CUDA_KEEP_BYTES = 64 * 1024 * 1024
-_CUDA_KEEP_MIN_FEATURES = 64
 
 
 class RowStatistics(NamedTuple):
@@ -57,89 +43,6 @@ class RowStatistics(NamedTuple):
         return torch.where(self.rank < 0, self.others, torch.logaddexp(self.others, self.target))
 
 
-class SoftplusScale(NamedTuple):
-    """The scale `softplus(s) + 1`. The kernels compute and differentiate it themselves, because
-    PyTorch's operators for it take as long as the whole backward pass of a small head."""
-
-    s: Tensor
-
-    def value(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The scale as a tensor, computed in `dtype`, by default that of `s`."""
-        return F.softplus(self.s if dtype is None else self.s.to(dtype)) + 1
-
-
-def products_to_keep(N: int, C: int, D: int, dtype: torch.dtype, cuda: bool) -> int:
-    """The number of classes, a multiple of 16, whose products the forward pass keeps."""
-    fewest = _CUDA_KEEP_MIN_FEATURES if cuda else _KEEP_MIN_FEATURES
-    if fewest > D:
-        return 0
-    itemsize, every = ops.compute_dtype(dtype).itemsize, (C + 15) // 16 * 16
-    if cuda:
-        return every if N * C * itemsize <= _CUDA_KEEP_BYTES else 0
-    left = max(0, _KEEP_BYTES - max(0, N * _TILE_CLASSES * itemsize - _TILE_BYTES))
-    return min(every, 16 * (left // (itemsize * 16) // max(N, 1)))
-
-
-def _constant_to_compile(function: Callable[..., Any]) -> Any:
-    """Makes torch.compile take the function's result for a constant, and compile again when it
-    changes. torch.compiler.assume_constant_result does the same, but loads the compiler."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@_constant_to_compile
-@functools.lru_cache(maxsize=1024)
-def _uses_kept_products(
-    C: int,
-    D: int,
-    dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    row_stride: int,
-    col_stride: int,
-    aligned: bool,
-    device: int,
-) -> bool:
-    """Whether the kernels that serve such a weight on a CUDA device use products that the forward
-    pass kept. Hopper's own kernels do not."""
-    if not (ops.HAS_CUDA and torch.cuda.is_available()):
-        return True  # a fake tensor, whose device need not exist
-    names = (str(each).removeprefix("torch.") for each in (dtype, weight_dtype))
-    layout = (row_stride, col_stride, aligned)
-    return torch.ops.tvmf_ext.keeps_products(C, D, *names, *layout, f"cuda:{device}")
-
-
-def _kept(input: Tensor, weight: Tensor, *others: Tensor | None) -> int:
-    """How many classes have their products kept: none if no backward pass can follow. The others
-    are the tensors besides input and weight that may require grad."""
-    if not torch.is_grad_enabled() or input.dim() != 2 or weight.dim() != 2:
-        return 0
-    if torch._C._get_tracing_state() is not None:
-        return 0  # torch.jit.trace records one number for any batch, with gradients and without
-    if not (
-        input.requires_grad
-        or weight.requires_grad
-        or any(t is not None and t.requires_grad for t in others)
-    ):
-        return 0
-    (N, D), C = input.shape, weight.shape[0]
-    if input.is_cuda:
-        # torch.compile cannot trace storage_offset (torch 2.11 to 2.14). A compiled weight at an
-        # odd offset is therefore taken for an aligned one, and its products are made twice.
-        aligned = _is_compiling() or weight.storage_offset() * weight.element_size() % 16 == 0
-        layout = (weight.stride(0), weight.stride(1), aligned)
-        dtypes = (input.dtype, weight.dtype)
-        if not _uses_kept_products(C, D, *dtypes, *layout, input.device.index or 0):
-            return 0
-    return products_to_keep(N, C, D, input.dtype, input.is_cuda)
-
-
-@_constant_to_compile
-def cuda_allows_tf32() -> bool:
-    """torch's setting for float32 products on CUDA. It is read where it is newest: the older name,
-    `allow_tf32`, raises after the newer one was set."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 def check_loss_options(reduction: str, label_smoothing: float) -> None:
     if not isinstance(label_smoothing, (int, float, Real)):
         raise TypeError(f"label_smoothing must be a number, got {type(label_smoothing).__name__}")
@@ -149,136 +52,10 @@ def check_loss_options(reduction: str, label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, (int, float, Real)):
-        return float(value)
-    raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-
-
-def _as_tensor(name: str, value: Any, like: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    # torch.compile keeps the factor of a product variable, and the value of torch.full constant.
-    return torch.ones((), dtype=torch.float64, device=like.device) * _number(name, value)
-
-
-def check_margins(kappa: Tensor, cosine_margin: Any, angular_margin: Any) -> None:
-    """Checks the values of the margins, and that of kappa, which may be -1/2 without them only."""
-    m, a = (
-        margin.detach().to("cpu", torch.float64)
-        if isinstance(margin, Tensor)
-        else torch.tensor(_number(name, margin), dtype=torch.float64, device="cpu")
-        for name, margin in (("cosine_margin", cosine_margin), ("angular_margin", angular_margin))
-    )
-    if not bool(((m >= 0) & m.isfinite()).all()):
-        raise ValueError(f"cosine_margin must be finite and >= 0, got {m.min().item():g}")
-    if not bool(((a >= 0) & (a <= math.pi)).all()):
-        raise ValueError(f"angular_margin must be in [0, pi], got {a.max().item():g}")
-    smallest = -1 / (3 - a.cos() + m)
-    if not bool((kappa.to(torch.float64) > smallest).all()):
-        raise ValueError(
-            f"kappa must be > {smallest.max().item():g} with these margins, got "
-            f"{kappa.min().item():g}"
-        )
-
-
-def _check_tensor(name: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        return
-    hint = ""
-    if type(value).__name__ == "Proxy":
-        hint = "; torch.fx cannot trace the head, make it a leaf module of the tracer"
-    raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{hint}")
-
-
 def _explained(error: RuntimeError) -> RuntimeError:
     """Names the way out where torch says that torch.func or forward mode is not implemented."""
     unsupported = "setup_context" in str(error) or "jvp" in str(error)
     return NotImplementedError(ops.ONCE) if unsupported else error
-
-
-def _check_constant(name: str, value: Any) -> None:
-    """Checks `weight` or `prior`. The operator checks their shape and dtype."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
-    if value.requires_grad:
-        raise ValueError(f"{name} must not require grad: the head has no gradient for it")
-
-
-def _margin(name: str, value: Any) -> tuple[Tensor | None, float]:
-    """A margin as the operators take it: a tensor, or a number where there is none."""
-    if not isinstance(value, Tensor):
-        return None, _number(name, value)
-    _check_constant(name, value)
-    return value, 0.0
-
-
-def _head(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    kappa: float | Tensor,
-    scale: float | Tensor | SoftplusScale,
-    linear_bias: Tensor | None,
-    prior: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int | None,
-    cosine_margin: float | Tensor,
-    angular_margin: float | Tensor,
-) -> tuple[ops.Head, int]:
-    """The arguments that the operators share, and the number of classes to keep."""
-    _check_tensor("input", input)
-    _check_tensor("linear_weight", linear_weight)
-    _check_tensor("target", target)
-    if linear_bias is not None:
-        _check_tensor("linear_bias", linear_bias)
-    if class_weight is not None:
-        _check_constant("weight", class_weight)
-    if prior is not None:
-        _check_constant("prior", prior)
-    if ignore_index is None:
-        ignore_index = _IGNORE_INDEX
-    elif not isinstance(ignore_index, (int, Integral)):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if (
-        input.dtype == torch.float32
-        and (input.is_cpu or input.is_cuda)  # other devices may not know of autocast
-        and torch.is_autocast_enabled(input.device.type)
-    ):
-        input = input.to(torch.get_autocast_dtype(input.device.type))
-    softplus_scale = isinstance(scale, SoftplusScale)
-    if isinstance(scale, SoftplusScale):
-        scale = scale.s
-    if _is_compiling():
-        # An operator's number is a constant of the compiled code. As a tensor, the number of a
-        # schedule is not, and torch.compile does not compile again for each of its values.
-        kappa, scale = _as_tensor("kappa", kappa, input), _as_tensor("scale", scale, input)
-    kappa_tensor = kappa if isinstance(kappa, Tensor) else None
-    scale_tensor = scale if isinstance(scale, Tensor) else None
-    cosine_margin_tensor, cosine_margin_value = _margin("cosine_margin", cosine_margin)
-    angular_margin_tensor, angular_margin_value = _margin("angular_margin", angular_margin)
-    allow_tf32 = input.is_cuda and input.dtype == torch.float32 and cuda_allows_tf32()
-    # The arguments are given by position, because keywords take a small head a noticeable time.
-    head = ops.Head(
-        input,
-        linear_weight,
-        target,
-        kappa_tensor,
-        scale_tensor,
-        linear_bias,
-        prior,
-        class_weight,
-        cosine_margin_tensor,
-        angular_margin_tensor,
-        0.0 if kappa_tensor is not None else _number("kappa", kappa),
-        1.0 if scale_tensor is not None else _number("scale", scale),
-        cosine_margin_value,
-        angular_margin_value,
-        softplus_scale,
-        ignore_index,
-        allow_tf32,
-    )
-    return head, _kept(input, linear_weight, kappa_tensor, scale_tensor, linear_bias)
 
 
 # (1 - c)(1 + c) = sin^2 theta below which the square root of the angular margin becomes a straight
@@ -351,7 +128,7 @@ def row_statistics(
     angular_margin: float | Tensor = 0.0,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int | None = _IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     prior: Tensor | None = None,
 ) -> RowStatistics:
     """Row statistics of the logits `z_nc = scale (phi(x_n, w_c; kappa_c) + bias_c) + prior_c`.
@@ -362,7 +139,7 @@ def row_statistics(
     """
     # The operator and the target's logit each have a part of these gradients. The parts are added
     # before they are rounded to the dtype of the parameter.
-    head, kept = _head(
+    head, kept = make_head(
         input,
         linear_weight,
         target,
@@ -393,7 +170,7 @@ def tvmf_cross_entropy(
     angular_margin: float | Tensor = 0.0,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int | None = _IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     prior: Tensor | None = None,
@@ -446,7 +223,7 @@ def tvmf_cross_entropy(
     products are rounded to TF32 if `torch.backends.cuda.matmul.fp32_precision` is `"tf32"`.
     """
     check_loss_options(reduction, label_smoothing)
-    if _is_compiling() and label_smoothing > 0:
+    if ops.is_compiling() and label_smoothing > 0:
         # The operator would take the number for a constant of the compiled code.
         statistics = row_statistics(
             input,
@@ -470,7 +247,7 @@ def tvmf_cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-    head, kept = _head(
+    head, kept = make_head(
         input,
         linear_weight,
         target,
@@ -489,13 +266,34 @@ def tvmf_cross_entropy(
         raise _explained(error) from None
 
 
+def check_targets(device: torch.device | str | int | None = None) -> None:
+    """Raises if an earlier call on a CUDA device had a target that names no class.
+
+    A call on CUDA does not wait for the device, so that the next call raises for a bad target. The
+    replay of a CUDA graph is no call. After replays, ask here, for example once an epoch.
+
+    Args:
+        device: the CUDA device, by default the current one. The function waits for its work.
+
+    Raises:
+        IndexError: a target was outside [0, C) and not ignore_index. Later calls do not raise for
+            it again.
+    """
+    if not ops.HAS_CUDA:
+        raise NotImplementedError("check_targets needs a build with CUDA kernels")
+    torch.cuda.synchronize(device)
+    given = torch.device("cuda" if device is None else device)
+    index = torch.cuda.current_device() if given.index is None else given.index
+    torch.ops.tvmf_ext.check_targets(index)
+
+
 def loss_of_statistics(
     statistics: RowStatistics,
     target: Tensor,
     *,
     num_classes: int | None = None,
     weight: Tensor | None = None,
-    ignore_index: int | None = _IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
@@ -508,7 +306,7 @@ def loss_of_statistics(
     classes = num_classes if weight is None else weight.shape[0]
     if label_smoothing > 0 and classes is None:
         raise ValueError("num_classes must be given for label smoothing, got None")
-    valid = target != (_IGNORE_INDEX if ignore_index is None else ignore_index)
+    valid = target != (IGNORE_INDEX if ignore_index is None else ignore_index)
     # The statistics of an ignored row may be NaN, which must not reach the sum.
     others, target_logit, total = (
         torch.where(valid, t, 0) for t in (statistics.others, statistics.target, statistics.sum)
@@ -563,7 +361,7 @@ def _check_logits(
         ("input", input, "[N, D]"),
         ("linear_weight", linear_weight, "[C, D]"),
     ):
-        _check_tensor(name, matrix)
+        check_tensor(name, matrix)
         if matrix.dim() != 2:
             raise ValueError(f"{name} must have shape {shape}, got {list(matrix.shape)}")
         if matrix.dtype not in ops.DTYPES:
@@ -588,10 +386,10 @@ def _check_logits(
             raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}")
     for name, optional in (("linear_bias", linear_bias), ("prior", prior)):
         if optional is not None:
-            _check_tensor(name, optional)
-    if not isinstance(kappa, Tensor) and not -0.5 < _number("kappa", kappa) < math.inf:
+            check_tensor(name, optional)
+    if not isinstance(kappa, Tensor) and not -0.5 < number("kappa", kappa) < math.inf:
         raise ValueError(f"kappa must be finite and > -1/2, got {kappa}")
-    if not isinstance(scale, Tensor) and not 0 < _number("scale", scale) < math.inf:
+    if not isinstance(scale, Tensor) and not 0 < number("scale", scale) < math.inf:
         raise ValueError(f"scale must be finite and > 0, got {scale}")
 
 
@@ -609,7 +407,7 @@ def tvmf_logits(
     The arguments are those of `tvmf_cross_entropy`. PyTorch's operators make the logits, with their
     gradients. The cosine is never rounded below float32, because `kappa` would multiply its error.
     """
-    _check_tensor("input", input)
+    check_tensor("input", input)
     dtype = ops.compute_dtype(input.dtype)
     if isinstance(scale, SoftplusScale):
         scale = scale.value(dtype)  # the kernels do not compute it in a shorter dtype either
@@ -657,7 +455,7 @@ def topk(
     Raises:
         TypeError, ValueError: as `tvmf_logits`, or k is out of range.
     """
-    _check_tensor("input", input)
+    check_tensor("input", input)
     if isinstance(scale, SoftplusScale):
         scale = scale.value(ops.compute_dtype(input.dtype))
     _check_logits(input, linear_weight, kappa, scale, linear_bias, prior)

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from .functional import (
     RowStatistics,
-    SoftplusScale,
     check_loss_options,
-    check_margins,
     loss_of_statistics,
     row_statistics,
     topk,
     tvmf_cross_entropy,
     tvmf_logits,
 )
+from .head import IGNORE_INDEX, SoftplusScale, check_margins
 from .margin import check_prior
 
 _MARGINS = ("cosine_margin", "angular_margin")
@@ -125,7 +124,7 @@ class TvMFLoss(nn.Module):
         prior: Tensor | None = None,
         cosine_margin: float | Tensor = 0.0,
         angular_margin: float | Tensor = 0.0,
-        ignore_index: int | None = -100,
+        ignore_index: int | None = IGNORE_INDEX,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         device: torch.device | str | None = None,
@@ -140,7 +139,7 @@ class TvMFLoss(nn.Module):
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_features = in_features
         self.num_classes = num_classes
-        self.ignore_index = -100 if ignore_index is None else ignore_index
+        self.ignore_index = IGNORE_INDEX if ignore_index is None else ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
         # What reset_parameters restores, on the CPU, whatever the device of the head is.
@@ -237,14 +236,14 @@ class TvMFLoss(nn.Module):
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         was_meta = self.kappa.is_meta
         if not was_meta:
-            # Such as half(), whose largest number is 65504.
+            # half() has no number above 65504 but infinity.
             kappa = fn(self.kappa)
             if kappa.dtype != self.kappa.dtype and not kappa.isfinite().all():
                 largest = self.kappa.max().item()
                 raise ValueError(f"kappa must be finite in {kappa.dtype}, got {largest:g}")
         super()._apply(fn, *args, **kwargs)
         if was_meta and not self.kappa.is_meta:
-            # The caller of to_empty initialises parameters, and does not know of these.
+            # Whoever calls to_empty initialises the parameters. Nobody else knows the buffers.
             self._restore(name for name in self._initial if name in self._buffers)
         return self
 
@@ -346,7 +345,7 @@ class TvMFLoss(nn.Module):
             text += f", scale={scale:g}, learn_scale=False"
         if self.bias is not None:
             text += ", bias=True"
-        defaults = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+        defaults = {"ignore_index": IGNORE_INDEX, "reduction": "mean", "label_smoothing": 0.0}
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)!r}"

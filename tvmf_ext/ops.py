@@ -27,10 +27,16 @@ _cross_entropy = torch.ops.tvmf_ext.cross_entropy_forward.default
 _cross_entropy_backward = torch.ops.tvmf_ext.cross_entropy_backward.default
 
 
+is_compiling = torch.compiler.is_compiling  # true while exporting, too
+
+
 class Head(NamedTuple):
     """The arguments that come first in every operator, in the order of csrc/torch/schema.h.
 
     The tensors come before the rest. `class_weight` is what the public functions call `weight`.
+    `target_score` `[N]` says that the classes are one shard of all: it is `phi + bias` of each
+    row's target, against which the rank is counted, and a target outside [0, C) belongs to another
+    shard.
     """
 
     input: Tensor
@@ -43,6 +49,7 @@ class Head(NamedTuple):
     class_weight: Tensor | None
     cosine_margin: Tensor | None
     angular_margin: Tensor | None
+    target_score: Tensor | None
     kappa_value: float
     scale_value: float
     cosine_margin_value: float
@@ -170,7 +177,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def _call_once(backward_operator: Callable[..., Any], *args: Any) -> Any:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_compiling():
         return _OnceDifferentiable.apply(backward_operator, *args)
     return backward_operator(*args)
 
@@ -236,7 +243,6 @@ class _CrossEntropy(_Function):
 _eager_row_statistics: Callable[..., tuple[Tensor, ...]] = _RowStatistics.apply
 _eager_cross_entropy: Callable[..., tuple[Tensor]] = _CrossEntropy.apply
 
-_is_compiling = torch.compiler.is_compiling  # while exporting, too
 _tracing_state = torch._C._get_tracing_state
 _count_modes = torch._C._len_torch_dispatch_stack
 
@@ -244,7 +250,7 @@ _count_modes = torch._C._len_torch_dispatch_stack
 def is_recorded() -> bool:
     """Whether a program may be recorded: by torch.compile, torch.export, torch.jit.trace or make_fx
     or another dispatch mode. It then has the operators that have gradients of their own."""
-    return _is_compiling() or _tracing_state() is not None or _count_modes() > 0
+    return is_compiling() or _tracing_state() is not None or _count_modes() > 0
 
 
 # These two take the fields of a Head one by one, and then the operator's own arguments. They do not

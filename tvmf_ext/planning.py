@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from . import ops
-from .functional import cuda_allows_tf32, products_to_keep
+from .head import cuda_allows_tf32, products_to_keep
 
 _Kind = TypeVar("_Kind")
 _MOST = 2**53  # up to here the counts of a plan, which are doubles and int64, are exact

@@ -15,15 +15,11 @@ std::vector<int64_t> read_labels(const Head& head) {
   std::vector<int64_t> label(N);
   for (int64_t n = 0; n < N; ++n) {
     const int64_t y = target[n * stride];
-    if (y == head.ignore_index) {
-      label[n] = -1;
-    } else if (y < 0 || y >= C) {
+    label[n] = label_of(y, head.ignore_index, C, head.target_score.has_value());
+    if (label[n] == kWrong)
       throw std::out_of_range("target[" + std::to_string(n) + "] is " + std::to_string(y) +
                               ", wanted a class in [0, " + std::to_string(C) +
                               ") or ignore_index " + std::to_string(head.ignore_index));
-    } else {
-      label[n] = y;
-    }
   }
   return label;
 }

@@ -22,7 +22,7 @@ struct Call {
   const PanelKernels* own_products;  // null where the library's products serve
   CpuPlan plan;                      // for these
   HeadTerms<T> terms;
-  std::vector<int64_t> label;  // [N]  the class of a row, or -1 where the row is ignored
+  std::vector<int64_t> label;  // [N]  the class of a row, kIgnored or kElsewhere
 };
 
 // The column of each row's target in the block, or -1 where it is in another.

@@ -95,7 +95,7 @@ void forward(const Call<T>& call, const Statistics<T>& out) {
     stripes.merge_into(out, tasks.stripes);
   }
   for (int64_t n = 0; n < N; ++n)
-    if (call.label[n] < 0) out.rank[n] = -1;
+    if (call.label[n] == kIgnored) out.rank[n] = -1;
 }
 
 template void forward(const Call<float>&, const Statistics<float>&);

@@ -134,7 +134,7 @@ class PanelForward {
       const int64_t i = n % kPanel;
       out_.saved.max[n] = of_panel.max[i];
       out_.saved.sum_exp[n] = of_panel.sum_exp[i];
-      out_.rank[n] = call_.label[n] < 0 ? -1 : of_panel.rank[i];
+      out_.rank[n] = call_.label[n] == kIgnored ? -1 : of_panel.rank[i];
       if (out_.sum) out_.sum[n] = of_panel.sum[i];
     }
   }

@@ -39,6 +39,11 @@ void target_logits(const Call<T>& call, const Matrix<T>& x, Rows<T>& weight, con
       }
     });
   }
+  if (call.head.target_score) {
+    const int64_t stride = call.head.target_score->stride(0);
+    const T* given = data<T>(*call.head.target_score);
+    for (int64_t n = 0; n < N; ++n) score[n] = given[n * stride];
+  }
 }
 
 template void target_logits(const Call<float>&, const Matrix<float>&, Rows<float>&,

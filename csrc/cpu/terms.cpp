@@ -12,6 +12,9 @@ namespace {
 template <class T>
 constexpr const char* kIn = sizeof(T) == 4 ? " in float32" : " in float64";
 
+// The logarithm of 7e10. Classes of that size do not occur; a larger prior is a class size.
+constexpr double kLargestLogCount = 25;
+
 }  // namespace
 
 template <class T>
@@ -23,6 +26,12 @@ HeadTerms<T>::HeadTerms(const Head& head)
       cosine_margin(head.cosine_margin, head.cosine_margin_value),
       angular_margin(head.angular_margin, head.angular_margin_value) {
   check_margins();
+  if (head.prior)
+    for (int64_t c = 0; c < prior.size(); ++c)
+      TVMF_CHECK(!(prior[c] > kLargestLogCount),
+                 "prior must be the logarithms of class frequencies, which "
+                 "tvmf_ext.margin.log_prior(counts) makes, got ",
+                 prior[c], " for class ", c);
   scale = PerClass<T>(head.scale, head.scale_value)[0];
   if (head.softplus_scale) {
     scale_derivative = T(1) / (T(1) + std::exp(-scale));

@@ -33,13 +33,9 @@ __device__ __forceinline__ TargetTerms target_terms(const CudaHead& head, int64_
           value_at<double>(head.angular_margin, y)};
 }
 
-// What a label is.
-constexpr int64_t kIgnored = -1, kWrong = -2;
-
-// The class that a row's target names, kIgnored, or kWrong where it names none.
-__device__ __forceinline__ int64_t label_of(const CudaHead& head, int64_t target) {
-  if (target == head.ignore_index) return kIgnored;
-  return target >= 0 && target < head.C ? target : kWrong;
+__device__ __forceinline__ int64_t label_of(const CudaHead& head, int64_t n) {
+  return label_of(head.target[n * head.target_stride], head.ignore_index, head.C,
+                  head.target_score.data);
 }
 
 // The column of a label in a tile of classes, or -1 where it lies in another.

@@ -41,6 +41,7 @@ struct CudaHead {
   VectorRef prior;                          // [C]
   VectorRef class_weight;                   // [C]
   VectorRef cosine_margin, angular_margin;  // [C]
+  VectorRef target_score;                   // [N]  of a shard's row statistics
   bool softplus_scale;
   int64_t ignore_index;
   int* bad_label;  // mapped host memory; set to 1 by a label that names no class

@@ -8,7 +8,7 @@ namespace tvmf {
 
 template <class T>
 struct RowTargets {
-  int64_t* label;  // [N]  -1: the row is ignored; -2: its label names no class
+  int64_t* label;  // [N]  a class, kIgnored, kWrong or kElsewhere
   T* score;        // [N]  phi + bias of the target, before its margins
 };
 

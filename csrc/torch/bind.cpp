@@ -116,6 +116,14 @@ void check_head(const Head& head) {
   check_per_class("weight", head.class_weight, input, C, false);
   check_per_class("cosine_margin", head.cosine_margin, input, C, true);
   check_per_class("angular_margin", head.angular_margin, input, C, true);
+  if (head.target_score) {
+    const Tensor& score = *head.target_score;
+    check_device("target_score", score, input);
+    TVMF_CHECK(score.dim() == 1 && score.size(0) == input.size(0) &&
+                   score.scalar_type() == compute_dtype(input),
+               "target_score must be [N] = [", input.size(0), "] of the compute dtype, got ",
+               shape(score), " of ", dtype(score));
+  }
   if (head.scale) {
     check_tensor("scale", *head.scale, input);
     TVMF_CHECK(is_one_value(*head.scale), "scale must have shape [] or [1], got ",
@@ -131,7 +139,8 @@ Head checked(Head head) {
   return head;
 }
 
-LossOptions checked_loss(double label_smoothing, int64_t reduction) {
+LossOptions checked_loss(const Head& head, double label_smoothing, int64_t reduction) {
+  TVMF_CHECK(!head.target_score, "target_score must be None for a loss, which needs all classes");
   TVMF_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
              "label_smoothing must be in [0, 1], got ", label_smoothing);
   TVMF_CHECK(reduction >= 0 && reduction <= 2,
@@ -141,9 +150,9 @@ LossOptions checked_loss(double label_smoothing, int64_t reduction) {
 
 // How many classes have their products kept.
 int64_t checked_kept(const Head& head, int64_t kept) {
-  const int64_t every = (head.weight.size(0) + 15) / 16 * 16;
-  TVMF_CHECK(kept >= 0 && kept % 16 == 0 && kept <= every,
-             "kept must be a multiple of 16 from 0 to ", every, ", got ", kept);
+  const int64_t every = round_up(head.weight.size(0), kPad);
+  TVMF_CHECK(kept >= 0 && kept % kPad == 0 && kept <= every, "kept must be a multiple of ", kPad,
+             " from 0 to ", every, ", got ", kept);
   TVMF_CHECK(head.input.is_cpu() || kept == 0 || kept == every, "kept must be 0 or ", every,
              " on CUDA, got ", kept);
   return kept;
@@ -152,11 +161,13 @@ int64_t checked_kept(const Head& head, int64_t kept) {
 // Bit i of `wanted` asks for gradient i.
 void check_wanted(const Head& head, int64_t wanted) {
   TVMF_CHECK(wanted >= 0 && wanted < 32, "wanted must be five bits, got ", wanted);
-  const std::pair<const char*, const OptionalTensor&> optional[] = {
-      {"kappa", head.kappa}, {"scale", head.scale}, {"bias", head.bias}};
-  for (int64_t bit = 0; bit < 3; ++bit)
-    TVMF_CHECK(!(wanted & int64_t(4) << bit) || optional[bit].second, "wanted asks for the ",
-               "gradient of ", optional[bit].first, ", which is absent, got ", wanted);
+  const auto check_present = [wanted](const char* name, const OptionalTensor& tensor, int64_t bit) {
+    TVMF_CHECK(tensor || !(wanted & bit), "wanted asks for the gradient of ", name,
+               ", which is absent, got ", wanted);
+  };
+  check_present("kappa", head.kappa, kKappa);
+  check_present("scale", head.scale, kScale);
+  check_present("bias", head.bias, kBias);
 }
 
 // Autograd passes what the forward pass returned. A direct caller may pass anything.
@@ -212,7 +223,7 @@ template <const Backend& kBackend>
 std::tuple<Tensor, Tensor> cross_entropy(TVMF_HEAD_PARAMETERS double label_smoothing,
                                          int64_t reduction, int64_t kept) {
   const Head head = TVMF_CHECKED_HEAD;
-  const Loss out = kBackend.cross_entropy(head, checked_loss(label_smoothing, reduction),
+  const Loss out = kBackend.cross_entropy(head, checked_loss(head, label_smoothing, reduction),
                                           checked_kept(head, kept));
   return {out.loss, out.saved};
 }
@@ -221,7 +232,7 @@ template <const Backend& kBackend>
 Five cross_entropy_backward(Tensor grad_loss, TVMF_HEAD_PARAMETERS double label_smoothing,
                             int64_t reduction, int64_t kept, Tensor saved, int64_t wanted) {
   const Head head = TVMF_CHECKED_HEAD;
-  const LossOptions options = checked_loss(label_smoothing, reduction);
+  const LossOptions options = checked_loss(head, label_smoothing, reduction);
   check_saved(head, kept, saved, wanted);
   check_upstream("grad_loss", grad_loss, head, options.reduction != Reduction::kNone);
   return in_order(kBackend.cross_entropy_backward(head, options, grad_loss, kept, saved, wanted));
@@ -285,6 +296,7 @@ STABLE_TORCH_LIBRARY(tvmf_ext, m) {
   m.def(
       "keeps_products(int C, int D, str dtype, str weight_dtype, int row_stride, int col_stride, "
       "bool aligned, str device) -> bool");
+  m.def("check_targets(int device) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CPU, m) { implement<kCpuBackend>(m); }
@@ -296,6 +308,9 @@ STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&build_info));
   m.impl("plan", TORCH_BOX(&plan_text));
   m.impl("keeps_products", TORCH_BOX(&keeps_products));
+#ifdef TVMF_WITH_CUDA
+  m.impl("check_targets", TORCH_BOX(&check_targets));
+#endif
 }
 
 }  // namespace

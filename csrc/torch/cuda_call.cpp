@@ -188,6 +188,14 @@ CudaProblem cuda_problem(const Head& head, const Tensor& weight, int64_t kept, b
                      .aligned = reinterpret_cast<uintptr_t>(weight.data_ptr()) % 16 == 0}};
 }
 
+void raise_for_bad_label(const Device& device, int32_t index) {
+  if (!*device.bad_label) return;
+  *device.bad_label = 0;
+  throw std::out_of_range("an earlier call on cuda:" + std::to_string(index) +
+                          " had a target outside [0, C) that is not ignore_index; the loss of "
+                          "its row is NaN");
+}
+
 // One call: the torch objects that it needs, and its arguments as the kernels take them.
 class Call {
  public:
@@ -209,12 +217,7 @@ class Call {
     // The copy of the CUDA runtime in this library has a current device of its own.
     check(cudaSetDevice(index_), "cudaSetDevice");
     device_ = &device_at(index_);
-    if (*device_->bad_label) {
-      *device_->bad_label = 0;
-      throw std::out_of_range("an earlier call on cuda:" + std::to_string(index_) +
-                              " had a target outside [0, C) that is not ignore_index; the loss of "
-                              "its row is NaN");
-    }
+    raise_for_bad_label(*device_, index_);
     // The kernels take stride 0 for one kappa of all classes, which has one gradient. A tensor [C]
     // that was expanded has stride 0 too, but C gradients.
     if (kappa_ && kappa_->numel() > 1 && kappa_->stride(0) == 0)
@@ -294,6 +297,7 @@ class Call {
             .class_weight = vector(head_.class_weight, 1),
             .cosine_margin = vector(head_.cosine_margin, head_.cosine_margin_value),
             .angular_margin = vector(head_.angular_margin, head_.angular_margin_value),
+            .target_score = vector(head_.target_score),
             .softplus_scale = head_.softplus_scale,
             .ignore_index = head_.ignore_index,
             .bad_label = device_->bad_label_on_device};
@@ -393,5 +397,9 @@ const Backend kCudaBackend{.row_statistics = row_statistics,
                            .cross_entropy_backward = cross_entropy_backward};
 
 const Gpu& cuda_gpu(int32_t device) { return device_at(device).gpu; }
+
+void check_targets(int64_t device) {
+  raise_for_bad_label(device_at(int32_t(device)), int32_t(device));
+}
 
 }  // namespace tvmf

@@ -59,4 +59,8 @@ struct Backend {
 extern const Backend kCpuBackend;   // cpu_call.cpp
 extern const Backend kCudaBackend;  // cuda_call.cpp, in builds with CUDA
 
+// Throws std::out_of_range where a finished call on the CUDA device had a label that names no class
+// and no call has raised for it yet. cuda_call.cpp, in builds with CUDA.
+void check_targets(int64_t device);
+
 }  // namespace tvmf

@@ -274,6 +274,13 @@ def test_ranks():
     problems.check_rank(problem, outputs["rank"])
 
 
+def test_shards_of_the_classes_give_what_all_give():
+    problem, _ = make(140, 200, 72, "fp32", **OPTIONS)
+    problems.check_shards(
+        problem, [90, 1, 109], lambda part, up: simt.step(part, up, statistics=True)[:2]
+    )
+
+
 @pytest.mark.parametrize("path", [{}, SMALL, CHUNKED], ids=["latency", "large tiles", "throughput"])
 def test_bits_do_not_depend_on_the_order_of_threads(module, path):
     problem, _ = make(140, 300, 40, "bf16-fp32", **OPTIONS)

@@ -281,6 +281,15 @@ def test_a_label_that_names_no_class(path):
 
 
 @PATHS
+def test_shards_of_the_classes_give_what_all_give(path):
+    problem = hopper(140, 300, 72, "bf16-fp32", **OPTIONS)
+    problem["linear_weight"] = problem["linear_weight"].bfloat16().float()
+    problems.check_shards(
+        problem, [90, 1, 209], lambda part, up: simt.step(part, up, statistics=True, **path)[:2]
+    )
+
+
+@PATHS
 def test_bits_do_not_depend_on_the_order_of_threads(module, path):  # noqa: F811
     problem = hopper(70, 300, 40, "bf16-fp32", **OPTIONS)
     results = []

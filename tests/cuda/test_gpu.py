@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tvmf_ext
 from tests.problem import (
     TOLERANCE,
     assert_same_bits,
@@ -441,6 +442,21 @@ def test_a_bad_label_in_a_training_step_raises_once():
         torch.autograd.grad(loss, list(leaves.values()))
     torch.cuda.synchronize()
     assert evaluate(tvmf_cross_entropy, problem)[0]["loss"].isfinite()
+
+
+def test_one_can_ask_for_bad_labels_after_a_replay():
+    problem = on_device(make_problem(4, 5, 70))
+    tvmf_cross_entropy(**problem)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = tvmf_cross_entropy(**problem)
+    tvmf_ext.check_targets()
+    problem["target"][2] = 5
+    graph.replay()
+    with pytest.raises(IndexError, match="earlier call on cuda:0"):
+        tvmf_ext.check_targets("cuda")
+    assert loss.isnan()
+    tvmf_ext.check_targets(0)  # it raises once
 
 
 # The head with other features of torch

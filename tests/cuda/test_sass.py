@@ -39,7 +39,7 @@ HOPPER = {
     "feature_gradient": (0,),
 }
 # Bytes of stack: 240 registers do not hold everything beside 64 x 256 accumulators.
-HOPPER_STACK = {("statistics, all", 256): 160, ("gradient, all", 256): 96}
+HOPPER_STACK = {("statistics, all", 256): 160}
 MMA = {"fp16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32"}
 
 

@@ -15,7 +15,7 @@ import torch
 
 import tvmf_ext
 from tests import problem as problems
-from tvmf_ext.functional import SoftplusScale
+from tvmf_ext.head import SoftplusScale
 
 _ROOT = Path(__file__).parents[2]
 _BUILD = _ROOT / "build" / "simt"
@@ -116,6 +116,7 @@ def step(
         for name in ("input", "linear_weight", "kappa", "linear_bias", "prior", "weight")
     }
     tensors |= {name: problem.get(name, 0.0) for name in ("cosine_margin", "angular_margin")}
+    tensors |= {"target_score": problem.get("target_score", 0.0)}
     tensors |= {"scale": scale.s if softplus else scale}
     tensors = {
         name: float(value) if isinstance(value, (int, float)) else value

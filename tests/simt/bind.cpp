@@ -114,6 +114,7 @@ py::dict step(const py::dict& args) {
                       .class_weight = vector("class_weight", args, "weight", 1),
                       .cosine_margin = vector("cosine_margin", args, "cosine_margin", 0),
                       .angular_margin = vector("angular_margin", args, "angular_margin", 0),
+                      .target_score = vector("target_score", args, "target_score", 0),
                       .softplus_scale = args["softplus_scale"].cast<bool>(),
                       .ignore_index = args["ignore_index"].cast<int64_t>(),
                       .bad_label = bad_label};

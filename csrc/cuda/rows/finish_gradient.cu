@@ -4,15 +4,7 @@
 namespace tvmf::rows {
 namespace {
 
-constexpr int kThreads = 512;
-
-// Rows of a block. Several rows share the sectors of row_dot, as long as a thread has at most four
-// features and every multiprocessor gets a block.
-TVMF_HOST_DEVICE int rows_to_finish(int64_t N, int64_t D) {
-  int rows = 1;
-  while (rows < 8 && 2 * rows * D <= 4 * kThreads && 2 * rows * 128 <= N) rows *= 2;
-  return rows;
-}
+constexpr int kThreads = kFinishThreads;
 
 template <class T>
 __device__ __forceinline__ T element_at(const MatrixRef& matrix, int64_t row, int64_t col) {

@@ -9,10 +9,10 @@ constexpr int kThreads = 128, kLoads = 4;
 // Each of the first N blocks has a row: it makes the row's norm, its product with its target's
 // weight, and the target's score and logit. The blocks beyond arrange the features. Latency bounds
 // this kernel, so the loads of a row of up to 2048 features are in flight at once. The launch
-// bounds say that four blocks share a multiprocessor, which leaves enough registers for this;
+// bounds say that seven blocks share a multiprocessor, which leaves enough registers for this;
 // otherwise the compiler moves each load to its use.
 template <Math kMath, class W>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 7)
     prepare_rows(const __grid_constant__ PrepareParams<typename MathTraits<kMath>::Acc> p) {
   using X = typename MathTraits<kMath>::X;
   using T = typename MathTraits<kMath>::Acc;
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const auto x = Operand<X>::of(head.x, head.N, head.D);
   const auto weight = Operand<W>::of(head.weight, head.C, head.D);
 
-  const int64_t y = label_of(head, head.target[n * head.target_stride]);
+  const int64_t y = label_of(head, n);
   const bool valid = y >= 0, wrong = y == kWrong;
   const TargetTerms terms = valid ? target_terms<T>(head, y) : TargetTerms{};
   const X* x_line = x.data + n * x.line_stride;
@@ -82,6 +82,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     // As the tiles compute the score of a class, so that equal classes tie.
     score = similarity(cosine_of(T(product), x_rnorm, rnorm_of(T(w_squares))), T(terms.kappa)) +
             T(terms.bias);
+  }
+  if (head.target_score.data) {
+    score = value_at<T>(head.target_score, n);
+    // Hopper's exponentials are relative to the target's logit, wherever its class is.
+    if (y == kElsewhere) logit = Scale<T>::of(head).value * score;
   }
   // A wrong label must not kill the context: its row is NaN, and the host finds the flag.
   if (wrong) raise_flag(head.bad_label);

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   const auto terms_of = [&](int64_t n) {
     if (n >= head.N) return Terms{};
-    Terms terms{label_of(head, head.target[n * head.target_stride]),
+    Terms terms{label_of(head, n),
                 p.saved.x_rnorm[n],
                 p.saved.max[n] == kLowest<T> ? T(0) : p.saved.max[n],  // there is no other class
                 p.saved.sum_exp[n],
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   double maxima[3] = {};  // of the class weights, of phi', and of the classes' 1 / norm
   if (of_loss && mean) {
     for (int64_t n = threadIdx.x; n < head.N; n += kThreads) {
-      const int64_t label = label_of(head, head.target[n * head.target_stride]);
+      const int64_t label = label_of(head, n);
       sums[0] += label < 0 ? 0 : omega_of(label);
     }
   }

@@ -3,12 +3,22 @@
 #pragma once
 
 #include "cuda/cost.h"
+#include "similarity.h"
 
 namespace tvmf::rows {
 
 // Rows that one block of finish_rows merges. Up to 8192 partial results one block merges all of
 // them, because that takes no longer than the launch that would add up the sums of several blocks.
 inline int64_t finish_block_rows(int64_t N, int64_t splits) { return N * splits <= 8192 ? N : 16; }
+
+// Threads of a block of finish_gradient, and its rows. Several rows share the sectors of row_dot,
+// as long as a thread has at most four features and every multiprocessor gets a block.
+constexpr int kFinishThreads = 512;
+TVMF_HOST_DEVICE int rows_to_finish(int64_t N, int64_t D) {
+  int rows = 1;
+  while (rows < 8 && 2 * rows * D <= 4 * kFinishThreads && 2 * rows * 128 <= N) rows *= 2;
+  return rows;
+}
 
 struct ForwardWorkspace {
   int64_t label, target_score, max, sum_exp, sum, rank, totals;

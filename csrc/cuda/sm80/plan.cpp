@@ -120,7 +120,8 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   pass.hbm =
       C * D * (reads * w + w) + N * D * (x + x) + N * kept * acc + (cached ? 0 : 2 * N * C * x);
   const double class_tiles = tiles(p.C, kClassTile), row_parts = double(kRowParts);
-  const double row_terms = double(round_up(8 * int64_t(acc) + 8, 16)) / 16 * kSectorBytes;
+  // Each load of 16 bytes of a GradientRow takes a sector of its own.
+  const double row_terms = double(round_up(5 * int64_t(acc) + 8, 16)) / 16 * kSectorBytes;
   const double cosines =
       kept > 0 ? N * C * acc : class_tiles * N * D * x + tiles(p.N, kGradientRows) * C * D * w;
   const double gradient = makers * (cosines + class_tiles * row_parts * N * row_terms) +
@@ -130,10 +131,13 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   const double input = tiles(p.D, plan.input_tile) * N * C * x +
                        tiles(p.N, plan.input_tile) * C * D * w +
                        input_splits * N * D * acc * (2 * chunks - 1);
-  const double row_dots = double(plan.partial_counts().row_dots);
-  const double finish = input_splits * N * D * acc + N * D * (x + x) + row_dots * N * kSectorBytes +
-                        24 * N * kSectorBytes;
-  pass.l2 = 10 * N * kSectorBytes + gradient + weight + input + finish;
+  // Of a block's rows, finish_gradient reads each partial sum in one sector and its own terms in
+  // eight. Four numbers of float64 are two loads, each of which takes both sectors.
+  const double finish_blocks = tiles(p.N, rows::rows_to_finish(p.N, p.D));
+  const double row_dots = double(plan.partial_counts().row_dots), loads = acc == 8 ? 2 : 1;
+  const double finish = loads * (input_splits * N * D * acc + N * D * x) + N * D * x +
+                        finish_blocks * (row_dots + 8) * kSectorBytes;
+  pass.l2 = N * (27 * acc + 8) + gradient + weight + input + finish;
   return pass;
 }
 

@@ -143,11 +143,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
           const T logit = is_target ? -infinity<T>() : logit_of(scale, phi, tail.classes.offset[c]);
           acc[i][j][half + e] = logit;
           tile_max = larger(tile_max, logit);
-          if (c < classes && !is_target) {
-            // Every score that is not below or equal counts as above it, NaN too.
-            rank += !(phi + tail.classes.bias[c] <= target_score);
-            if (p.partial.with_sum) sum += tail.classes.omega[c] * logit;
-          }
+          const bool counts = c < classes && !is_target;
+          // Every score that is not below or equal counts as above it, NaN too.
+          rank += counts && !(phi + tail.classes.bias[c] <= target_score);
+          if (p.partial.with_sum && counts) sum += tail.classes.omega[c] * logit;
         }
       }
 

@@ -103,26 +103,35 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
 #pragma unroll
       for (int b = 0; b < kGroups; ++b) {
         const int row = warp_row + b * 32 + lane.quad * 8;  // of the block's rows
-        float x_rnorm[8], scaled_rnorm[8], max[8], others[8], sum[8], dot[8], scaled[2][8];
-        load_rows(x_rnorm, tail.rnorm, row);
-        load_rows(scaled_rnorm, tail.scaled_rnorm, row);
-        load_rows(max, tail.max, row);
-        load_rows(others, tail.others, row);
-        if constexpr (kAll) load_rows(sum, tail.sum, row);
+        float dot[8], scaled[2];
+        uint32_t pairs[2][4];
         const auto rows = [&](auto with_target) {
+          // Registers are short where all gradients meet a target, so that terms are loaded by the
+          // row.
+          constexpr int kLoad = kAll && decltype(with_target)::value ? 1 : 8;
+          float x_rnorm[kLoad], scaled_rnorm[kLoad], max[kLoad], others[kLoad];
+          [[maybe_unused]] float sum[kLoad];
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
+            const int k = i % kLoad;
+            if (k == 0) {
+              load_rows(x_rnorm, tail.rnorm, row + i);
+              load_rows(scaled_rnorm, tail.scaled_rnorm, row + i);
+              load_rows(max, tail.max, row + i);
+              load_rows(others, tail.others, row + i);
+              if constexpr (kAll) load_rows(sum, tail.sum, row + i);
+            }
             dot[i] = 0;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
               const auto& terms = classes.terms[h];
-              float cosine = cosine_of(acc[accumulator_of(b, i, h)], x_rnorm[i], classes.rnorm[h]);
+              float cosine = cosine_of(acc[accumulator_of(b, i, h)], x_rnorm[k], classes.rnorm[h]);
               const auto s = similarity_with_gradient(cosine, terms.kappa);
               const float logit = logit_of(scale, s.phi, terms.offset);
-              const float below = logit - max[i];
-              float g = others[i] * exp_of(below);
+              const float below = logit - max[k];
+              float g = others[k] * exp_of(below);
               if constexpr (kAll)
-                if (p.options.with_sum) g += sum[i] * terms.omega;
+                if (p.options.with_sum) g += sum[k] * terms.omega;
               float t = g * scale * s.dphi_dcosine;
               bool is_target = false;
               if constexpr (decltype(with_target)::value)
@@ -141,7 +150,11 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
               }
               dot[i] = fma(t, cosine, dot[i]);
               col_dot[h] = fma(t, cosine, col_dot[h]);
-              scaled[h][i] = t * scaled_rnorm[i] * weight_factor[h];
+              const float value = t * scaled_rnorm[k] * weight_factor[h];
+              if (i % 2 == 0)
+                scaled[h] = value;
+              else
+                pairs[h][i / 2] = pack<kMath>(scaled[h], value);
             }
           }
         };
@@ -159,10 +172,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
           for (int h = 0; h < 2; ++h)
             if (inside[h])
               store_as(p.gradient.data + (column + h * 8) * p.gradient.stride + n,
-                       Four{pack<kMath>(scaled[h][0], scaled[h][1]),
-                            pack<kMath>(scaled[h][2], scaled[h][3]),
-                            pack<kMath>(scaled[h][4], scaled[h][5]),
-                            pack<kMath>(scaled[h][6], scaled[h][7])});
+                       Four{pairs[h][0], pairs[h][1], pairs[h][2], pairs[h][3]});
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {

@@ -30,14 +30,19 @@ __device__ __forceinline__ float sum_rows(const float (&v)[8], int group) {
   return gather_rows(v, group, [](float a, float b) { return a + b; });
 }
 
-// Loads 8 successive rows of a vector in shared memory.
-__device__ __forceinline__ void load_rows(float (&v)[8], const float* smem, int first) {
-  struct alignas(16) Four {
-    float v[4];
+// Loads successive rows of a vector in shared memory: one, or a multiple of 4.
+template <int kCount>
+__device__ __forceinline__ void load_rows(float (&v)[kCount], const float* smem, int first) {
+  constexpr int kRun = kCount < 4 ? kCount : 4;
+  struct alignas(4 * kRun) Run {
+    float v[kRun];
   };
-  const Four low = load_as<Four>(smem + first), high = load_as<Four>(smem + first + 4);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = low.v[i], v[i + 4] = high.v[i];
+  for (int at = 0; at < kCount; at += kRun) {
+    const Run run = load_as<Run>(smem + first + at);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) v[at + i] = run.v[i];
+  }
 }
 
 // A bit for each 32 rows of a warp: whether one of them has its target among the warp's 16 classes.

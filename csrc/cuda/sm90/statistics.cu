@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     // Rows without a target have no reference yet. Rows beyond the last get one so high that their
     // exponentials are 0.
     float reference = inside ? kLowest<float> : -kLowest<float>;
-    if (label >= 0) reference = larger(p.saved.target_logit[n] - 0.25f, reference);
+    if (label >= 0 || label == kElsewhere)
+      reference = larger(p.saved.target_logit[n] - 0.25f, reference);
     const int first_warp = RowWarps<Shape>::first(i);
     for (int w = 0; w < RowWarps<Shape>::kCount; ++w)
       tail.reference[first_warp + w][i % Shape::kGroupRows] = reference;
