@@ -29,6 +29,8 @@ from tvmf_ext import ShardedTvMFLoss, TvMFLoss, row_statistics
 
 # The first counts every class into the sample, so that it is the whole head.
 PARTS = {"all sampled": {"sample_rate": 0.999}, "blocks": {"gradient_blocks": 2}}
+# The optimizer steps one kappa before the blocks, which need its old value.
+ONE_KAPPA = {"kappa": 3.0}
 
 
 def trained(rank, world, mesh, optimizer_name, scaled=False, **options):
@@ -158,6 +160,7 @@ def every_job(rank, world):
     }
     for kind, options in PARTS.items():
         found["scaled", kind] = trained(rank, world, mesh, "AdamW", scaled=True, **options)
+    found["one kappa"] = trained(rank, world, mesh, "SGD", gradient_blocks=2, changes=ONE_KAPPA)
     if world == 1:
         found["means"], found["refused"] = means_of_samples(mesh), refused(mesh)
     if world == 3:
@@ -175,8 +178,8 @@ def results(tmp_path_factory):
 
 
 @functools.cache
-def trained_by_one(optimizer_name):
-    net, head = backbone(), plain_head()
+def trained_by_one(optimizer_name, **changes):
+    net, head = backbone(), plain_head(**changes)
     optimizer = OPTIMIZERS[optimizer_name](groups_of(net, head))
     train(net, head, optimizer, slice(None), 5, clip=False)
     state = optimizer.state[head.weight]
@@ -191,6 +194,12 @@ def test_steps_in_parts_are_the_steps_of_one_process(results, world, optimizer, 
         assert_close(found[optimizer, kind], trained_by_one(optimizer))
         if optimizer == "AdamW":
             assert_close(found["scaled", kind], trained_by_one(optimizer))
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_blocks_with_one_kappa_for_all_classes(results, world):
+    for found in results(world):
+        assert_close(found["one kappa"], trained_by_one("SGD", **ONE_KAPPA))
 
 
 def test_blocks_over_two_groups_of_two_ranks(results):

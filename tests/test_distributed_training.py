@@ -49,14 +49,14 @@ def backbone():
     return nn.Sequential(nn.Linear(PIXELS, FEATURES), nn.Tanh()).double()
 
 
-def plain_head():
+def plain_head(**changes):
     torch.manual_seed(3)
-    return TvMFLoss(FEATURES, CLASSES, **OPTIONS)
+    return TvMFLoss(FEATURES, CLASSES, **OPTIONS | changes)
 
 
-def sharded_head(mesh, **options):
-    head = ShardedTvMFLoss(FEATURES, CLASSES, mesh=mesh, **OPTIONS, **options)
-    head.load_state_dict(plain_head().state_dict())
+def sharded_head(mesh, changes=(), **options):
+    head = ShardedTvMFLoss(FEATURES, CLASSES, mesh=mesh, **OPTIONS | dict(changes), **options)
+    head.load_state_dict(plain_head(**dict(changes)).state_dict())
     return head
 
 
@@ -191,9 +191,40 @@ def merged_in_parts(rank, world, mesh):
     return found
 
 
+def first_weights(mesh):
+    """The weights of a new head, and of one that was made on the meta device first."""
+    options = {"mesh": mesh, "bias": True, "kappa": torch.linspace(1, 2, 9000)}
+    torch.manual_seed(6)
+    made = ShardedTvMFLoss(4, 9000, **options)
+    with torch.device("meta"):
+        head = ShardedTvMFLoss(4, 9000, **options)
+    assert head.weight.is_meta
+    head.to_empty(device="cpu")
+    torch.manual_seed(6)
+    head.reset_parameters()
+    assert torch.equal(head.s_, made.s_)
+    found = {name: getattr(made, name).full_tensor() for name in ("weight", "bias", "kappa")}
+    for name, value in found.items():
+        assert torch.equal(getattr(head, name).full_tensor(), value), name
+    return found
+
+
+def in_bfloat16(rank, world, mesh):
+    """Under autocast, with the features' gradient summed in float32 and in bfloat16."""
+    found = []
+    for dtype in (None, torch.bfloat16):
+        head = sharded_head(mesh, reduce_dtype=dtype).float()
+        input, target = (t[part_of(rank, world)] for t in batches(1)[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(loss_and_gradients(head, input[:, :FEATURES].float(), target))
+    return found
+
+
 def every_job(rank, world, folder):
     mesh = init_device_mesh("cpu", (world,))
     found = {name: trained(rank, world, mesh, name) for name in OPTIMIZERS}
+    found["first weights"] = first_weights(mesh)
+    found["bfloat16"] = in_bfloat16(rank, world, mesh)
     found["checkpoints"] = saved_and_loaded(rank, world, mesh, folder)
     if world > 1:
         found["refused"] = refused(rank, world, mesh)
@@ -249,6 +280,31 @@ def test_two_groups_of_two_ranks_equal_one_process(results):
     """Classes are spread in a group, and rows over all ranks."""
     for found in results(4)[1]:
         assert_close(found["2 x 2"], trained_by_one("SGD"))
+
+
+@WORLDS
+def test_first_weights_do_not_depend_on_the_number_of_ranks(results, world):
+    wanted = results(1)[1][0]["first weights"]
+    for found in results(world)[1]:
+        for name, value in found["first weights"].items():
+            assert torch.equal(value, wanted[name]), name
+    weight = wanted["weight"]
+    assert len(weight.unique(dim=0)) == 9000 and 0.49 < weight.abs().max() <= 0.5
+    assert abs(weight.std() - 0.5 / 3**0.5) < 0.01 and abs(weight.mean()) < 0.01
+
+
+@WORLDS
+def test_bfloat16_features(results, world):
+    head = plain_head().float()
+    input, target = batches(1)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = loss_and_gradients(head, input[:, :FEATURES].float(), target)
+    for i in range(2):
+        found = [each["bfloat16"][i] for each in results(world)[1]]
+        rows = torch.cat([each["input"] for each in found]) / world
+        assert error(rows, wanted["input"]) <= 2**-7
+        for name in wanted.keys() - {"input"}:
+            assert error(found[0][name], wanted[name]) <= 1e-5, name
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
