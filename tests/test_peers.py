@@ -34,7 +34,7 @@ def samples(name):
 def head_with(logits):
     """Features, class vectors and a scale whose scaled cosines are the logits: the features are the
     axes, and a further coordinate makes each class vector a unit vector."""
-    N, C = logits.shape
+    N = len(logits)
     scale = 1.5 * logits.norm(dim=0).amax().clamp(min=1)
     cosine = (logits / scale).T
     rest = (1 - cosine.square().sum(1)).sqrt()
