@@ -346,3 +346,26 @@ def test_the_operators_refuse_to_make_gradients_of_absent_tensors(name):
 def test_the_operators_refuse_an_unknown_reduction(name, reduction):
     with pytest.raises(ValueError, match=rf"^reduction must be 0 .* got {reduction}$"):
         operator_call(name, reduction=reduction)
+
+
+def test_a_saved_buffer_of_two_dimensions_is_refused():
+    """Its number of elements may be right while most of them lie outside its memory."""
+    N, C = 3, 5
+    size = (5 * N + C + 15) // 16 * 16
+    saved = torch.zeros(2).as_strided((2, size // 2), (1, 0))
+    head = ops.Head(
+        **dict.fromkeys(ops.Head._fields)
+        | {"input": torch.ones(N, 4), "weight": torch.ones(C, 4), "target": torch.arange(N)}
+        | {"kappa_value": 16.0, "scale_value": 8.0, "ignore_index": -100}
+        | {"cosine_margin_value": 0.0, "angular_margin_value": 0.0}
+        | {"softplus_scale": False, "allow_tf32": False}
+    )
+    with pytest.raises(ValueError, match=r"^saved must be what the forward pass returned, \[32\]"):
+        torch.ops.tvmf_ext.cross_entropy_backward(torch.ones(()), *head, 0.0, 1, 0, saved, 3)
+
+
+@pytest.mark.parametrize(("C", "D"), [(0, 8), (-5, 8), (5, 0), (5, -8)])
+def test_the_question_of_kept_products_has_sizes(C, D):
+    message = rf"^C and D must be at least 1, got {C}, {D}$"
+    with pytest.raises(ValueError, match=message):
+        torch.ops.tvmf_ext.keeps_products(C, D, "float16", "float32", 8, 1, True, "H200")

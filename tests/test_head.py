@@ -394,7 +394,7 @@ def test_reset_parameters_restores_what_the_constructor_sets():
 
 def test_a_kappa_beyond_half_precision_is_refused():
     head = TvMFLoss(D, C, kappa=70000.0)
-    with pytest.raises(ValueError, match=r"^kappa must be finite in torch.float16, got 70000$"):
+    with pytest.raises(ValueError, match=r"^kappa must be .* in torch.float16, got 70000$"):
         head.half()
     assert head.kappa.dtype == head.weight.dtype == torch.float32
     assert head.bfloat16().kappa.isfinite().all()

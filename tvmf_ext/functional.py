@@ -1,6 +1,7 @@
 """Functions of the t-vMF head: row statistics, the losses made of them, and logits."""
 
 import math
+from contextlib import nullcontext
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .head import IGNORE_INDEX, SoftplusScale, check_tensor, make_head, number
+from .head import IGNORE_INDEX, SoftplusScale, check_count, check_tensor, make_head, number
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the enum Reduction of csrc/problem.h
 
@@ -46,7 +47,7 @@ class RowStatistics(NamedTuple):
 def check_loss_options(reduction: str, label_smoothing: float) -> None:
     if not isinstance(label_smoothing, (int, float, Real)):
         raise TypeError(f"label_smoothing must be a number, got {type(label_smoothing).__name__}")
-    if reduction not in _REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
@@ -273,17 +274,26 @@ def check_targets(device: torch.device | str | int | None = None) -> None:
     A call on CUDA does not wait for the device, so that the next call raises for a bad target. The
     replay of a CUDA graph is no call. After replays, ask here, for example once an epoch.
 
+    On the CPU, where each call has raised for its own targets, there is nothing to ask.
+
     Args:
-        device: the CUDA device, by default the current one. The function waits for its work.
+        device: the device, by default the current CUDA device if there is one. The function waits
+            for its work.
 
     Raises:
         IndexError: a target was outside [0, C) and not ignore_index. Later calls do not raise for
             it again.
     """
-    if not ops.HAS_CUDA:
-        raise NotImplementedError("check_targets needs a build with CUDA kernels")
-    torch.cuda.synchronize(device)
+    if device is None and not torch.cuda.is_available():
+        return
     given = torch.device("cuda" if device is None else device)
+    if given.type == "cpu":
+        return
+    if not (ops.HAS_CUDA and torch.cuda.is_available() and given.type == "cuda"):
+        raise NotImplementedError(
+            f"check_targets needs a build with CUDA kernels and a GPU that it can use, got {given}"
+        )
+    torch.cuda.synchronize(given)
     index = torch.cuda.current_device() if given.index is None else given.index
     torch.ops.tvmf_ext.check_targets(index)
 
@@ -359,8 +369,9 @@ def error_at(statistics: RowStatistics, k: int = 1) -> Tensor:
         A float32 tensor `[]` in [0, 1]; NaN where all rows are ignored.
 
     Raises:
-        ValueError: k is below 1.
+        TypeError, ValueError: k is no int, or below 1.
     """
+    check_count("k", k)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     rank = statistics.rank
@@ -430,7 +441,8 @@ def tvmf_logits(
     if isinstance(scale, SoftplusScale):
         scale = scale.value(dtype)  # the kernels do not compute it in a shorter dtype either
     _check_logits(input, linear_weight, kappa, scale, linear_bias, prior)
-    with torch.autocast(input.device.type, enabled=False):
+    known = input.is_cpu or input.is_cuda  # other devices may not know of autocast
+    with torch.autocast(input.device.type, enabled=False) if known else nullcontext():
         unit_input = F.normalize(input.to(dtype), dim=1)
         unit_weight = F.normalize(linear_weight.to(dtype), dim=1)
         kappa = kappa.to(dtype) if isinstance(kappa, Tensor) else kappa
@@ -477,6 +489,7 @@ def topk(
     if isinstance(scale, SoftplusScale):
         scale = scale.value(ops.compute_dtype(input.dtype))
     _check_logits(input, linear_weight, kappa, scale, linear_bias, prior)
+    check_count("k", k)
     C = linear_weight.shape[0]
     if not 1 <= k <= C:
         raise ValueError(f"k must be from 1 to C = {C}, got {k}")

@@ -141,6 +141,22 @@ def check_margins(kappa: Tensor, cosine_margin: Any, angular_margin: Any) -> Non
         )
 
 
+def check_ignore_index(value: Any) -> int:
+    """The label of the rows to ignore, which fits int64 as the labels do."""
+    if value is None:
+        return IGNORE_INDEX
+    if not isinstance(value, (int, Integral)):
+        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
+    if not (ops.is_compiling() or -(2**63) <= int(value) < 2**63):
+        raise ValueError(f"ignore_index must fit int64, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
 def check_tensor(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         return
@@ -201,10 +217,7 @@ def make_head(
         _check_constant("weight", class_weight)
     if prior is not None:
         _check_constant("prior", prior)
-    if ignore_index is None:
-        ignore_index = IGNORE_INDEX
-    elif not isinstance(ignore_index, (int, Integral)):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    ignore_index = check_ignore_index(ignore_index)
     input = autocast_input(input)
     softplus_scale = isinstance(scale, SoftplusScale)
     if isinstance(scale, SoftplusScale):

@@ -1,6 +1,7 @@
 """Values for each class, `[C]`, that are made of class sizes."""
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ _LARGEST_LOG_COUNT = 25.0
 
 def _counts(counts: Any) -> Tensor:
     """Class sizes `[C]` as float64."""
-    sizes = torch.as_tensor(counts)
+    try:
+        sizes = torch.as_tensor(counts)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = type(counts).__name__
+        raise TypeError(f"counts must be a tensor, an array or a list, got {got}") from error
     if sizes.dim() != 1 or sizes.numel() == 0:
         raise ValueError(f"counts must have shape [C], got {list(sizes.shape)}")
     if sizes.is_complex() or sizes.dtype == torch.bool:
@@ -24,6 +29,11 @@ def _counts(counts: Any) -> Tensor:
     if not sizes.any():
         raise ValueError("counts must name at least one image, got only zeros")
     return sizes
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def log_prior(counts: Any, tau: float = 1.0) -> Tensor:
@@ -40,8 +50,10 @@ def log_prior(counts: Any, tau: float = 1.0) -> Tensor:
         `[C]` in float32, for the argument `prior`.
 
     Raises:
+        TypeError: an argument is of another type than the above.
         ValueError: counts are negative, not finite, all 0 or not `[C]`; tau is out of range.
     """
+    _check_number("tau", tau)
     if not 0 <= tau < math.inf:
         raise ValueError(f"tau must be finite and at least 0, got {tau}")
     sizes = _counts(counts)
@@ -61,8 +73,10 @@ def ldam(counts: Any, largest: float = 0.5) -> Tensor:
         `[C]` in float32, for the argument `cosine_margin`.
 
     Raises:
+        TypeError: an argument is of another type than the above.
         ValueError: counts are negative, not finite, all 0 or not `[C]`; largest is out of range.
     """
+    _check_number("largest", largest)
     if not 0 <= largest < math.inf:
         raise ValueError(f"largest must be finite and at least 0, got {largest}")
     sizes = _counts(counts).clamp(min=1)

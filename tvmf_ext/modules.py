@@ -17,7 +17,7 @@ from .functional import (
     tvmf_cross_entropy,
     tvmf_logits,
 )
-from .head import IGNORE_INDEX, SoftplusScale, check_margins
+from .head import IGNORE_INDEX, SoftplusScale, check_ignore_index, check_margins
 from .margin import check_prior
 
 if TYPE_CHECKING:
@@ -30,13 +30,24 @@ def _initial_kappa(kappa: Any, num_classes: int, dtype: torch.dtype) -> Tensor:
     """Kappa as a tensor `[1]` or `[C]` on the CPU, where its values can be checked."""
     if isinstance(kappa, Tensor) and kappa.requires_grad:
         raise ValueError("kappa must not require grad; learn_kappa=True makes it a parameter")
-    kappa = torch.as_tensor(kappa, dtype=dtype, device="cpu").detach().clone().reshape(-1)
-    if kappa.numel() not in (1, num_classes):
-        raise ValueError(f"kappa must have 1 or C = {num_classes} values, got {kappa.numel()}")
-    refused = kappa[~((kappa > -0.5) & kappa.isfinite())]
-    if len(refused):
-        raise ValueError(f"kappa must be finite and > -1/2, got {refused[0].item():g}")
-    return kappa
+    try:
+        given = torch.as_tensor(kappa, dtype=torch.float64, device="cpu").detach().reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = type(kappa).__name__
+        raise TypeError(f"kappa must be a number or C numbers, got {got}") from error
+    if given.numel() not in (1, num_classes):
+        raise ValueError(f"kappa must have 1 or C = {num_classes} values, got {given.numel()}")
+    _check_kappa(given, given.to(dtype))
+    return given.to(dtype, copy=True)
+
+
+def _check_kappa(given: Tensor, kappa: Tensor) -> None:
+    """Checks kappa after it was rounded to its dtype, which may move it to -1/2 or to infinity."""
+    wrong = given[~((kappa > -0.5) & kappa.isfinite())]
+    if len(wrong):
+        first = wrong[0].item()
+        rounded = f" in {kappa.dtype}" if -0.5 < first < math.inf else ""
+        raise ValueError(f"kappa must be finite and > -1/2{rounded}, got {first:g}")
 
 
 def _initial_constant(name: str, values: Any, num_classes: int) -> Tensor | None:
@@ -139,15 +150,16 @@ class TvMFLoss(nn.Module):
                 f"in_features and num_classes must be at least 1, got {in_features}, {num_classes}"
             )
         check_loss_options(reduction, label_smoothing)
+        ignore_index = check_ignore_index(ignore_index)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_features = in_features
         self.num_classes = num_classes
-        self.ignore_index = IGNORE_INDEX if ignore_index is None else ignore_index
+        self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
         # What reset_parameters restores, on the CPU, whatever the device of the head is.
         kappa = _initial_kappa(kappa, num_classes, dtype or torch.get_default_dtype())
-        self._initial: dict[str, Tensor | None] = {
+        self._initial: dict[str, Any] = {
             "kappa": kappa,
             "s_": torch.tensor([_inverse_scale(scale)], dtype=torch.float64, device="cpu"),
             "class_weight": _initial_constant("weight", weight, num_classes),
@@ -155,8 +167,12 @@ class TvMFLoss(nn.Module):
         }
         margins = {"cosine_margin": cosine_margin, "angular_margin": angular_margin}
         for name, margin in margins.items():
-            if isinstance(margin, (int, float, Real)) or getattr(margin, "ndim", 1) == 0:
+            if getattr(margin, "requires_grad", False):
+                raise ValueError(f"{name} must not require grad: the head does not learn it")
+            if isinstance(margin, (int, float, Real)):
                 setattr(self, name, float(margin))
+            elif getattr(margin, "shape", None) in ((), (1,)):
+                setattr(self, name, float(torch.as_tensor(margin).item()))
             else:
                 self._initial[name] = _initial_constant(name, margin, num_classes)
         given = [self._initial.get(name, getattr(self, name, None)) for name in _MARGINS]
@@ -254,11 +270,10 @@ class TvMFLoss(nn.Module):
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         was_meta = self.kappa.is_meta
         if not was_meta:
-            # half() has no number above 65504 but infinity.
+            # half() has no number above 65504 but infinity, and bfloat16() rounds -0.4999 to -1/2.
             kappa = fn(self.kappa)
-            if kappa.dtype != self.kappa.dtype and not kappa.isfinite().all():
-                largest = self.kappa.max().item()
-                raise ValueError(f"kappa must be finite in {kappa.dtype}, got {largest:g}")
+            if kappa.dtype != self.kappa.dtype and not kappa.is_meta:
+                _check_kappa(self.kappa.detach(), kappa)
         super()._apply(fn, *args, **kwargs)
         if was_meta and not self.kappa.is_meta:
             # Whoever calls to_empty initialises the parameters. Nobody else knows the buffers.
@@ -331,26 +346,40 @@ class TvMFLoss(nn.Module):
         )
 
     def _is_cosine(self) -> bool:
-        """Whether this head is the paper's cosine head, which stores no kappa."""
-        fixed = not isinstance(self.kappa, nn.Parameter)
-        return fixed and not self.kappa.is_meta and not self.kappa.any()
+        """Whether this head was made as the paper's cosine head, which stores no kappa.
+
+        The constructor's argument decides. If the value of kappa did, the keys of a state would
+        depend on where a schedule of kappa stands.
+        """
+        made = self._initial["kappa"]
+        return not isinstance(self.kappa, nn.Parameter) and made.numel() == 1 and not made.any()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._is_cosine():
+        if self._is_cosine() and (self.kappa.is_meta or not self.kappa.any()):
             del destination[prefix + "kappa"]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        if prefix + "weight" in state_dict and self._is_cosine():
-            state_dict.setdefault(prefix + "kappa", self.kappa.detach().clone())
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and self._is_cosine():
+            device = weight.device if self.kappa.is_meta else self.kappa.device
+            kappa = torch.zeros_like(self.kappa, device=device)
+            state_dict.setdefault(prefix + "kappa", kappa)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name, values in self._initial.items():
+            # With assign=True a head from the meta device takes its tensors from the state, which
+            # has no class weights, prior and margins.
+            if values is None or name not in self._non_persistent_buffers_set:
+                continue
+            if getattr(self, name).is_meta and not self.weight.is_meta:
+                setattr(self, name, values.to(self.weight.device, copy=True))
 
     def _known(self, name: str) -> Tensor:
         """A parameter or buffer; on the meta device, which has no values, its initial value."""
         value = getattr(self, name)
-        return self._initial[name] if value.is_meta else value  # type: ignore[return-value]
+        return self._initial[name] if value.is_meta else value
 
     def extra_repr(self) -> str:
         kappa = self._known("kappa")

@@ -176,7 +176,8 @@ void check_saved(const Head& head, int64_t kept, const Tensor& saved, int64_t wa
   check_wanted(head, wanted);
   check_tensor("saved", saved, head.input);
   const int64_t size = SavedLayout(head.input.size(0), head.weight.size(0), kept).size;
-  TVMF_CHECK(saved.numel() == size && saved.scalar_type() == compute_dtype(head.input) &&
+  TVMF_CHECK(saved.dim() == 1 && saved.size(0) == size &&
+                 saved.scalar_type() == compute_dtype(head.input) &&
                  (size < 2 || saved.stride(0) == 1),
              "saved must be what the forward pass returned, [", size, "], got ", shape(saved),
              " of ", dtype(saved));

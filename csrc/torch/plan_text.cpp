@@ -88,6 +88,7 @@ std::string plan_text(int64_t N, int64_t C, int64_t D, std::string dtype, std::s
 
 bool keeps_products(int64_t C, int64_t D, std::string dtype, std::string weight_dtype,
                     int64_t row_stride, int64_t col_stride, bool aligned, std::string device) {
+  TVMF_CHECK(C >= 1 && D >= 1, "C and D must be at least 1, got ", C, ", ", D);
   const CudaProblem problem{
       .N = 1,
       .C = C,
