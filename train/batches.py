@@ -96,26 +96,6 @@ def share(step: int, size: int, batch_size: int, part: int, parts: int) -> Tenso
     return batch.tensor_split(parts)[part]
 
 
-class FileImages(TorchDataset):
-    """The images of a split. read(train, index, *position in the training) returns pixels, uint8
-    [size, size, 3]; draws of the augmentation, [10] or [0] where there is none; label; and None,
-    or a message where the file cannot be read, when the pixels are zeros and the label NO_LABEL."""
-
-    def __init__(self, split: Split, augment: str, size: int):
-        self.split, self.size, self.jitter = split, size, augment == "imagenet"
-
-    def read(self, train: bool, index: int, *position: int):
-        state = torch.get_rng_state()  # without workers the training draws from this generator
-        torch.default_generator.manual_seed(seed_of(*position))
-        choose = draw_part if train else partial(centre, self.size)
-        pixels = read_image(self.split.images[index], self.size, choose)
-        draws = draw_colours(self.jitter) if train else torch.empty(0)
-        torch.set_rng_state(state)
-        if isinstance(pixels, str):
-            return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), draws, NO_LABEL, pixels
-        return torch.from_numpy(pixels), draws, int(self.split.labels[index]), None
-
-
 def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     """Stacks images, draws and labels, and collects the messages. Training leaves bad images out,
     which batch norm should not see, unless fewer than the two that it needs were left."""
@@ -144,13 +124,30 @@ def heed_only_the_parent(worker: int) -> None:
 
 class Readers(TorchDataset):
     """The processes that read image files: one pool for all splits, as one split is read at a time.
+    They start with the first batch and stay to the end.
 
-    They start with the first batch, stay to the end, and know the splits added until then.
+    readers[split, train, index, *position in the training] are pixels, uint8 [size, size, 3];
+    draws of the augmentation, [10] or [0] where there is none; label; and None, or a message where
+    the file cannot be read, when the pixels are zeros and the label is NO_LABEL.
     """
 
-    def __init__(self, workers: int, device: torch.device):
-        self.splits, self.batches = [], []
-        self.workers, self.device = workers, device
+    def __init__(
+        self, splits: list[Split], augment: str, size: int, workers: int, device: torch.device
+    ):
+        self.splits, self.augment, self.size = splits, augment, size
+        self.workers, self.device, self.batches = workers, device, []
+
+    def __getitem__(self, item: tuple[int, ...]):
+        number, train, index, *position = item
+        split, state = self.splits[number], torch.get_rng_state()
+        torch.default_generator.manual_seed(seed_of(*position))
+        choose = draw_part if train else partial(centre, self.size)
+        pixels = read_image(split.images[index], self.size, choose)
+        draws = draw_colours(self.augment == "imagenet") if train else torch.empty(0)
+        torch.set_rng_state(state)  # without workers the training draws from this generator
+        if isinstance(pixels, str):
+            return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), draws, NO_LABEL, pixels
+        return torch.from_numpy(pixels), draws, int(split.labels[index]), None
 
     @cached_property
     def files(self) -> DataLoader:
@@ -165,29 +162,15 @@ class Readers(TorchDataset):
             generator=torch.Generator(),  # so that it draws nothing from torch's
         )
 
-    def add(self, images: FileImages) -> int:
-        """The number of a split, which is added unless it is there."""
-        known = [other.split is images.split for other in self.splits]
-        self.splits += [] if any(known) else [images]
-        return known.index(True) if any(known) else len(known)
-
-    def __getitem__(self, item: tuple[int, ...]):
-        number, *place = item
-        return self.splits[number].read(*place)
-
     def __iter__(self) -> Iterator:
         """The items of each batch of the epoch that `read` was last called for."""
         return iter(self.batches)
 
-    def read(self, number: int, train: bool, order, batches: list[Tensor], seed: int) -> Iterator:
-        """What `collate` makes of each batch of positions in `order`, for the split `number`."""
-        self.batches = (
-            [
-                (number, train, i, seed, p)
-                for i, p in zip(order[b].tolist(), b.tolist(), strict=True)
-            ]
-            for b in batches
-        )
+    def read(self, split: Split, train: bool, order, batches: list[Tensor], seed: int) -> Iterator:
+        """What `collate` makes of each batch of positions in `order`, the images of an epoch."""
+        number = [other is split for other in self.splits].index(True)
+        places = (zip(order[b].tolist(), b.tolist(), strict=True) for b in batches)
+        self.batches = ([(number, train, i, seed, p) for i, p in batch] for batch in places)
         files = iter(self.files)
         # PyTorch's handler would raise the death of a worker between any two lines, so that nothing
         # could be saved. Without it, the wait for that worker's batch does.
@@ -236,8 +219,7 @@ class Loader:
             self.reach = max(1, round(image_size / 14))  # 2 pixels for MNIST's 28
         else:
             statistics = [torch.tensor(s) for s in STATISTICS[augment]]
-            self.readers = readers
-            self.number = readers.add(FileImages(split, augment, image_size))
+            self.split, self.readers = split, readers
         self.mean, self.std = (s.view(-1, 1, 1).to(device) for s in statistics)
 
     def __call__(
@@ -274,9 +256,8 @@ class Loader:
         return images
 
     def _from_files(self, order, batches, epoch_seed):
-        for *batch, messages in self.readers.read(
-            self.number, self.train, order, batches, epoch_seed
-        ):
+        found = self.readers.read(self.split, self.train, order, batches, epoch_seed)
+        for *batch, messages in found:
             if messages and not self.skip_bad:
                 raise bad_image(messages[0])
             self.bad.update(messages)

@@ -49,7 +49,9 @@ class Session:
         self.log_prior = log_prior(data.counts).to(self.device)
         images = data.train.images
         self.data_summary = data.summary()
-        self.readers = Readers(config.workers, self.device)
+        splits = [split for _, split in data.splits()]
+        size, augment = data.image_size, data.augment
+        self.readers = Readers(splits, augment, size, config.workers, self.device)
         self.statistics = channel_statistics(images) if isinstance(images, Tensor) else None
         self.loaders = {name: self.loader(split, name == "train") for name, split in data.splits()}
 
