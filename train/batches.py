@@ -96,6 +96,33 @@ def share(step: int, size: int, batch_size: int, part: int, parts: int) -> Tenso
     return batch.tensor_split(parts)[part]
 
 
+class ImageFiles(TorchDataset):
+    """The images of splits, and the batches of an epoch of one of these.
+
+    files[split, train, index, *position in the training] are pixels, uint8 [size, size, 3]; draws
+    of the augmentation, [10] or [0] where there is none; label; and None, or a message where the
+    file cannot be read, when the pixels are zeros and the label is NO_LABEL.
+    """
+
+    def __init__(self, splits: list[Split], augment: str, size: int):
+        self.splits, self.augment, self.size, self.batches = splits, augment, size, ()
+
+    def __iter__(self) -> Iterator[list]:
+        return iter(self.batches)
+
+    def __getitem__(self, item: tuple[int, ...]):
+        number, train, index, *position = item
+        split, state = self.splits[number], torch.get_rng_state()
+        torch.default_generator.manual_seed(seed_of(*position))
+        choose = draw_part if train else partial(centre, self.size)
+        pixels = read_image(split.images[index], self.size, choose)
+        draws = draw_colours(self.augment == "imagenet") if train else torch.empty(0)
+        torch.set_rng_state(state)  # without workers the training draws from this generator
+        if isinstance(pixels, str):
+            return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), draws, NO_LABEL, pixels
+        return torch.from_numpy(pixels), draws, int(split.labels[index]), None
+
+
 def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     """Stacks images, draws and labels, and collects the messages. Training leaves bad images out,
     which batch norm should not see, unless fewer than the two that it needs were left."""
@@ -122,38 +149,18 @@ def heed_only_the_parent(worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-class Readers(TorchDataset):
+class Readers:
     """The processes that read image files: one pool for all splits, as one split is read at a time.
-    They start with the first batch and stay to the end.
+    They start with the first batch and stay to the end."""
 
-    readers[split, train, index, *position in the training] are pixels, uint8 [size, size, 3];
-    draws of the augmentation, [10] or [0] where there is none; label; and None, or a message where
-    the file cannot be read, when the pixels are zeros and the label is NO_LABEL.
-    """
-
-    def __init__(
-        self, splits: list[Split], augment: str, size: int, workers: int, device: torch.device
-    ):
-        self.splits, self.augment, self.size = splits, augment, size
-        self.workers, self.device, self.batches = workers, device, []
-
-    def __getitem__(self, item: tuple[int, ...]):
-        number, train, index, *position = item
-        split, state = self.splits[number], torch.get_rng_state()
-        torch.default_generator.manual_seed(seed_of(*position))
-        choose = draw_part if train else partial(centre, self.size)
-        pixels = read_image(split.images[index], self.size, choose)
-        draws = draw_colours(self.augment == "imagenet") if train else torch.empty(0)
-        torch.set_rng_state(state)  # without workers the training draws from this generator
-        if isinstance(pixels, str):
-            return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), draws, NO_LABEL, pixels
-        return torch.from_numpy(pixels), draws, int(split.labels[index]), None
+    def __init__(self, images: ImageFiles, workers: int, device: torch.device):
+        self.images, self.workers, self.device = images, workers, device
 
     @cached_property
     def files(self) -> DataLoader:
         return DataLoader(
-            self,
-            batch_sampler=self,
+            self.images,
+            batch_sampler=self.images,
             num_workers=self.workers,
             collate_fn=collate,
             persistent_workers=self.workers > 0,
@@ -162,23 +169,19 @@ class Readers(TorchDataset):
             generator=torch.Generator(),  # so that it draws nothing from torch's
         )
 
-    def __iter__(self) -> Iterator:
-        """The items of each batch of the epoch that `read` was last called for."""
-        return iter(self.batches)
-
     def read(self, split: Split, train: bool, order, batches: list[Tensor], seed: int) -> Iterator:
         """What `collate` makes of each batch of positions in `order`, the images of an epoch."""
-        number = [other is split for other in self.splits].index(True)
+        number = [other is split for other in self.images.splits].index(True)
         places = (zip(order[b].tolist(), b.tolist(), strict=True) for b in batches)
-        self.batches = ([(number, train, i, seed, p) for i, p in batch] for batch in places)
+        self.images.batches = ([(number, train, i, seed, p) for i, p in batch] for batch in places)
         files = iter(self.files)
         # PyTorch's handler would raise the death of a worker between any two lines, so that nothing
         # could be saved. Without it, the wait for that worker's batch does.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             yield from files
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: of a batch half sent
+            if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                 raise
             raise LostImages(
                 f"--workers: got the end of a process that reads images ({error}), perhaps as "

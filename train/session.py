@@ -12,6 +12,7 @@ from train import distributed
 from train.augment import channel_statistics
 from train.batches import (
     SAMPLING,
+    ImageFiles,
     Loader,
     Readers,
     seed_of,
@@ -50,8 +51,8 @@ class Session:
         images = data.train.images
         self.data_summary = data.summary()
         splits = [split for _, split in data.splits()]
-        size, augment = data.image_size, data.augment
-        self.readers = Readers(splits, augment, size, config.workers, self.device)
+        files = ImageFiles(splits, data.augment, data.image_size)
+        self.readers = Readers(files, config.workers, self.device)
         self.statistics = channel_statistics(images) if isinstance(images, Tensor) else None
         self.loaders = {name: self.loader(split, name == "train") for name, split in data.splits()}
 

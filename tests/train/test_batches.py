@@ -11,6 +11,7 @@ from torchvision import transforms
 
 from train.augment import erase, random_affine, shift
 from train.batches import (
+    ImageFiles,
     Loader,
     Readers,
     balanced_over_classes,
@@ -203,7 +204,7 @@ def test_transforms_are_the_references(tmp_path, augment, train, side):
     Image.fromarray(pixels).resize(side, Image.Resampling.BICUBIC).save(path, quality=98)
     split = Split(Paths.of("", [path] * 4), torch.zeros(4, dtype=torch.int64))
     cpu = torch.device("cpu")
-    readers = Readers([split], augment, 224, 0, cpu)
+    readers = Readers(ImageFiles([split], augment, 224), 0, cpu)
     loader = Loader(split, augment, 224, cpu, train=train, readers=readers)
     (ours, _) = next(loader(torch.arange(4), [torch.arange(4)], 9))
     assert ours.dtype == torch.float32 and ours.shape == (4, 3, 224, 224)
@@ -222,7 +223,7 @@ def test_jitter_has_torchvisions_distribution(tmp_path):
     Image.new("RGB", (8, 8), (90, 120, 60)).save(tmp_path / "0.png")
     split = Split(Paths.of(str(tmp_path), ["0.png"]), torch.zeros(1, dtype=torch.int64))
     cpu = torch.device("cpu")
-    readers = Readers([split], "imagenet", 8, 0, cpu)
+    readers = Readers(ImageFiles([split], "imagenet", 8), 0, cpu)
     loader = Loader(split, "imagenet", 8, cpu, train=True, readers=readers)
     ours = next(loader(torch.zeros(1500, dtype=torch.int64), [torch.arange(1500)], 3))[0]
     theirs = reference_transforms("imagenet", True).transforms[2:]
