@@ -4,16 +4,11 @@ Each image has draws of its own, made by its position in the training. All that 
 done for a batch at once, on the device.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision import transforms
 
-# The reach of random affine transforms: degrees, the logarithm of the scale, the shear's slope, and
-# the part of the image's side.
-TURN, SCALE, SHEAR, MOVE = 10, 0.2, 0.1, 0.1
 STATISTICS = {  # mean and standard deviation of the channels, as in the paper's code
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
@@ -94,36 +89,6 @@ def shift(images: Tensor, offsets: Tensor, reach: int) -> Tensor:
     # Indices on both sides of the channels move these to the end.
     moved = padded[item[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2)
-
-
-def random_affine(images: Tensor, draws: Tensor) -> Tensor:
-    """Turns, stretches, shears and moves each image, and repeats the pixels of its border.
-
-    images [B, channels, height, width], draws [B, 6] uniform in [0, 1).
-    """
-    turn, size, stretch, shear, *move = (2 * draws - 1).unbind(1)
-    turn = math.radians(TURN) * turn
-    wide, high = torch.exp(SCALE * size), torch.exp(SCALE * size + SCALE / 2 * stretch)
-    across, down = (2 * MOVE * m for m in move)  # the image goes from -1 to 1
-    rows = (
-        torch.stack([turn.cos() * wide, (SHEAR * shear - turn.sin()) * wide, across], 1),
-        torch.stack([turn.sin() * high, turn.cos() * high, down], 1),
-    )
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-def erase(images: Tensor, draws: Tensor, share: float, fill: Tensor) -> Tensor:
-    """Fills a rectangle in a share of the images, as random erasing does (Zhong et al., AAAI 2020).
-
-    images [B, channels, height, width], draws [B, 5] uniform in [0, 1), fill [channels, 1, 1].
-    """
-    inside = draws[:, 4, None, None] < share
-    for axis, length in enumerate(images.shape[2:]):
-        place = torch.arange(length, device=images.device) / length
-        centre, side = draws[:, axis, None], 0.1 + 0.4 * draws[:, axis + 2, None]
-        inside = inside & ((place - centre).abs() < side / 2).unsqueeze(2 - axis)
-    return torch.where(inside[:, None], fill, images)
 
 
 def mirror(images: Tensor, draws: Tensor) -> Tensor:

@@ -22,9 +22,7 @@ from train.augment import (
     centre,
     draw_colours,
     draw_part,
-    erase,
     mirror,
-    random_affine,
     shift,
 )
 from train.images import LostImages, bad_image, read_image
@@ -208,13 +206,12 @@ class Loader:
         *,
         train: bool,
         flip: bool = False,
-        erase: float = 0.0,
         statistics: tuple[Tensor, Tensor] | None = None,
         skip_bad: bool = False,
         readers: Readers | None = None,
     ):
         self.device, self.train, self.flip, self.skip_bad = device, train, flip, skip_bad
-        self.augment, self.erase = augment, erase
+        self.augment = augment
         self.bad: set[str] = set()
         self.in_memory = isinstance(split.images, Tensor)
         if self.in_memory:
@@ -236,27 +233,17 @@ class Loader:
 
     def _from_memory(self, order, batches, epoch_seed):
         if self.train:
-            width = 3 if self.augment == "small" else 14
-            draw = torch.Generator().manual_seed(epoch_seed)
-            draws = torch.rand(len(order), width, generator=draw)
+            draws = torch.rand(len(order), 3, generator=torch.Generator().manual_seed(epoch_seed))
         for batch in batches:
             index = order[batch].to(self.device, non_blocking=True)
             images = self.images[index].float().div_(255)
             if self.train:
-                images = self._augmented(images, draws[batch].to(self.device, non_blocking=True))
+                drawn = draws[batch].to(self.device, non_blocking=True)
+                offsets = (drawn[:, :2] * (2 * self.reach + 1)).long().t() - self.reach
+                images = shift(images, offsets, self.reach)
+                if self.flip:
+                    images = mirror(images, drawn[:, 2])
             yield (images - self.mean) / self.std, self.labels[index]
-
-    def _augmented(self, images, drawn):
-        if self.augment == "small":
-            offsets = (drawn[:, :2] * (2 * self.reach + 1)).long().t() - self.reach
-            images = shift(images, offsets, self.reach)
-        else:
-            images = random_affine(images, drawn[:, 3:9])
-        if self.flip:
-            images = mirror(images, drawn[:, 2])
-        if self.erase:
-            images = erase(images, drawn[:, 9:14], self.erase, self.mean)
-        return images
 
     def _from_files(self, order, batches, epoch_seed):
         found = self.readers.read(self.split, self.train, order, batches, epoch_seed)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from train import checkpoint, distributed
 from train.config import Config, TrainError, settle
-from train.data import IN_MEMORY, load_data
+from train.data import load_data
 from train.log import has_tensorboard
 from train.metrics import FIGURES, SIZES
 from train.session import Session, Stopped
@@ -42,7 +42,7 @@ def run(config: Config) -> None:
     rank, world, device = distributed.start(config.device)
     data = load_data(config, quiet=rank > 0)
     evaluated = len(data.test if data.val is None else data.val)
-    small = data.augment in IN_MEMORY
+    small = data.augment == "small"
     config = settle(config, len(data.train), evaluated, data.num_classes, small)
     if config.model:  # tables name the head in the file, as the flags say nothing about it
         config = dataclasses.replace(config, **checkpoint.trained_head(config.model))

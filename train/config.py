@@ -75,11 +75,9 @@ class Config:
     """Share of training labels to replace by another class, drawn uniformly: symmetric noise."""
     bad_images: Literal["stop", "skip"] = "stop"
     """What to do with an image that cannot be read; those skipped are counted."""
-    augment: Literal["auto", "imagenet", "inat", "small", "affine"] = "auto"
-    """Transforms: ImageNet's, iNaturalist's, small: a shift of small images, or affine: shift,
-    rotation, scale and shear; auto: by image size."""
-    erase: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the images in which affine transforms erase a random rectangle."""
+    augment: Literal["auto", "imagenet", "inat", "small"] = "auto"
+    """Transforms: ImageNet's, iNaturalist's, or a shift of small images, which are kept in memory;
+    auto: by image size."""
     flip: bool = False
     """Mirror small images at random; the other transforms always do so."""
     image_size: NotNegativeCount = 0

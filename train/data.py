@@ -15,7 +15,6 @@ from train.images import into_memory, typical_size
 from train.lists import PUBLISHED, find_lists, load_lists
 from train.splits import LongTailed, Split, add_label_noise, thin_out
 
-IN_MEMORY = ("small", "affine")  # transforms of images that are kept in memory
 SMALL = 64  # pixels: images whose typical size is at most this are kept in memory
 
 
@@ -39,7 +38,7 @@ def load_data(config: Config, quiet: bool = False) -> LongTailed:
     if config.subset < 1:
         data.train = thin_out(data.train, config.subset, config.seed)
     choose_transforms(data, config)
-    if data.augment in IN_MEMORY and not isinstance(data.train.images, Tensor):
+    if data.augment == "small" and not isinstance(data.train.images, Tensor):
         read_small_images(data, config, quiet)
     data.counts = torch.bincount(data.train.labels, minlength=data.num_classes)
     if config.label_noise:
@@ -158,18 +157,18 @@ def choose_transforms(data: LongTailed, config: Config) -> None:
     in_memory = isinstance(data.train.images, Tensor)
     size = data.train.images.shape[-1] if in_memory else config.image_size
     if in_memory and (
-        config.augment not in ("auto", *IN_MEMORY) or config.image_size not in (0, size)
+        config.augment not in ("auto", "small") or config.image_size not in (0, size)
     ):
         raise TrainError(
-            f"--augment, --image-size: got {config.augment}, {config.image_size}, wanted small or "
-            f"affine, {size}: {config.dataset} is in memory as it is"
+            f"--augment, --image-size: got {config.augment}, {config.image_size}, wanted small, "
+            f"{size}: {config.dataset} is in memory as it is"
         )
     size = size or typical_size(data.train.images)
     data.augment = config.augment
     if config.augment == "auto":
         data.augment = "small" if in_memory or size <= SMALL else "imagenet"
     data.image_size = size
-    if data.augment not in IN_MEMORY and not config.image_size:
+    if data.augment != "small" and not config.image_size:
         data.image_size = 224 if config.dataset in PUBLISHED else min(224, max(32, size // 32 * 32))
 
 

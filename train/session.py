@@ -66,7 +66,6 @@ class Session:
             self.device,
             train=train,
             flip=config.flip,
-            erase=config.erase,
             statistics=self.statistics,
             skip_bad=config.bad_images == "skip",
             readers=self.readers,
@@ -113,11 +112,10 @@ class Session:
         mine = torch.arange(self.rank, size, self.world)
         return torch.arange(size), list(mine.split(EVAL_BATCH)) if len(mine) else [], 0
 
-    def features(self, net: nn.Module, split: str | Loader, *epoch):
+    def features(self, net: nn.Module, split: str, *epoch):
         """Yields features and labels of an epoch's batches. A run that is asked to stop leaves at
         once, as these are computed again when it is resumed."""
-        loader = self.loaders[split] if isinstance(split, str) else split
-        for images, labels in loader(*epoch):
+        for images, labels in self.loaders[split](*epoch):
             if self.stopping and self.world == 1:  # others might wait for this process
                 raise Stopped
             with self.autocast():

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.stats import kstest
 from torchvision import transforms
 
-from train.augment import erase, random_affine, shift
+from train.augment import shift
 from train.batches import (
     ImageFiles,
     Loader,
@@ -142,39 +142,6 @@ class Lighting:
         green = -0.5808 * 0.2175 * a - 0.0045 * 0.0188 * b - 0.8140 * 0.0045 * c
         blue = -0.5836 * 0.2175 * a - 0.6948 * 0.0188 * b + 0.4203 * 0.0045 * c
         return image + torch.tensor([red, green, blue]).view(3, 1, 1)
-
-
-def test_affine_draws_in_the_middle_leave_images_alone():
-    images = torch.rand(2, 3, 9, 9)
-    torch.testing.assert_close(random_affine(images, torch.full((2, 6), 0.5)), images)
-
-
-def test_affine_moves_turns_and_scales_each_image():
-    images = torch.zeros(4, 1, 41, 41)
-    images[:, :, 20, 25:] = 1  # the right half of the middle row
-    draws = torch.full((4, 6), 0.5)
-    draws[1, 4], draws[2, 0], draws[3, 1] = 1.0, 1.0, 1.0
-    kept, moved, turned, scaled = random_affine(images, draws)[:, 0]
-    torch.testing.assert_close(kept, images[0, 0])
-    assert (moved[20] > 0.5).nonzero().min() == 25 - 4  # by a tenth of 41 pixels
-    # A turn by 10 degrees moves the end of the row, 20 pixels from the middle, by 20 tan 10 = 3.5.
-    assert abs(int(turned[:, 40].argmax()) - 20) in (3, 4)
-    # A view that is exp(0.2) as wide shows the row's start, 5 pixels away, at 5 / exp(0.2) = 4.1.
-    assert (scaled[20] > 0.5).nonzero().min() == 24
-
-
-def test_erasing_fills_a_rectangle_in_a_share_of_the_images():
-    images, fill = torch.rand(400, 2, 20, 20) + 1, torch.tensor([-1.0, -2.0]).view(2, 1, 1)
-    draws = torch.rand(400, 5)
-    draws[0] = torch.tensor([0.5, 0.26, 0.7, 0.0, 0.0])
-    erased = erase(images, draws, 0.3, fill)
-    gone = erased < 0
-    assert (gone[:, 0] == gone[:, 1]).all() and (erased[:, 1][gone[:, 1]] == -2).all()
-    assert torch.equal(erased[~gone], images[~gone])
-    assert abs(gone.flatten(1).any(1).double().mean() - 0.3) < 0.1
-    # Centre (10, 5.2), sides of 0.1 + 0.4 * 0.7 = 0.38 and of 0.1 of 20 pixels.
-    rows, columns = gone[0, 0].any(1).nonzero()[:, 0], gone[0, 0].any(0).nonzero()[:, 0]
-    assert (rows[0], rows[-1], columns[0], columns[-1]) == (7, 13, 5, 6)
 
 
 def reference_transforms(augment, train):
