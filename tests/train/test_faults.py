@@ -35,7 +35,7 @@ def shell(*flags, module="train", pipe=None, **environment):
     """`python -m MODULE FLAGS`, as a user's shell runs it, with its output."""
     command = [sys.executable, "-m", module, *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"} | environment
-    options = {"cwd": ROOT, "env": environment, "capture_output": True, "timeout": 100}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "timeout": 300}
     if pipe:
         script = f'"$@" | {pipe}; echo "${{PIPESTATUS[0]}}"'
         command = ["bash", "-c", script, "bash", *command]
