@@ -38,7 +38,7 @@ from torchvision import transforms
 
 from bench.measure.machine import about
 from train.augment import STATISTICS
-from train.batches import FileImages, Loader, Readers, collate
+from train.batches import ImageFiles, Loader, Readers, collate
 from train.config import Config, load_recipe
 from train.data import load_data
 from train.fit import MOMENTUM
@@ -217,9 +217,10 @@ def input_pipeline(options, folder, progress):
     """Milliseconds of CPU time an image, in turns: our worker, torchvision's, and our device."""
     names = write_jpegs(folder, 8 if options.quick else 200)
     split = Split(Paths.of("", names), torch.zeros(len(names), dtype=torch.int64))
-    readers, cpu = Readers(0, torch.device("cpu")), torch.device("cpu")
+    cpu = torch.device("cpu")
+    readers = Readers(ImageFiles([split], "imagenet", 224), 0, cpu)
     loader = Loader(split, "imagenet", 224, cpu, train=True, readers=readers)
-    ours, positions = FileImages(split, "imagenet", 224), range(len(split))
+    positions = range(len(split))
     jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)
     theirs = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), jitter]
     theirs = transforms.Compose(
@@ -238,7 +239,7 @@ def input_pipeline(options, folder, progress):
     found, began = {"ours": [], "torchvision": [], "ours, device": []}, time.perf_counter()
     task = progress.add_task("input", total=None)
     while len(found["ours"]) < 3 or time.perf_counter() - began < options.seconds:
-        items, spent = timed(lambda: [ours.read(True, i, 0, i) for i in positions])
+        items, spent = timed(lambda: [readers.images[0, True, i, 0, i] for i in positions])
         found["ours"].append(spent)
         found["torchvision"].append(timed(by_torchvision)[1])
         pixels, draws, *_ = collate(items)

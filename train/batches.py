@@ -94,24 +94,31 @@ def share(step: int, size: int, batch_size: int, part: int, parts: int) -> Tenso
     return batch.tensor_split(parts)[part]
 
 
-class FileImages(TorchDataset):
-    """The images of a split. read(train, index, *position in the training) returns pixels, uint8
-    [size, size, 3]; draws of the augmentation, [10] or [0] where there is none; label; and None,
-    or a message where the file cannot be read, when the pixels are zeros and the label NO_LABEL."""
+class ImageFiles(TorchDataset):
+    """The images of splits, and the batches of an epoch of one of these.
 
-    def __init__(self, split: Split, augment: str, size: int):
-        self.split, self.size, self.jitter = split, size, augment == "imagenet"
+    files[split, train, index, *position in the training] are pixels, uint8 [size, size, 3]; draws
+    of the augmentation, [10] or [0] where there is none; label; and None, or a message where the
+    file cannot be read, when the pixels are zeros and the label is NO_LABEL.
+    """
 
-    def read(self, train: bool, index: int, *position: int):
-        state = torch.get_rng_state()  # without workers the training draws from this generator
+    def __init__(self, splits: list[Split], augment: str, size: int):
+        self.splits, self.augment, self.size, self.batches = splits, augment, size, ()
+
+    def __iter__(self) -> Iterator[list]:
+        return iter(self.batches)
+
+    def __getitem__(self, item: tuple[int, ...]):
+        number, train, index, *position = item
+        split, state = self.splits[number], torch.get_rng_state()
         torch.default_generator.manual_seed(seed_of(*position))
         choose = draw_part if train else partial(centre, self.size)
-        pixels = read_image(self.split.images[index], self.size, choose)
-        draws = draw_colours(self.jitter) if train else torch.empty(0)
-        torch.set_rng_state(state)
+        pixels = read_image(split.images[index], self.size, choose)
+        draws = draw_colours(self.augment == "imagenet") if train else torch.empty(0)
+        torch.set_rng_state(state)  # without workers the training draws from this generator
         if isinstance(pixels, str):
             return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), draws, NO_LABEL, pixels
-        return torch.from_numpy(pixels), draws, int(self.split.labels[index]), None
+        return torch.from_numpy(pixels), draws, int(split.labels[index]), None
 
 
 def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[str]]:
@@ -140,21 +147,18 @@ def heed_only_the_parent(worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-class Readers(TorchDataset):
+class Readers:
     """The processes that read image files: one pool for all splits, as one split is read at a time.
+    They start with the first batch and stay to the end."""
 
-    They start with the first batch, stay to the end, and know the splits added until then.
-    """
-
-    def __init__(self, workers: int, device: torch.device):
-        self.splits, self.batches = [], []
-        self.workers, self.device = workers, device
+    def __init__(self, images: ImageFiles, workers: int, device: torch.device):
+        self.images, self.workers, self.device = images, workers, device
 
     @cached_property
     def files(self) -> DataLoader:
         return DataLoader(
-            self,
-            batch_sampler=self,
+            self.images,
+            batch_sampler=self.images,
             num_workers=self.workers,
             collate_fn=collate,
             persistent_workers=self.workers > 0,
@@ -163,37 +167,19 @@ class Readers(TorchDataset):
             generator=torch.Generator(),  # so that it draws nothing from torch's
         )
 
-    def add(self, images: FileImages) -> int:
-        """The number of a split, which is added unless it is there."""
-        known = [other.split is images.split for other in self.splits]
-        self.splits += [] if any(known) else [images]
-        return known.index(True) if any(known) else len(known)
-
-    def __getitem__(self, item: tuple[int, ...]):
-        number, *place = item
-        return self.splits[number].read(*place)
-
-    def __iter__(self) -> Iterator:
-        """The items of each batch of the epoch that `read` was last called for."""
-        return iter(self.batches)
-
-    def read(self, number: int, train: bool, order, batches: list[Tensor], seed: int) -> Iterator:
-        """What `collate` makes of each batch of positions in `order`, for the split `number`."""
-        self.batches = (
-            [
-                (number, train, i, seed, p)
-                for i, p in zip(order[b].tolist(), b.tolist(), strict=True)
-            ]
-            for b in batches
-        )
+    def read(self, split: Split, train: bool, order, batches: list[Tensor], seed: int) -> Iterator:
+        """What `collate` makes of each batch of positions in `order`, the images of an epoch."""
+        number = [other is split for other in self.images.splits].index(True)
+        places = (zip(order[b].tolist(), b.tolist(), strict=True) for b in batches)
+        self.images.batches = ([(number, train, i, seed, p) for i, p in batch] for batch in places)
         files = iter(self.files)
         # PyTorch's handler would raise the death of a worker between any two lines, so that nothing
         # could be saved. Without it, the wait for that worker's batch does.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             yield from files
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: of a batch half sent
+            if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                 raise
             raise LostImages(
                 f"--workers: got the end of a process that reads images ({error}), perhaps as "
@@ -233,8 +219,7 @@ class Loader:
             self.reach = max(1, round(image_size / 14))  # 2 pixels for MNIST's 28
         else:
             statistics = [torch.tensor(s) for s in STATISTICS[augment]]
-            self.readers = readers
-            self.number = readers.add(FileImages(split, augment, image_size))
+            self.split, self.readers = split, readers
         self.mean, self.std = (s.view(-1, 1, 1).to(device) for s in statistics)
 
     def __call__(
@@ -261,9 +246,8 @@ class Loader:
             yield (images - self.mean) / self.std, self.labels[index]
 
     def _from_files(self, order, batches, epoch_seed):
-        for *batch, messages in self.readers.read(
-            self.number, self.train, order, batches, epoch_seed
-        ):
+        found = self.readers.read(self.split, self.train, order, batches, epoch_seed)
+        for *batch, messages in found:
             if messages and not self.skip_bad:
                 raise bad_image(messages[0])
             self.bad.update(messages)

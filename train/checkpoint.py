@@ -126,7 +126,10 @@ def load(out: Path, wanted: dict[str, Any], warn: Callable[[str], None]) -> dict
     if saved != wanted:
         keys = sorted(k for k in saved | wanted if saved.get(k) != wanted.get(k))
         odd = ", ".join(f"{k}: got {wanted.get(k)}, was {saved.get(k)}" for k in keys)
-        raise TrainError(f"--resume: {path} was written by another configuration: {odd}")
+        raise TrainError(
+            f"--resume: {path} was written by another configuration: {odd}; wanted "
+            "the same, or no --resume"
+        )
     return state
 
 

@@ -27,7 +27,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def whole(width: int, height: int) -> tuple[float, float, float, float]:
@@ -49,9 +49,9 @@ def read_image(path: str, size: int, choose: Callable = whole) -> np.ndarray | s
             image.draft(image.mode, wanted)
             box = [at * image.size[i % 2] / full[i % 2] for i, at in enumerate(box)]
             rgb = to_rgb(image)
-        if (size, size) != rgb.size or (0, 0, size, size) != tuple(box):
-            rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box)
-        return np.array(rgb)
+            if (size, size) != rgb.size or (0, 0, size, size) != tuple(box):
+                rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box)
+            return np.array(rgb)
     except Exception as error:  # a damaged file fails in many ways, few of them documented
         reason = (str(error) or repr(error)).splitlines()[0]
         return f"{path}: got an image that cannot be read ({reason})"

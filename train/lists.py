@@ -38,21 +38,20 @@ def read_bytes(path: Path) -> bytes:
         raise TrainError(f"--data: got {path} ({error.strerror}), wanted a list to read") from None
 
 
-def moved(codes: np.ndarray, at: np.ndarray, limit: np.ndarray, members: bytes) -> np.ndarray:
-    """Positions moved over the characters `members`, forwards or backwards, up to `limit`."""
-    step = 1 if (limit > at).any() else -1
-    table, at = np.isin(np.arange(256), list(members)), at.copy()
-    going = np.flatnonzero(at != limit)
-    while len(going := going[table[codes[at[going] + min(step, 0)]]]):
+def moved(codes: np.ndarray, at: np.ndarray, limit: np.ndarray, members: bytes, step: int = -1):
+    """Positions moved over the characters `members`, backwards or forwards, up to `limit`."""
+    table, at, going = np.isin(np.arange(256), list(members)), at.copy(), np.arange(len(at))
+    while len(going := going[at[going] != limit[going]]):
+        going = going[table[codes[at[going] + min(step, 0)]]]
         at[going] += step
-        going = going[at[going] != limit[going]]
     return at
 
 
 def read_list(path: Path, root: Path) -> Split:
     """The images of a list file, which is taken apart by arrays, as it may have a million lines.
 
-    The label follows the last blank, tab or comma of a line. Slashes before the path are dropped.
+    The label follows the last blanks, tabs and commas of a line. Slashes before the path are
+    dropped.
     """
     text = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     if text[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in text:
@@ -68,12 +67,8 @@ def read_list(path: Path, root: Path) -> Split:
         raise TrainError(f"{path}: got an empty list, wanted lines `relative/path label`")
     start, end = start[lines], end[lines]
     label = moved(codes, end, start, DIGITS)
-    name = moved(codes, label, start, BLANKS)
-    # A comma before blanks may be the name's last character, unless all lines have one there.
-    comma = (name > start) & (codes[name - 1] == ord(","))
-    comma &= comma.all() | (name == label)
-    name = moved(codes, name - comma, start, BLANKS)
-    start = moved(codes, moved(codes, start, name, BLANKS), name, SLASH)
+    name = moved(codes, label, start, BLANKS + b",")
+    start = moved(codes, moved(codes, start, name, BLANKS, 1), name, SLASH, 1)
     digits = end - label
     # More digits would overflow int64.
     bad = (digits == 0) | (digits > 18) | (name == label) | (name == start)

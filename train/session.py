@@ -12,6 +12,7 @@ from train import distributed
 from train.augment import channel_statistics
 from train.batches import (
     SAMPLING,
+    ImageFiles,
     Loader,
     Readers,
     seed_of,
@@ -51,7 +52,9 @@ class Session:
         self.log_prior = log_prior(data.counts).to(self.device)
         images = data.train.images
         self.data_summary = data.summary()
-        self.readers = Readers(config.workers, self.device)
+        splits = [split for _, split in data.splits()]
+        files = ImageFiles(splits, data.augment, data.image_size)
+        self.readers = Readers(files, config.workers, self.device)
         self.statistics = channel_statistics(images) if isinstance(images, Tensor) else None
         splits = (*data.splits(), ("sample", self.sample))
         self.loaders = {name: self.loader(split, name == "train") for name, split in splits}

@@ -11,6 +11,7 @@ from torchvision import transforms
 
 from train.augment import shift
 from train.batches import (
+    ImageFiles,
     Loader,
     Readers,
     balanced_over_classes,
@@ -169,7 +170,8 @@ def test_transforms_are_the_references(tmp_path, augment, train, side):
     path, large = str(tmp_path / "image.jpg"), side[0] > 1000
     Image.fromarray(pixels).resize(side, Image.Resampling.BICUBIC).save(path, quality=98)
     split = Split(Paths.of("", [path] * 4), torch.zeros(4, dtype=torch.int64))
-    readers, cpu = Readers(0, torch.device("cpu")), torch.device("cpu")
+    cpu = torch.device("cpu")
+    readers = Readers(ImageFiles([split], augment, 224), 0, cpu)
     loader = Loader(split, augment, 224, cpu, train=train, readers=readers)
     (ours, _) = next(loader(torch.arange(4), [torch.arange(4)], 9))
     assert ours.dtype == torch.float32 and ours.shape == (4, 3, 224, 224)
@@ -187,7 +189,8 @@ def test_transforms_are_the_references(tmp_path, augment, train, side):
 def test_jitter_has_torchvisions_distribution(tmp_path):
     Image.new("RGB", (8, 8), (90, 120, 60)).save(tmp_path / "0.png")
     split = Split(Paths.of(str(tmp_path), ["0.png"]), torch.zeros(1, dtype=torch.int64))
-    readers, cpu = Readers(0, torch.device("cpu")), torch.device("cpu")
+    cpu = torch.device("cpu")
+    readers = Readers(ImageFiles([split], "imagenet", 8), 0, cpu)
     loader = Loader(split, "imagenet", 8, cpu, train=True, readers=readers)
     ours = next(loader(torch.zeros(1500, dtype=torch.int64), [torch.arange(1500)], 3))[0]
     theirs = reference_transforms("imagenet", True).transforms[2:]

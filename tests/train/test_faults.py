@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.image_files import append, noise, write_lists
+from tests.train.image_files import append, write_lists
 from tests.train.runs import (
     FLAGS,
     ROOT,
@@ -35,7 +35,7 @@ def shell(*flags, module="train", pipe=None, **environment):
     """`python -m MODULE FLAGS`, as a user's shell runs it, with its output."""
     command = [sys.executable, "-m", module, *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"} | environment
-    options = {"cwd": ROOT, "env": environment, "capture_output": True, "timeout": 100}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "timeout": 300}
     if pipe:
         script = f'"$@" | {pipe}; echo "${{PIPESTATUS[0]}}"'
         command = ["bash", "-c", script, "bash", *command]
@@ -193,15 +193,13 @@ def test_brackets_and_colons_in_paths_are_printed(tmp_path, capsys):
     assert "[/bold][red]:smile:/stage1.pt" in printed
 
 
-def test_shell_of_another_locale_and_odd_bytes(folder, tmp_path):
-    flags = [*FLAGS, "--data", folder, *SHORT]
-    for name, environment in (
-        ("öß", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
-        (os.fsdecode(b"caf\xe9"), {"LC_ALL": "C.UTF-8"}),
-    ):
-        code, printed, _ = shell(*flags, "--out", tmp_path / name, **environment)
-        assert code == 0 and "result.json" in printed
-        assert (tmp_path / name / "result.json").exists()
+def test_shell_of_another_locale(folder, tmp_path):
+    """In this locale the name's bytes are no characters, as those of a name that is not UTF-8."""
+    flags, out = [*FLAGS, "--data", folder, "--net", "convnet", *SHORT], tmp_path / "öß"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code, printed, _ = shell(*flags, "--out", out, **locale)
+    assert code == 0 and "/result.json" in printed and "path in UTF-8" in printed
+    assert (out / "result.json").exists()
 
 
 @pytest.mark.parametrize("module", ["train", "train.compare"])
@@ -245,9 +243,6 @@ def test_too_little_memory_is_told(folder, tmp_path, monkeypatch):
     assert checkpoint.first_line(ValueError()) == "ValueError"
 
 
-def test_files_and_folders_that_vanish_or_are_no_directories(tmp_path):
-    noise(tmp_path / "file.png", 0)
-    code, _, errors = shell("--dataset", "folder", "--data", tmp_path / "file.png")
-    assert code == 1 and errors.startswith("error: --data: got")
+def test_an_error_is_one_line(tmp_path):
     code, _, errors = shell("--recipe", tmp_path / "none.toml")
-    assert code == 1 and errors.startswith("error: --recipe: got")
+    assert code == 1 and errors.startswith("error: --recipe: got") and errors.count("\n") == 1

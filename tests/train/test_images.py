@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from tests.train.image_files import load, noise, write_lists
+from train import images
 from train.config import TrainError
 from train.images import read_image, whole
 
@@ -102,10 +103,8 @@ def test_a_large_jpeg_is_decoded_near_the_wanted_size(tmp_path, monkeypatch):
     with Image.open(tmp_path / "0.png") as small:
         image = small.resize((1600, 1200), Image.Resampling.BICUBIC)
     image.save(tmp_path / "x.jpg", quality=95)
-    sizes, convert = [], Image.Image.convert
-    monkeypatch.setattr(
-        Image.Image, "convert", lambda self, *a: sizes.append(self.size) or convert(self, *a)
-    )
+    sizes, to_rgb = [], images.to_rgb
+    monkeypatch.setattr(images, "to_rgb", lambda image: sizes.append(image.size) or to_rgb(image))
     for box, decoded in (((0, 0, 1600, 1200), (400, 300)), ((500, 300, 800, 700), (1600, 1200))):
         pixels = read_image(str(tmp_path / "x.jpg"), 224, lambda *_, box=box: box)
         assert sizes.pop() == decoded

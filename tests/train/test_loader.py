@@ -11,7 +11,7 @@ from tests.train.image_files import noise, numbered, spoil
 from train.augment import channel_statistics
 from train.batches import (
     NO_LABEL,
-    FileImages,
+    ImageFiles,
     Loader,
     Readers,
     balanced_over_images,
@@ -37,7 +37,9 @@ def loader_of(split, train=True, **options):
     in_memory = isinstance(split.images, torch.Tensor)
     statistics = channel_statistics(split.images) if in_memory else None
     augment, size = ("small", split.images.shape[-1]) if in_memory else ("imagenet", 32)
-    readers = Readers(options.pop("workers", 0), torch.device("cpu"))
+    readers = Readers(
+        ImageFiles([split], augment, size), options.pop("workers", 0), torch.device("cpu")
+    )
     options = {"statistics": statistics, "flip": True, "readers": readers} | options
     return Loader(split, augment, size, torch.device("cpu"), train=train, **options)
 
@@ -188,11 +190,8 @@ def test_bad_file_is_unknown_in_evaluation(spoilt, files):
 
 
 def test_a_batch_of_bad_files_leaves_batch_norm_two_rows(spoilt):
-    data = FileImages(spoilt, "imagenet", 32)
-    bad, good = (
-        [data.read(True, 2, 0), data.read(True, 7, 0)],
-        [data.read(True, 0, 0), data.read(True, 1, 0)],
-    )
+    data = ImageFiles([spoilt], "imagenet", 32)
+    bad, good = ([data[0, True, i, 0] for i in pair] for pair in ((2, 7), (0, 1)))
     assert bad[0][2] == NO_LABEL and not bad[0][0].any() and "2.png" in bad[0][3]
     for items, labels, messages in (
         (bad, [NO_LABEL] * 2, 2),
