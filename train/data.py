@@ -13,7 +13,7 @@ from train.config import Config, TrainError
 from train.folders import load_folder
 from train.images import into_memory, typical_size
 from train.lists import PUBLISHED, find_lists, load_lists
-from train.splits import LongTailed, Split, add_label_noise, thin_out
+from train.splits import LongTailed, Split, add_label_noise, class_names, thin_out
 
 SMALL = 64  # pixels: images whose typical size is at most this are kept in memory
 
@@ -38,6 +38,7 @@ def load_data(config: Config, quiet: bool = False) -> LongTailed:
     if config.subset < 1:
         data.train = thin_out(data.train, config.subset, config.seed)
     choose_transforms(data, config)
+    data.names = class_names(data.train, data.num_classes)
     if data.augment == "small" and not isinstance(data.train.images, Tensor):
         read_small_images(data, config, quiet)
     data.counts = torch.bincount(data.train.labels, minlength=data.num_classes)

@@ -87,6 +87,8 @@ class LongTailed:
     image_size: int = 0
     bad_images: int = 0
     """Images left out while small images were read; Session counts those that it meets later."""
+    names: list[str] | None = None
+    """[C]: names of the classes, where each has a folder of its own."""
     notes: list[str] = dataclasses.field(default_factory=list)
     """What the user should know about the files."""
 
@@ -124,6 +126,19 @@ def exponential_profile(largest: int, imbalance: float, num_classes: int) -> lis
 def first_of_each_class(labels: Tensor, sizes: list[int]) -> Tensor:
     """Indices of the first sizes[c] images of each class c, in the order of classes."""
     return torch.cat([torch.where(labels == c)[0][:size] for c, size in enumerate(sizes)])
+
+
+def class_names(split: Split, num_classes: int) -> list[str] | None:
+    """The folder of each class's images where each class has one of its own; the number of a class
+    without images."""
+    if isinstance(split.images, Tensor):
+        return None
+    folders = (name.rpartition(b"/")[0].rpartition(b"/")[2] for name in split.images.names())
+    pairs = set(zip(folders, split.labels.tolist(), strict=True))
+    owners = {label: os.fsdecode(folder) for folder, label in pairs}
+    if not len(pairs) == len(owners) == len(set(owners.values())) or not all(owners.values()):
+        return None
+    return [owners.get(c, str(c)) for c in range(num_classes)]
 
 
 def thin_out(split: Split, share: float, seed: int) -> Split:

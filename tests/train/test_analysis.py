@@ -14,13 +14,13 @@ from train import checkpoint
 from train.metrics import COLUMNS
 from train.report import analysis
 from train.session import Session
-from train.splits import Split
+from train.splits import Paths, Split, class_names
 
 
-def split(labels, images=None, where=None):
+def split(labels, files=None):
     labels = torch.tensor(labels)
     pixels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 4, 4)
-    return Split(pixels if images is None else images, labels, where)
+    return Split(pixels if files is None else Paths.of("root", files), labels)
 
 
 def shade(uri):
@@ -90,14 +90,10 @@ def test_thumbnails(tmp_path):
 
 def test_class_names():
     files = ["x/cat/1.png", "x/dog/1.png", "x/cat/2.png"]
-    assert analysis.class_names(split([0, 1, 0], files, files), 3) == ["cat", "dog", "2"]
-    # Small images are in memory, and a list names its own lines.
-    assert analysis.class_names(split([0, 1, 0], where=files), 2) == ["cat", "dog"]
-    assert analysis.class_names(split([0, 1, 0]), 2) == ["0", "1"]
+    assert class_names(split([0, 1, 0], files), 3) == ["cat", "dog", "2"]
+    assert class_names(split([0, 1, 0]), 2) is None  # they are in memory
     for files in (["x/1.png"] * 3, ["x/a/1.png", "x/a/2.png", "x/b/3.png"]):
-        assert analysis.class_names(split([0, 1, 0], files, files), 2) == ["0", "1"], files
-    lines = ["list.txt:1", "list.txt:2", "list.txt:3"]
-    assert analysis.class_names(split([0, 1, 0], where=lines), 2) == ["0", "1"]
+        assert class_names(split([0, 1, 0], files), 2) is None, files
 
 
 def read(out, stage):

@@ -6,8 +6,7 @@ stage into OUT/stage1.analysis.json and OUT/stage2.analysis.json.
 import base64
 import io
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from train.checkpoint import write_atomically
-from train.images import read_image
+from train.images import to_rgb
 from train.metrics import BINS, COLUMNS, GROUPS, image_rows
-from train.splits import Split
+from train.splits import Paths, Split
 
 SAMPLE = 20_000  # training images to look at, which costs about as much as a test
 LEAST = 4  # of each class, however many classes there are
@@ -85,14 +84,18 @@ def reliability(confidence: Tensor, right: Tensor) -> list[dict[str, float]]:
     ]
 
 
-def thumbnail(images: list[str] | Tensor, index: int) -> str | None:
+def thumbnail(images: Sequence[str] | Paths | Tensor, index: int) -> str | None:
     """An image of at most SIDE pixels as a data URI; None where its file cannot be read."""
     if isinstance(images, Tensor):
         pixels = images[index].cpu().permute(1, 2, 0).numpy()
         image, kind = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]), "png"
     else:
-        image, kind = read_image(images[index]), "jpeg"
-        if isinstance(image, str):
+        kind = "jpeg"
+        try:
+            with Image.open(images[index]) as file:
+                file.draft(file.mode, (2 * SIDE, 2 * SIDE))
+                image = to_rgb(file).copy()
+        except Exception:  # a damaged file fails in many ways
             return None
     image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
@@ -130,21 +133,6 @@ def confused_pairs(
     return pairs
 
 
-def class_names(train: Split, num_classes: int) -> list[str]:
-    """The folder of each class's training images where each class has one of its own; else the
-    numbers of the classes."""
-    numbers = [str(c) for c in range(num_classes)]
-    if isinstance(train.where, list):
-        folders = [os.path.basename(os.path.dirname(path)) for path in train.where]
-        if not isinstance(train.images, Tensor):
-            folders = [os.path.basename(os.path.dirname(path)) for path in train.images]
-        pairs = set(zip(folders, train.labels.tolist(), strict=True))
-        owners = {label: folder for folder, label in pairs}
-        if len(pairs) == len(owners) == len(set(owners.values())) and all(owners.values()):
-            return [owners.get(c, number) for c, number in enumerate(numbers)]
-    return numbers
-
-
 def write(session, stage: int, net: nn.Module, head: nn.Module, rows: Tensor) -> None:
     """Writes the analysis of a stage's model. All processes must call this.
 
@@ -163,7 +151,7 @@ def write(session, stage: int, net: nn.Module, head: nn.Module, rows: Tensor) ->
     weight_norm = head.weight.detach().double().norm(dim=1)
     mean, median = torch.mean, torch.median
     analysis = {
-        "names": class_names(data.train, classes),
+        "names": data.names or [str(c) for c in range(classes)],
         "tested": torch.bincount(seen.labels, minlength=classes).tolist(),
         "train_images": len(looked),
         "weight_norm": [rounded(norm) for norm in weight_norm],
