@@ -273,7 +273,9 @@ class TvMFLoss(nn.Module):
             # half() has no number above 65504 but infinity, and bfloat16() rounds -0.4999 to -1/2.
             kappa = fn(self.kappa)
             if kappa.dtype != self.kappa.dtype and not kappa.is_meta:
-                _check_kappa(self.kappa.detach(), kappa)
+                # A rank checks its own part of a DTensor.
+                own = (t.to_local() if hasattr(t, "to_local") else t for t in (self.kappa, kappa))
+                _check_kappa(*(t.detach() for t in own))
         super()._apply(fn, *args, **kwargs)
         if was_meta and not self.kappa.is_meta:
             # Whoever calls to_empty initialises the parameters. Nobody else knows the buffers.
