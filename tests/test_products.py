@@ -144,3 +144,12 @@ def test_emulated_avx512_gives_the_same_bits_on_any_number_of_threads(emulated):
     code = BITS.replace("THREADS", "(1, 3)")
     digests = output_of(start(code, emulated, TVMF_CPU_PRODUCT="own"))
     assert len(digests) == 2 and len({*digests}) == 1
+
+
+def test_emulated_avx512_gives_the_bits_of_avx2_in_float32(emulated):
+    code, forced = BITS.replace("THREADS", "(1,)"), {"TVMF_CPU_PRODUCT": "own"}
+    digests = [
+        output_of(start(code, emulated, TVMF_CPU_CAPABILITY=name, **forced))
+        for name in ("avx2", "avx512")
+    ]
+    assert digests[0] == digests[1]
