@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.problem import error
-from tvmf_ext import TvMFLoss, error_at, functional, reference, tvmf_cross_entropy
+from tvmf_ext import TvMFLoss, error_at, logits, reference, tvmf_cross_entropy
 
 N, C, D = 12, 9, 16
 
@@ -441,7 +441,7 @@ def test_the_error_does_not_count_ignored_rows():
 @pytest.mark.parametrize("k", [1, 4, C])
 @pytest.mark.parametrize("block", [1, 30, 10**6])
 def test_topk_is_that_of_the_logits(options, k, block, monkeypatch):
-    monkeypatch.setattr(functional, "_TOPK_BLOCK", block)
+    monkeypatch.setattr(logits, "_TOPK_BLOCK", block)
     head, (input, _) = head_of(**options), batch()
     values, classes = head.topk(input, k)
     wanted = head.logits(input).topk(k)

@@ -276,19 +276,9 @@ def test_shards_of_the_classes_give_what_all_give(sizes, dtype):
 
 
 def test_a_loss_needs_all_classes():
-    problem = next(shards_of(make_problem(4, 5, 3), [2, 3]))
+    part = next(shards_of(make_problem(4, 5, 3), [2, 3]))
+    tensors = (part["input"], part["linear_weight"], part["target"])
+    absent = (None, None, None)  # bias, prior and class weights
+    head, kept = make_head(*tensors, 16.0, 1.0, *absent, -1, 0.0, 0.0, part["target_score"])
     with pytest.raises(ValueError, match="target_score must be None for a loss"):
-        head = ops.Head(*[None] * len(ops.Head._fields))._replace(
-            input=problem["input"],
-            weight=problem["linear_weight"],
-            target=problem["target"],
-            target_score=problem["target_score"],
-            kappa_value=16.0,
-            scale_value=1.0,
-            cosine_margin_value=0.0,
-            angular_margin_value=0.0,
-            softplus_scale=False,
-            ignore_index=-1,
-            allow_tf32=False,
-        )
-        ops.cross_entropy(*head, 0.0, 1, 0)
+        ops.cross_entropy(*head, 0.0, 1, kept)

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 CHECKS = """
 import itertools, torch
 from tests.problem import *
-from tvmf_ext import functional, row_statistics, tvmf_cross_entropy
-functional._KEEP_MIN_FEATURES = 1
+from tvmf_ext import head, row_statistics, tvmf_cross_entropy
+head._KEEP_MIN_FEATURES = 1
 SHAPES = (1, 1, 2), (1, 8, 8), (3, 130, 17), (16, 16, 16), (33, 300, 131), (300, 701, 33)
 OPTIONS = (
     dict(),
@@ -34,7 +34,7 @@ for shape, (i, options) in itertools.product(SHAPES, enumerate(OPTIONS)):
     for dtypes in DTYPES:
         dtype, weight_dtype = (getattr(torch, name) for name in dtypes.split("/"))
         kept = (1 << 30, 4 * N * (C // 2), 0)[(N + i) % 3]
-        functional._KEEP_BYTES = kept
+        head._KEEP_BYTES = kept
         problem = make_problem(*shape, dtype=dtype, weight_dtype=weight_dtype, **options)
         for function in (tvmf_cross_entropy, row_statistics):
             check(function, problem)

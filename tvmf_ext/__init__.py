@@ -17,12 +17,11 @@ from .functional import (
     error_at,
     loss_of_statistics,
     row_statistics,
-    topk,
     tvmf_cross_entropy,
-    tvmf_logits,
 )
 from .head import SoftplusScale
 from .info import VERSION, build_info
+from .logits import topk, tvmf_logits
 from .modules import TvMFLoss
 from .planning import CpuPlan, CudaPlan, plan
 

@@ -16,7 +16,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from . import ops
 from .collectives import (
-    EmptyShard,
     GatherRows,
     Group,
     MergeShards,
@@ -30,17 +29,15 @@ from .collectives import (
 )
 from .functional import (
     RowStatistics,
-    explained,
     in_compute_dtype,
     row_losses,
-    target_logits,
-    topk,
-    tvmf_logits,
 )
-from .head import SoftplusScale, autocast_input, check_tensor, make_head
+from .head import SoftplusScale, autocast_input, check_tensor
+from .logits import topk, tvmf_logits
 from .modules import TvMFLoss
 from .part_steps import step_in_parts
 from .partial import Call, Pending, Sample
+from .shard import LabelCheck, shard_statistics, target_scores
 
 # The first weights are drawn for so many classes at a time, each time from a seed of its own, so
 # that they do not depend on the number of ranks.
@@ -82,44 +79,6 @@ def clip_grad_norm_(
     return norm
 
 
-class _LabelCheck:
-    """Raises IndexError on every rank alike for a label that names no class.
-
-    A call on CUDA does not wait for the device, so that there the next call raises.
-    """
-
-    def __init__(self) -> None:
-        self._earlier: tuple[Tensor, torch.cuda.Event] | None = None
-
-    def __call__(self, labels: Tensor, wrong: Tensor, wanted: str, ranks: int) -> None:
-        if ops.is_recorded():
-            if ops.is_compiling() and not labels.is_cuda:
-                text = f"a target of some rank is wrong, wanted {wanted}"
-                torch._assert_async(~wrong.any(), text)
-            return
-        if not labels.is_cuda:
-            if wrong.any():
-                row = int(wrong.nonzero()[0])
-                rank, row_of_rank = divmod(row, len(labels) // ranks)
-                raise IndexError(
-                    f"target[{row_of_rank}] of rank {rank} is {labels[row].item()}, wanted {wanted}"
-                )
-            return
-        if torch.cuda.is_current_stream_capturing():
-            return
-        if self._earlier is not None:
-            flag, copied = self._earlier
-            copied.synchronize()
-            if flag.item():
-                self._earlier = None
-                raise IndexError(f"a target of an earlier call was wrong, wanted {wanted}")
-        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-        flag.copy_(wrong.any(), non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        self._earlier = flag, copied
-
-
 class _Rows(NamedTuple):
     """The rows of all ranks of a group."""
 
@@ -141,61 +100,6 @@ def _with_summed_gradients(
             summed = SumGradients.apply(groups, *(tensors[name] for name in together))
             tensors = tensors | dict(zip(together, summed, strict=True))
     return tensors
-
-
-def _shard_statistics(
-    rows: Tensor, local: Tensor, arguments: dict[str, Any], score: Tensor, with_sum: bool
-) -> tuple[Tensor, ...]:
-    """`others, target, cosine, sum, rank` over the classes of the arguments.
-
-    `local` has their numbers, -1 for an ignored row, and any other number for another class, and
-    `score` is `phi + bias` of every row's target.
-    """
-    if not len(arguments["linear_weight"]):
-        tensors = [arguments["scale"].s, *(v for v in arguments.values() if isinstance(v, Tensor))]
-        others, cosine, sum_, rank = EmptyShard.apply(rows, score.dtype, *tensors)
-        return others, torch.zeros_like(others), cosine, sum_, rank
-    head, kept = make_head(
-        rows,
-        arguments["linear_weight"],
-        local,
-        arguments["kappa"],
-        arguments["scale"],
-        arguments["linear_bias"],
-        arguments["prior"],
-        arguments["class_weight"],
-        -1,
-        arguments["cosine_margin"],
-        arguments["angular_margin"],
-        score,
-    )
-    try:
-        others, cosine, sum_, rank = ops.row_statistics(*head, with_sum, kept)
-    except RuntimeError as error:
-        raise explained(error) from None
-    return others, target_logits(head, cosine), cosine, sum_, rank
-
-
-@torch.no_grad()
-def _target_scores(
-    input: Tensor, column: Tensor, mine: Tensor, arguments: dict[str, Any]
-) -> Tensor:
-    """`phi + bias` of each row's target, before its margins; 0 where another shard has it.
-
-    The roundings are those of the kernels, so that equal classes have equal scores.
-    """
-    dtype = ops.compute_dtype(input.dtype)
-    weight, input = arguments["linear_weight"][column].to(dtype), input.to(dtype)
-    product = (input.double() * weight.double()).sum(1).to(dtype)
-    rnorm = [1 / t.norm(dim=1).clamp_min(1e-12) for t in (weight, input)]
-    cosine = (product * (rnorm[0] * rnorm[1])).clamp(-1, 1)
-    kappa, bias = arguments["kappa"], arguments["linear_bias"]
-    kappa = kappa[column] if len(kappa) > 1 else kappa
-    gap = 1 - cosine
-    score = (cosine - kappa * gap) * (1 / (1 + kappa * gap))
-    if bias is not None:
-        score = score + bias[column]
-    return torch.where(mine, score, 0)
 
 
 def _group(mesh: DeviceMesh, dim: int) -> Group:
@@ -291,7 +195,7 @@ class ShardedTvMFLoss(TvMFLoss):
         self.first_class = min(self._group.rank * self._chunk, num_classes)
         self.own_classes = min(self._chunk, num_classes - self.first_class)
         self._checked_rows = False
-        self._check_labels = _LabelCheck()
+        self._check_labels = LabelCheck()
         super().__init__(in_features, num_classes, weight=weight, device=device, **options)
         self._total_weight = (
             float(num_classes) if weight is None else float(torch.as_tensor(weight).double().sum())
@@ -460,13 +364,13 @@ class ShardedTvMFLoss(TvMFLoss):
             more.append(torch.zeros(len(rows), dtype=dtype, device=rows.device))
         score = torch.zeros(len(rows), dtype=dtype, device=rows.device)
         if count:
-            score = _target_scores(rows, column, mine, arguments)
+            score = target_scores(rows, column, mine, arguments)
             if more:
                 more[0] = torch.where(mine, class_weight.to(dtype)[column], 0)
         score = total(score, self._group)
         # Any number but a class of the shard says that the class is another shard's.
         local = torch.where(valid, torch.where(mine, column, count), -1)
-        others, logit, cosine, sum_, rank = _shard_statistics(
+        others, logit, cosine, sum_, rank = shard_statistics(
             rows, local, arguments, score, with_sum
         )
         if sample is not None and with_sum:
@@ -528,7 +432,7 @@ class ShardedTvMFLoss(TvMFLoss):
                 own = {"linear_weight": "weight", "linear_bias": "bias", "kappa": "kappa"}
                 parameters = {name: getattr(self, own[name]) for name in pending.leaves}
                 scale = 1.0 if scaler is None else scaler.get_scale()
-                step_in_parts(optimizer, parameters, pending.parts(_shard_statistics), scale)
+                step_in_parts(optimizer, parameters, pending.parts(shard_statistics), scale)
 
         optimizer.register_step_post_hook(step_rest)
 

@@ -13,11 +13,10 @@ from .functional import (
     check_loss_options,
     loss_of_statistics,
     row_statistics,
-    topk,
     tvmf_cross_entropy,
-    tvmf_logits,
 )
 from .head import IGNORE_INDEX, SoftplusScale, check_ignore_index, check_margins
+from .logits import topk, tvmf_logits
 from .margin import check_prior
 
 if TYPE_CHECKING:
