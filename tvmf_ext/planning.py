@@ -133,13 +133,13 @@ class Sm80Plan:
     def name(self) -> str:
         return "latency" if self.latency else "throughput"
 
-    def forward_kernels(self, problem: _Problem) -> list[str]:
+    def forward_grids(self, problem: _Problem) -> list[str]:
         return [
             f"  row statistics   tile {self.tile} x {self.tile}, grid {self.row_tiles} x "
             f"{self.class_splits}, {self.tiles_per_split} class tiles a block"
         ]
 
-    def backward_kernels(self, problem: _Problem) -> list[str]:
+    def backward_grids(self, problem: _Problem) -> list[str]:
         classes, tile = min(self.chunk, problem.C), self.input_tile
         place = "in shared memory" if self.resident else "in the workspace"
         return [
@@ -186,10 +186,10 @@ class Sm90Plan:
             f"{blocks}, {-(-tiles // blocks)} class tiles a block"
         )
 
-    def forward_kernels(self, problem: _Problem) -> list[str]:
+    def forward_grids(self, problem: _Problem) -> list[str]:
         return [f"  row statistics   {self._tiles(self.statistics_blocks, problem.C)}"]
 
-    def backward_kernels(self, problem: _Problem) -> list[str]:
+    def backward_grids(self, problem: _Problem) -> list[str]:
         classes, rows, cols = min(self.chunk, problem.C), self.product_rows, self.product_cols
         feature_tiles = -(-problem.D // cols)
         weight_tiles = -(-classes // rows) * feature_tiles
@@ -203,6 +203,26 @@ class Sm90Plan:
 
 
 _ARCHITECTURES = {"sm80": Sm80Plan, "sm90": Sm90Plan}
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """All launches of one kernel in a pass."""
+
+    name: str
+    launches: int
+    seconds: float
+    """predicted, of all launches together"""
+
+    @classmethod
+    def read(cls, text: str) -> tuple["KernelTime", ...]:
+        """The kernels of a pass from the library's text, "name:launches:seconds,..."."""
+        parts = (part.split(":") for part in text.split(","))
+        return tuple(cls(name, int(count), float(seconds)) for name, count, seconds in parts)
+
+    def __str__(self) -> str:
+        count = "" if self.launches == 1 else f"{self.launches} x "
+        return f"{self.name} {count}{_time(self.seconds / self.launches)}"
 
 
 @dataclass(frozen=True)
@@ -234,14 +254,21 @@ class CudaPlan(_Problem):
     forward_l2: float
     """bytes between the second-level cache and the multiprocessors"""
     backward_l2: float
+    forward_products: float
+    """seconds of the products, on the multiprocessor that has most of them"""
+    backward_products: float
+    forward_between: float
+    """seconds in which no products go on: elementwise work, waits, stores"""
+    backward_between: float
     forward_seconds: float
     """predicted, not measured"""
     backward_seconds: float
+    forward_kernels: tuple[KernelTime, ...]
+    backward_kernels: tuple[KernelTime, ...]
 
     hbm_rate: float
     """bytes/s that the prediction takes the kernels to reach"""
     l2_rate: float
-    flop_rate: float
     launch_seconds: float
 
     @property
@@ -253,7 +280,8 @@ class CudaPlan(_Problem):
     def times(self, which: str) -> dict[str, float]:
         """Seconds that each part of the pass `"forward"` or `"backward"` takes by itself."""
         return {
-            "matrix units": getattr(self, f"{which}_flops") / self.flop_rate,
+            "matrix units": getattr(self, f"{which}_products"),
+            "between products": getattr(self, f"{which}_between"),
             "GPU memory": getattr(self, f"{which}_hbm") / self.hbm_rate,
             "L2 cache": getattr(self, f"{which}_l2") / self.l2_rate,
             "launches": getattr(self, f"{which}_launches") * self.launch_seconds,
@@ -271,10 +299,18 @@ class CudaPlan(_Problem):
             f"{which:<18} {_time(seconds)} predicted, limited by {self.limit(which)}",
             f"  each part alone  {parts}",
             f"  launches         {getattr(self, f'{which}_launches')}",
+            *self._kernel_lines(which),
             f"  operations       {getattr(self, f'{which}_flops'):.3g} in {self.math}",
             f"  GPU memory       {_bytes(getattr(self, f'{which}_hbm'))}",
             f"  L2 cache         {_bytes(getattr(self, f'{which}_l2'))}",
             f"  workspace        {_bytes(getattr(self, f'{which}_workspace'))}",
+        ]
+
+    def _kernel_lines(self, which: str) -> list[str]:
+        kernels = [str(kernel) for kernel in getattr(self, f"{which}_kernels")]
+        return [
+            f"                   {', '.join(kernels[at : at + 3])}"
+            for at in range(0, len(kernels), 3)
         ]
 
     def _path(self) -> str:
@@ -287,13 +323,13 @@ class CudaPlan(_Problem):
             self._title(f"{self.gpu} ({self.sms} SMs)"),
             f"path               {self._path()}",
             *self._pass("forward"),
-            *self.variant.forward_kernels(self),
+            *self.variant.forward_grids(self),
         ]
         if self.weight_copy:
             lines.append(f"copy of the weight {_bytes(self.weight_copy)} in each pass")
         if self.backward:
             lines += self._pass("backward")
-            lines += self.variant.backward_kernels(self)
+            lines += self.variant.backward_grids(self)
             lines.append(self._saved_line())
         return "\n".join(lines)
 
@@ -389,5 +425,7 @@ def plan(
     }
     if values["architecture"] == "cpu":
         return _read(CpuPlan, values, **given)
-    variant = _read(_ARCHITECTURES[values["architecture"]], values)
-    return _read(CudaPlan, values, variant=variant, **given)
+    given["variant"] = _read(_ARCHITECTURES[values["architecture"]], values)
+    for kernels in ("forward_kernels", "backward_kernels"):
+        given[kernels] = KernelTime.read(values[kernels])
+    return _read(CudaPlan, values, **given)

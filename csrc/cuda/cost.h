@@ -2,6 +2,9 @@
 // pure: the same numbers give the same result on every machine.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "cuda/gpus.h"
 #include "cuda/plan_fields.h"
 #include "problem.h"
@@ -55,20 +58,43 @@ struct CudaProblem {
   int64_t kept_products() const { return kept >= C && kept % kPad == 0 ? kept : 0; }
 };
 
-// One pass of a plan, by count.
-struct PassCost {
+// All launches of one kernel in a pass: counts, and the times that follow from them. All bytes and
+// seconds are sums over the launches.
+struct KernelCost {
+  const char* name = nullptr;
   int64_t launches = 0;
-  int64_t workspace = 0;  // bytes
-  double flops = 0;       // floating-point operations of the products
-  double hbm = 0;         // bytes that cross the GPU's memory interface
-  double l2 = 0;          // bytes between the L2 cache and the multiprocessors
-  double seconds = 0;     // predicted from the counts and the GPU's rates
+  double flops = 0;     // floating-point operations of the products
+  double hbm = 0;       // bytes that cross the GPU's memory interface
+  double l2 = 0;        // bytes between the L2 cache and the multiprocessors
+  double products = 0;  // seconds of the products on the multiprocessor that makes most tiles
+  double between = 0;   // seconds between its products, in which only loads go on
+  double alone = 0;  // seconds at the start and the end of launches, in which nothing else goes on
+  double seconds = 0;  // the predicted time
+
+  static constexpr int kStart = 3;  // waits from the start of a launch to its first product
+  static constexpr int kTile = 3;   // waits at the end of a tile that is stored
+};
+
+// One pass of a plan.
+struct PassCost {
+  std::vector<KernelCost> kernels;
+
+  template <class T>
+  T sum(T KernelCost::* part) const {
+    T total = 0;
+    for (const KernelCost& kernel : kernels) total += kernel.*part;
+    return total;
+  }
 };
 
 struct Cost {
   PassCost forward, backward;
-  int64_t saved = 0;                  // bytes that the forward pass saves for the backward pass
-  double flop_rate = 0, l2_rate = 0;  // the rates that the prediction takes the kernels to reach
+};
+
+// Bytes that a call needs beside its results: what the forward pass saves for the backward pass,
+// and what each pass has while it runs.
+struct Memory {
+  int64_t saved, forward, backward;
 };
 
 constexpr int64_t kMiB = int64_t(1) << 20;
@@ -89,13 +115,14 @@ struct Cursor {
   }
 };
 
-// Fills in the pass's predicted time: the slowest of its three parts, and its launches.
-inline void predict(PassCost& pass, const Cost& cost, const Gpu& gpu) {
-  const double operations = pass.flops / cost.flop_rate, memory = pass.hbm / gpu.hbm_rate,
-               cache = pass.l2 / cost.l2_rate;
-  double slowest = operations > memory ? operations : memory;
-  slowest = slowest > cache ? slowest : cache;
-  pass.seconds = slowest + double(pass.launches) * gpu.launch_seconds;
+// Fills in the predicted times: a kernel takes the longest of its products with the work between
+// them, its bytes of memory and its bytes of the L2 cache; and before and after that the start and
+// the end of its launches.
+inline void predict(PassCost& pass, const Gpu& gpu) {
+  for (KernelCost& kernel : pass.kernels)
+    kernel.seconds = double(kernel.launches) * gpu.launch_seconds + kernel.alone +
+                     std::max({kernel.products + kernel.between, kernel.hbm / gpu.hbm_rate,
+                               kernel.l2 / gpu.l2_rate});
 }
 
 }  // namespace tvmf

@@ -5,13 +5,14 @@ namespace {
 
 constexpr int64_t kMiB = int64_t(1) << 20;
 
-// The H200's rates were measured: a copy reaches 4.3 TB/s; a whole step by mma.sync with float32
-// weights 84 TFLOP/s, since the instructions around mma.sync bound it (single products reached 60
-// to 109); main loops of wgmma alone 677 to 780 TFLOP/s with 8 TB/s and more from the L2 cache;
-// small kernels take 2.5 to 4 us, their own latency included. Its 60 MiB of L2 cache are the
-// driver's figure. The rates of the other GPUs were not measured: their mma.sync rates for 16-bit
-// and TF32 are the H200's scaled by multiprocessors and clock, the rest is a guessed share of the
-// data sheets' peaks.
+// The H200's rates were measured: a copy reaches 4.3 TB/s; the main loop of Hopper's cosines 677
+// TFLOP/s, for which the L2 cache must bring 10.6 TB/s, and those of its gradients 780; a whole
+// step by mma.sync with float32 weights 84 TFLOP/s, since the instructions around mma.sync bound it
+// (single products reached 60 to 109). A load that waits for another takes 0.6 us, and the smallest
+// of the kernels 1.4 to 1.8 us with one such wait. Its 60 MiB of L2 cache are the driver's figure.
+// The rates of the other GPUs were not measured: their mma.sync rates for 16-bit and TF32 are the
+// H200's scaled by multiprocessors and clock, the H100's own rates and its L2 cache's are the
+// H200's, the rest is a guessed share of the data sheets' peaks.
 constexpr Gpu kGpus[] = {
     {
         .name = "A100",
@@ -23,7 +24,9 @@ constexpr Gpu kGpus[] = {
         .hbm_rate = 1.3e12,
         .l2_rate = 3.5e12,
         .flop_rate = {60e12, 60e12, 30e12, 15e12, 8e12},
-        .launch_seconds = 3e-6,
+        .launch_seconds = 1e-6,
+        .wait_seconds = 0.6e-6,
+        .clock = 1.41e9,
     },
     {
         .name = "L40S",
@@ -35,7 +38,9 @@ constexpr Gpu kGpus[] = {
         .hbm_rate = 0.75e12,
         .l2_rate = 4e12,
         .flop_rate = {120e12, 120e12, 60e12, 60e12, 1e12},
-        .launch_seconds = 3e-6,
+        .launch_seconds = 1e-6,
+        .wait_seconds = 0.6e-6,
+        .clock = 2.5e9,
     },
     {
         .name = "H100",
@@ -45,11 +50,13 @@ constexpr Gpu kGpus[] = {
         .shared_per_sm = 233472,
         .l2 = 50 * kMiB,
         .hbm_rate = 3.0e12,
-        .l2_rate = 5.5e12,
+        .l2_rate = 10.6e12,
         .flop_rate = {90e12, 90e12, 45e12, 45e12, 25e12},
-        .launch_seconds = 3e-6,
-        .own_flop_rate = 650e12,
-        .own_l2_rate = 8e12,
+        .launch_seconds = 1e-6,
+        .wait_seconds = 0.6e-6,
+        .clock = 1.98e9,
+        .cosine_rate = 677e12,
+        .product_rate = 780e12,
     },
     {
         .name = "H200",
@@ -59,11 +66,13 @@ constexpr Gpu kGpus[] = {
         .shared_per_sm = 233472,
         .l2 = 60 * kMiB,
         .hbm_rate = 4.3e12,
-        .l2_rate = 5.5e12,
+        .l2_rate = 10.6e12,
         .flop_rate = {90e12, 90e12, 45e12, 45e12, 25e12},
-        .launch_seconds = 3e-6,
-        .own_flop_rate = 650e12,
-        .own_l2_rate = 8e12,
+        .launch_seconds = 1e-6,
+        .wait_seconds = 0.6e-6,
+        .clock = 1.98e9,
+        .cosine_rate = 677e12,
+        .product_rate = 780e12,
     },
     {
         .name = "B200",
@@ -75,7 +84,9 @@ constexpr Gpu kGpus[] = {
         .hbm_rate = 6.5e12,
         .l2_rate = 8e12,
         .flop_rate = {100e12, 100e12, 50e12, 50e12, 25e12},
-        .launch_seconds = 3e-6,
+        .launch_seconds = 1e-6,
+        .wait_seconds = 0.6e-6,
+        .clock = 1.85e9,
     },
 };
 

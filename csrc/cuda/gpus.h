@@ -17,13 +17,15 @@ struct Gpu {
   int64_t shared_per_sm;     // bytes
   int64_t l2;                // bytes
   double hbm_rate;           // bytes/s
-  double l2_rate;            // bytes/s, by the portable kernels
+  double l2_rate;            // bytes/s
   double flop_rate[5];       // operations/s of the portable kernels, indexed by Math
   double launch_seconds;     // time of a kernel that has nothing to do
+  double wait_seconds;       // time of a load whose address another load brought
+  double clock;              // cycles/s
 
-  // The rates that kernels written for this capability reach, and 0 where there are none.
-  double own_flop_rate = 0;  // operations/s of 16-bit products
-  double own_l2_rate = 0;    // bytes/s
+  // Operations/s of the main loops of the kernels that are written for this capability, and 0 where
+  // there are none: those of the cosines, which round the weight, and those of the gradients.
+  double cosine_rate = 0, product_rate = 0;
 };
 
 // The GPU of this name ("H200", "H100", "A100", ...), or null.

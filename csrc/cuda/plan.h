@@ -12,14 +12,18 @@ namespace tvmf {
 
 struct CudaPlan {
   CudaProblem problem;
-  Cost cost;
   std::variant<sm80::Plan, sm90::Plan> variant;  // of the architecture whose kernels run
+  Memory memory;
 };
 
 // The one place that decides which architecture's kernels serve a problem.
 CudaPlan plan_cuda(const CudaProblem& problem, const Gpu& gpu);
 
+// What the plan costs by count, and the time that follows on this GPU. No call of the kernels needs
+// it.
+Cost cost_of(const CudaPlan& plan, const Gpu& gpu);
+
 // The plan's numbers by name: those that every architecture has, then those of the variant.
-std::vector<PlanField> fields_of(const CudaPlan& plan);
+std::vector<PlanField> fields_of(const CudaPlan& plan, const Gpu& gpu);
 
 }  // namespace tvmf

@@ -111,8 +111,8 @@ Gpu describe(const std::string& name, int capability, int index) {
     gpu.hbm_rate *= share;
     gpu.l2_rate *= share;
     for (double& rate : gpu.flop_rate) rate *= share;
-    gpu.own_flop_rate *= share;
-    gpu.own_l2_rate *= share;
+    gpu.cosine_rate *= share;
+    gpu.product_rate *= share;
   }
   gpu.sms = sms;
   gpu.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
@@ -255,7 +255,7 @@ class Call {
   void forward(const LossOptions& options, bool with_sum, int64_t kept, const CudaStatistics& out,
                const Tensor& saved) const {
     const CudaPlan plan = plan_of(kept, with_sum);
-    const Tensor workspace = empty({plan.cost.forward.workspace}, ScalarType::Byte);
+    const Tensor workspace = empty({plan.memory.forward}, ScalarType::Byte);
     const cudaError_t error = cuda_forward(plan, {.head = arguments(),
                                                   .options = options,
                                                   .out = out,
@@ -279,7 +279,7 @@ class Call {
       return out;
     }
     const CudaPlan plan = plan_of(kept, with_sum);
-    const Tensor workspace = empty({plan.cost.backward.workspace}, ScalarType::Byte);
+    const Tensor workspace = empty({plan.memory.backward}, ScalarType::Byte);
     const CudaGradients gradients{gradient(out.input), gradient(out.weight), gradient(out.kappa),
                                   gradient(out.scale), gradient(out.bias)};
     const cudaError_t error = cuda_backward(plan, {.head = arguments(),

@@ -79,9 +79,10 @@ std::string plan_text(int64_t N, int64_t C, int64_t D, std::string dtype, std::s
   fields.put("gpu", gpu.name);
   fields.put("sms", gpu.sms);
   fields.put("hbm_rate", gpu.hbm_rate);
+  fields.put("l2_rate", gpu.l2_rate);
   fields.put("launch_seconds", gpu.launch_seconds);
   fields.put("weight_copy", problem.weight() == weight ? 0 : C * D * size_of(problem.weight()));
-  for (const PlanField& field : fields_of(plan))
+  for (const PlanField& field : fields_of(plan, gpu))
     std::visit([&](const auto& value) { fields.put(field.name, value); }, field.value);
   return fields.text();
 }

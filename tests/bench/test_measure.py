@@ -68,6 +68,9 @@ def test_floors_take_the_larger_of_operations_and_bytes():
     speed = {"flops_per_s": 1e9, "bytes_per_s": 1e9}
     assert machine.floors((1, 10, 100), speed) == pytest.approx([4e-6, 8e-6, 8e-6])
     assert machine.floors((100, 10, 100), speed) == pytest.approx([2e-4, 4e-4, 6e-4])
+    # A weight of 4000 bytes that leaves the cache is read by both passes.
+    small = speed | {"cache_bytes": 3999}
+    assert machine.floors((1, 10, 100), small) == pytest.approx([4e-6, 8e-6, 12e-6])
 
 
 def test_the_cpu_s_clock_tells_the_seconds_between_marks(monkeypatch):

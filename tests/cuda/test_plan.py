@@ -112,9 +112,8 @@ def test_launches_traffic_and_tiles_add_up(problem):
         floor = 2 * C * D * weight + 2 * N * D * features
         most = 1.15 * floor + N * result.kept * itemsize
         if hopper:
-            # The gradient tile and the rounded weights are written and read again, and the weights
-            # are read a second time.
-            most = floor + 4 * C * D + 4 * C * (N + D)
+            # The gradient tile and the rounded weights may be written once and read twice.
+            most = floor + 6 * C * (N + D)
         assert floor <= result.backward_hbm <= most
     for which in ("forward", "backward"):
         times = result.times(which)

@@ -132,12 +132,13 @@ py::dict step(const py::dict& args) {
                  .aligned = reinterpret_cast<uintptr_t>(head.weight.data) % 16 == 0}};
   if (problem.weight() != w.dtype)
     throw std::invalid_argument("the kernels do not read a weight of this dtype");
-  const CudaPlan plan = plan_cuda(problem, gpu_of(args));
+  const Gpu gpu = gpu_of(args);
+  const CudaPlan plan = plan_cuda(problem, gpu);
   py::dict out;
   const auto output = [&](const char* name, int64_t count, int64_t size) {
     return simt::allocate(name, count * size);
   };
-  void* saved = output("saved", plan.cost.saved, 1);
+  void* saved = output("saved", plan.memory.saved, 1);
   CudaStatistics statistics{};
   if (of_loss) {
     statistics.loss = output("loss", reduced ? 1 : N, acc);
@@ -147,13 +148,12 @@ py::dict step(const py::dict& args) {
     statistics.sum = output("sum", N, acc);
     statistics.rank = static_cast<int64_t*>(output("rank", N, 8));
   }
-  check(
-      cuda_forward(plan, {.head = head,
-                          .options = options,
-                          .out = statistics,
-                          .saved = saved,
-                          .workspace = output("forward_workspace", plan.cost.forward.workspace, 1),
-                          .stream = nullptr}));
+  check(cuda_forward(plan, {.head = head,
+                            .options = options,
+                            .out = statistics,
+                            .saved = saved,
+                            .workspace = output("forward_workspace", plan.memory.forward, 1),
+                            .stream = nullptr}));
   if (of_loss) {
     out["loss"] = copy_out(statistics.loss, compute,
                            reduced ? std::vector<int64_t>{} : std::vector<int64_t>{N});
@@ -192,14 +192,13 @@ py::dict step(const py::dict& args) {
     const auto from = args["upstream"].cast<py::dict>();
     CudaUpstream upstream{vector("dloss", from, "loss", 0), vector("dothers", from, "others", 0),
                           vector("dcosine", from, "cosine", 0), vector("dsum", from, "sum", 0)};
-    check(cuda_backward(plan,
-                        {.head = head,
-                         .options = options,
-                         .upstream = upstream,
-                         .out = grads,
-                         .saved = saved,
-                         .workspace = output("backward_workspace", plan.cost.backward.workspace, 1),
-                         .stream = nullptr}));
+    check(cuda_backward(plan, {.head = head,
+                               .options = options,
+                               .upstream = upstream,
+                               .out = grads,
+                               .saved = saved,
+                               .workspace = output("backward_workspace", plan.memory.backward, 1),
+                               .stream = nullptr}));
   }
   py::dict by_name;
   for (const auto& [name, ref, shape] : gradients)
@@ -207,9 +206,30 @@ py::dict step(const py::dict& args) {
   out["gradients"] = by_name;
 
   py::dict planned;
-  for (const PlanField& field : fields_of(plan)) planned[field.name.c_str()] = field.value;
+  for (const PlanField& field : fields_of(plan, gpu)) planned[field.name.c_str()] = field.value;
   out["plan"] = planned;
   return out;
+}
+
+// Predicted seconds of each kernel, by its name, of one step with bfloat16 features and a float32
+// weight on an H200, if the epilogues of the cosines have so many instructions an element.
+std::map<std::string, double> hopper_seconds(int64_t N, int64_t C, int64_t D, double statistics,
+                                             double gradient) {
+  const CudaProblem problem{.N = N,
+                            .C = C,
+                            .D = D,
+                            .x = DType::kBFloat16,
+                            .given_weight = DType::kFloat32,
+                            .allow_tf32 = false,
+                            .kept = 0,
+                            .with_sum = false,
+                            .layout = {.row_stride = D, .col_stride = 1}};
+  const Gpu& gpu = *find_gpu("H200");
+  const Cost cost = cost_of(problem, sm90::make_plan(problem, gpu), gpu, {statistics, gradient});
+  std::map<std::string, double> seconds;
+  for (const PassCost* pass : {&cost.forward, &cost.backward})
+    for (const KernelCost& kernel : pass->kernels) seconds[kernel.name] = kernel.seconds;
+  return seconds;
 }
 
 }  // namespace
@@ -218,4 +238,5 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
   bind_runtime(module);
   bind_faults(module);
   module.def("step", step);
+  module.def("hopper_seconds", hopper_seconds);
 }

@@ -1,6 +1,9 @@
 #include "cuda/sm80/plan.h"
 
 #include <algorithm>
+#include <cmath>
+
+#include "cuda/rows/cost.h"
 
 namespace tvmf::sm80 {
 namespace {
@@ -84,28 +87,47 @@ Plan plan_for(const CudaProblem& p, bool latency, const Gpu& gpu) {
   return plan;
 }
 
+// A kernel whose blocks make products: the time of the multiprocessor that has the most blocks. The
+// rates of this path include the elementwise work.
+KernelCost block_kernel(KernelCost kernel, double blocks, const Plan& plan, const Gpu& gpu) {
+  const double launches = double(kernel.launches);
+  const double rounds = std::ceil(blocks / double(gpu.sms));
+  const double block_seconds =
+      kernel.flops / (launches * blocks) * double(gpu.sms) / gpu.flop_rate[int(plan.math)];
+  kernel.products = launches * rounds * block_seconds;
+  kernel.between = launches * (rounds - 1) * KernelCost::kTile * gpu.wait_seconds;
+  kernel.alone = launches * (KernelCost::kStart + KernelCost::kTile) * gpu.wait_seconds;
+  return kernel;
+}
+
 PassCost forward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   const double N = double(p.N), C = double(p.C), D = double(p.D), kept = double(plan.kept);
   const double x = double(size_of(p.x)), w = double(size_of(p.weight()));
   const double acc = double(accumulator_size(p.x)), splits = double(plan.class_splits);
-  PassCost pass;
-  pass.launches = 3 + (rows::finish_block_rows(p.N, plan.class_splits) < p.N);
-  pass.workspace = ForwardWorkspace(p, plan).size;
-  pass.flops = 2 * N * C * D;
-  // Blocks that run at the same time walk the same classes, so that the weights cross the memory
-  // interface once for each wave of blocks.
-  const double waves = tiles(plan.row_tiles * plan.class_splits, 2 * gpu.sms);
   // Where float32 weights are rounded to float16, prepare_rows reads them first: those of a class
   // twice, and those of a target four times more.
   const bool unit_weights = p.x == DType::kFloat16 && p.weight() == DType::kFloat32;
-  pass.hbm = (waves + unit_weights) * C * D * w + N * D * x + N * kept * acc;
-  const double prepare =
-      N * D * (x + w) + 6 * N * kSectorBytes + unit_weights * ((2 * C + 4 * N) * D * w + C * acc);
-  const double statistics = tiles(p.C, plan.tile) * N * D * x + tiles(p.N, plan.tile) * C * D * w +
-                            N * kept * acc + splits * N * (5 * acc + 12) + C * acc +
-                            N * kSectorBytes;
-  const double finish_rows = splits * N * (3 * acc + 4) + N * (4 * acc + 8);
-  pass.l2 = prepare + statistics + finish_rows;
+  KernelCost prepare = rows::prepare_cost(
+      p, 0,
+      N * D * (x + w) + 6 * N * kSectorBytes + unit_weights * ((2 * C + 4 * N) * D * w + C * acc),
+      gpu);
+  prepare.hbm = unit_weights * C * D * w + N * D * x;
+
+  // Blocks that run at the same time walk the same classes, so that the weights cross the memory
+  // interface once for each wave of blocks.
+  const double blocks = double(plan.row_tiles * plan.class_splits);
+  const double waves = std::ceil(blocks / double(2 * gpu.sms));
+  const KernelCost statistics{.name = "row_statistics",
+                              .launches = 1,
+                              .flops = 2 * N * C * D,
+                              .hbm = waves * C * D * w + N * kept * acc,
+                              .l2 = tiles(p.C, plan.tile) * N * D * x +
+                                    tiles(p.N, plan.tile) * C * D * w + N * kept * acc +
+                                    splits * N * (5 * acc + 12) + C * acc + N * kSectorBytes};
+  PassCost pass;
+  pass.kernels = {prepare, block_kernel(statistics, blocks, plan, gpu)};
+  rows::add_finish_cost(pass, p, plan.class_splits, splits * N * (3 * acc + 4) + N * (4 * acc + 8),
+                        gpu);
   return pass;
 }
 
@@ -115,40 +137,76 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   const double acc = double(accumulator_size(p.x)), x_pair = std::max(x, 4.0);
   const double w_pair = std::max(w, 4.0), chunks = double(plan.chunks);
   const double input_splits = double(plan.input_splits);
-  PassCost pass;
   const bool float16 = p.x == DType::kFloat16;
-  pass.launches = (plan.latency ? 4 : 2 + 3 * plan.chunks) + (float16 ? plan.chunks : 0);
-  pass.workspace = BackwardWorkspace(p, plan).size;
   // On the latency path each block that shares a weight gradient makes the gradient tile.
   const double makers = plan.latency ? double(plan.feature_splits) : 1;
-  pass.flops = (kept > 0 ? 4 : 4 + 2 * makers) * N * C * D;
   // The weights are read for the cosines, the projection and dx: from memory once, if the chunk
-  // stays in the cache.
+  // stays in the cache. So is the gradient tile, which is written first.
   const bool cached = cached_bytes(p) * plan.chunk <= usable_cache(gpu);
-  const double reads = cached ? 1 : kept > 0 ? 2 : 3;
-  pass.hbm =
-      C * D * (reads * w + w) + N * D * (x + x) + N * kept * acc + (cached ? 0 : 2 * N * C * x);
+  const double again = cached ? 0 : C * D * w, tile_bytes = cached ? 0 : N * C * x;
   const double class_tiles = tiles(p.C, kClassTile), row_parts = double(kRowParts);
+  const double chunk_tiles = double(plan.chunk / kClassTile);
   // Each load of 16 bytes of a GradientRow takes a sector of its own.
   const double row_terms = double(round_up(5 * int64_t(acc) + 8, 16)) / 16 * kSectorBytes;
   const double cosines =
       kept > 0 ? N * C * acc : class_tiles * N * D * x + tiles(p.N, kGradientRows) * C * D * w;
-  const double gradient = makers * (cosines + class_tiles * row_parts * N * row_terms) +
-                          N * C * x_pair + class_tiles * row_parts * N * acc * (2 - 1 / chunks);
-  const double weight = class_tiles * N * D * x + C * D * (w_pair + w_pair) +
-                        (plan.resident ? 0 : tiles(p.D, kFeatureTile) * N * C * x);
-  const double input = tiles(p.D, plan.input_tile) * N * C * x +
-                       tiles(p.N, plan.input_tile) * C * D * (float16 ? x : w) +
-                       input_splits * N * D * acc * (2 * chunks - 1);
+
+  const KernelCost gradient{.name = "class_gradient",
+                            .launches = plan.chunks,
+                            .flops = kept > 0 ? 0 : 2 * makers * N * C * D,
+                            .hbm = (kept > 0 ? 0 : C * D * w) + N * kept * acc + tile_bytes,
+                            .l2 = makers * (cosines + class_tiles * row_parts * N * row_terms) +
+                                  N * C * x_pair +
+                                  class_tiles * row_parts * N * acc * (2 - 1 / chunks)};
+  const KernelCost weight{.name = "class_gradient+weight",
+                          .launches = plan.chunks,
+                          .flops = 2 * N * C * D,
+                          .hbm = C * D * w + (kept > 0 ? C * D * w : again) + tile_bytes,
+                          .l2 = class_tiles * N * D * x + C * D * (w_pair + w_pair) +
+                                (plan.resident ? 0 : tiles(p.D, kFeatureTile) * N * C * x)};
+  KernelCost input{.name = "input_gradient",
+                   .launches = plan.chunks,
+                   .flops = 2 * N * C * D,
+                   .hbm = again + tile_bytes,
+                   .l2 = tiles(p.D, plan.input_tile) * N * C * x +
+                         tiles(p.N, plan.input_tile) * C * D * (float16 ? x : w) +
+                         input_splits * N * D * acc * (2 * chunks - 1)};
+  const double input_blocks =
+      tiles(p.N, plan.input_tile) * tiles(p.D, plan.input_tile) * input_splits;
   // Of a block's rows, finish_gradient reads each partial sum in one sector and its own terms in
   // eight. Four numbers of float64 are two loads, each of which takes both sectors.
   const double finish_blocks = tiles(p.N, rows::rows_to_finish(p.N, p.D));
   const double row_dots = double(plan.partial_counts().row_dots), loads = acc == 8 ? 2 : 1;
-  const double finish = loads * (input_splits * N * D * acc + N * D * x) + N * D * x +
-                        finish_blocks * (row_dots + 8) * kSectorBytes;
+  KernelCost prepare =
+      rows::prepare_gradient_cost(p, N * (27 * acc + 8) + (float16 ? N * D * (x + x) : 0), gpu);
+  prepare.hbm = N * D * x;
+  KernelCost finish =
+      rows::finish_gradient_cost(p,
+                                 loads * (input_splits * N * D * acc + N * D * x) + N * D * x +
+                                     finish_blocks * (row_dots + 8) * kSectorBytes,
+                                 gpu);
+  finish.hbm = N * D * x;
+
+  PassCost pass;
+  pass.kernels.push_back(prepare);
+  if (plan.latency) {  // one launch makes both
+    KernelCost both = gradient;
+    both.flops += weight.flops;
+    both.hbm += weight.hbm;
+    both.l2 += weight.l2;
+    pass.kernels.push_back(block_kernel(both, chunk_tiles * plan.feature_splits, plan, gpu));
+  } else {
+    pass.kernels.push_back(block_kernel(gradient, chunk_tiles * plan.row_groups, plan, gpu));
+    pass.kernels.push_back(block_kernel(weight, chunk_tiles * plan.feature_splits, plan, gpu));
+  }
   // Loads of 8 float32 weights take two accesses, each of all sectors.
-  const double unit_rows = float16 ? N * D * (x + x) + C * D * (w == 4 ? 2 * w + x : w + x) : 0;
-  pass.l2 = N * (27 * acc + 8) + gradient + weight + input + finish + unit_rows;
+  if (float16)
+    pass.kernels.push_back({.name = "unit_rows",
+                            .launches = plan.chunks,
+                            .l2 = C * D * (w == 4 ? 2 * w + x : w + x),
+                            .alone = chunks * gpu.wait_seconds});
+  pass.kernels.push_back(block_kernel(input, input_blocks, plan, gpu));
+  pass.kernels.push_back(finish);
   return pass;
 }
 
@@ -179,15 +237,17 @@ Plan make_plan(const CudaProblem& problem, const Gpu& gpu) {
   return plan_for(problem, false, gpu);
 }
 
+Memory memory_of(const CudaProblem& problem, const Plan& plan) {
+  const SavedLayout saved(problem.N, problem.C, plan.kept);
+  return {.saved = saved.size * accumulator_size(problem.x),
+          .forward = ForwardWorkspace(problem, plan).size,
+          .backward = BackwardWorkspace(problem, plan).size};
+}
+
 Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu) {
-  Cost cost;
-  cost.flop_rate = gpu.flop_rate[int(plan.math)];
-  cost.l2_rate = gpu.l2_rate;
-  cost.saved = SavedLayout(problem.N, problem.C, plan.kept).size * accumulator_size(problem.x);
-  cost.forward = forward_cost(problem, plan, gpu);
-  cost.backward = backward_cost(problem, plan, gpu);
-  predict(cost.forward, cost, gpu);
-  predict(cost.backward, cost, gpu);
+  Cost cost{forward_cost(problem, plan, gpu), backward_cost(problem, plan, gpu)};
+  predict(cost.forward, gpu);
+  predict(cost.backward, gpu);
   return cost;
 }
 

@@ -63,6 +63,7 @@ struct BackwardWorkspace {
 // These kernels serve every problem.
 constexpr bool serves(const CudaProblem&, const Gpu&) { return true; }
 Plan make_plan(const CudaProblem& problem, const Gpu& gpu);
+Memory memory_of(const CudaProblem& problem, const Plan& plan);
 Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu);
 std::vector<PlanField> fields_of(const Plan& plan);
 

@@ -1,6 +1,9 @@
 #include "cuda/sm90/plan.h"
 
 #include <algorithm>
+#include <cmath>
+
+#include "cuda/rows/cost.h"
 
 namespace tvmf::sm90 {
 namespace {
@@ -22,50 +25,163 @@ double cosine_bytes(const CudaProblem& p, const Plan& plan) {
          double(plan.class_tiles) * arranged_bytes(plan);
 }
 
-PassCost forward_cost(const CudaProblem& p, const Plan& plan) {
+// Instructions that a multiprocessor issues a cycle in an epilogue, where four are the most that it
+// can: only two warps share each of its schedulers.
+constexpr double kIssued = 1.8;
+
+// Prediction of a kernel whose persistent blocks make products in tiles: what the multiprocessor
+// with the most tiles does. A tile that is stored ends in waits of its own, since a block's next
+// products start when its stores have been issued.
+struct TileTimes {
+  double tiles;     // tiles of that multiprocessor, over all launches
+  double product;   // seconds of the products of a tile
+  double epilogue;  // seconds of the elementwise work and the stores of a tile
+  bool stored;
+};
+KernelCost tile_kernel(KernelCost kernel, const TileTimes& times, const Gpu& gpu) {
+  const double launches = double(kernel.launches), wait = gpu.wait_seconds;
+  const double between = times.epilogue + times.stored * KernelCost::kTile * wait;
+  kernel.products = times.tiles * times.product;
+  kernel.between = (times.tiles - launches) * between;
+  kernel.alone = launches * (KernelCost::kStart * wait + times.epilogue + KernelCost::kTile * wait);
+  return kernel;
+}
+
+// The times of a tile of cosines. An instruction of a warp serves 32 elements.
+TileTimes cosine_times(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
+                       double instructions) {
+  const double elements = double(kCosineRows) * double(plan.tile_classes());
+  const double steps = tiles(p.D, kDepth), rate = gpu.cosine_rate / double(gpu.sms);
+  return {.tiles = 0,
+          .product = steps * 2 * elements * kDepth / rate,
+          .epilogue = elements / 32 * instructions / (kIssued * gpu.clock),
+          .stored = false};
+}
+
+// The most tiles of cosines on a multiprocessor, where `blocks` blocks share the class tiles of
+// each block of rows. Only where there are more blocks of rows than multiprocessors, one has
+// several.
+double most_tiles(const Plan& plan, int64_t class_tiles, int64_t blocks) {
+  return double(ceil_div(class_tiles, blocks) * ceil_div(plan.row_blocks * blocks, plan.blocks));
+}
+
+// Seconds of a step of the products of gradients.
+double product_step(const Gpu& gpu) {
+  return 2.0 * kProductRows * kProductCols * kDepth / (gpu.product_rate / double(gpu.sms));
+}
+
+// The sum of f(classes of a chunk) over the chunks, all of which but the last are alike.
+template <class F>
+double over_chunks(const CudaProblem& p, const Plan& plan, const F& f) {
+  return double(plan.chunks - 1) * double(f(plan.chunk)) +
+         double(f(p.C - (plan.chunks - 1) * plan.chunk));
+}
+
+PassCost forward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu, double instructions) {
   const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, w = 4, acc = 4;
   const double splits = double(plan.statistics_blocks);
-  PassCost pass;
-  pass.launches = 3 + (rows::finish_block_rows(p.N, plan.statistics_blocks) < p.N);
-  pass.workspace = ForwardWorkspace(p, plan).size;
-  pass.flops = 2 * N * C * D;
   // Where the weights are rounded to float16, prepare_rows reads them first: those of a class
   // twice, and those of a target four times more.
   const double first = p.x == DType::kFloat16 ? 1 : 0;
-  pass.hbm = (1 + first) * C * D * w + N * D * x;
   // To arrange the features, every sector of a row is read four times.
-  const double prepare = N * D * (x + w) + 4 * N * D * x + arranged_bytes(plan) +
-                         10 * N * kSectorBytes + first * (2 * C + 4 * N) * D * w;
-  pass.l2 =
-      prepare + cosine_bytes(p, plan) + splits * N * (p.with_sum ? 48 : 40) + N * 20 + C * acc;
+  const double prepare_bytes = N * D * (x + w) + 4 * N * D * x + arranged_bytes(plan) +
+                               10 * N * kSectorBytes + first * (2 * C + 4 * N) * D * w;
+  KernelCost prepare = rows::prepare_cost(p, arranged_bytes(plan) / 16, prepare_bytes, gpu);
+  prepare.hbm = first * C * D * w + N * D * x;
+
+  TileTimes times = cosine_times(p, plan, gpu, instructions);
+  times.tiles = most_tiles(plan, plan.class_tiles, plan.statistics_blocks);
+  const KernelCost statistics{
+      .name = "statistics",
+      .launches = 1,
+      .flops = 2 * N * C * D,
+      .hbm = C * D * w,
+      .l2 = cosine_bytes(p, plan) + splits * N * (p.with_sum ? 28 : 24) + C * acc};
+  PassCost pass;
+  pass.kernels = {prepare, tile_kernel(statistics, times, gpu)};
+  rows::add_finish_cost(pass, p, plan.statistics_blocks,
+                        splits * N * (p.with_sum ? 20 : 16) + N * 20, gpu);
   return pass;
 }
 
-PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
+PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
+                       double instructions) {
   const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, w = 4, acc = 4;
   const double chunks = double(plan.chunks), input_splits = double(plan.input_splits);
   const double slots = double(plan.column_slots), blocks = double(plan.gradient_blocks);
-  PassCost pass;
-  pass.launches = 2 + 3 * plan.chunks;
-  pass.workspace = BackwardWorkspace(p, plan).size;
-  pass.flops = 6 * N * C * D;
-  // If a chunk stays in the cache, its weights and their gradient cross the memory interface once,
-  // and its gradient tile and rounded weights never. Otherwise these are written and read again.
+  const double product = 2 * N * C * D, columns = tiles(p.D, kProductCols);
+  const double sums = input_splits * N * D * acc;
+  // If a chunk stays in the cache, its weights cross the memory interface once, and its gradient
+  // tile and rounded weights never. Otherwise these are written and read again.
   const double cached_bytes = 2 * double(plan.chunk) * (N + 3 * D);
   const bool cached = cached_bytes <= double(gpu.l2 * 7 / 10);
-  pass.hbm = C * D * (w + w) + N * D * (x + x) + (cached ? 0 : C * D * x + 2 * C * (N + D) * x);
+  const double tile_bytes = cached ? 0 : C * N * x, rounded_bytes = cached ? 0 : C * D * x;
+
+  TileTimes times = cosine_times(p, plan, gpu, instructions);
+  times.stored = true;
+  times.tiles = over_chunks(p, plan, [&](int64_t classes) {
+    return most_tiles(plan, ceil_div(classes, plan.tile_classes()), plan.gradient_blocks);
+  });
+  const KernelCost gradient{.name = "gradient",
+                            .launches = plan.chunks,
+                            .flops = product,
+                            .hbm = C * D * w + tile_bytes + rounded_bytes,
+                            .l2 = cosine_bytes(p, plan) + C * (N + D) * x +
+                                  chunks * blocks * N * 3 * kSectorBytes +
+                                  blocks * N * (2 * chunks - 1) * acc + C * acc * (4 * slots)};
+
+  // The write of dw goes to memory, and no products go on meanwhile.
+  const TileTimes weight_times{
+      .tiles = over_chunks(p, plan,
+                           [&](int64_t classes) {
+                             return ceil_div(
+                                 ceil_div(classes, kProductRows) * ceil_div(p.D, kProductCols),
+                                 plan.blocks);
+                           }),
+      .product = tiles(p.N, kDepth) * product_step(gpu),
+      .epilogue = 0,
+      .stored = true};
+  KernelCost weight =
+      tile_kernel({.name = "weight_gradient",
+                   .launches = plan.chunks,
+                   .flops = product,
+                   .hbm = C * D * w + tile_bytes + rounded_bytes,
+                   .l2 = columns * N * C * x + tiles(p.C, kProductRows) * N * D * x +
+                         C * D * (x + w) + C * acc * (2 + slots)},
+                  weight_times, gpu);
+  weight.between += C * D * w / gpu.hbm_rate;
+
+  // Each block makes one tile a launch, over its share of the classes. It adds to the sums of the
+  // chunk before, which lie in the L2 cache.
+  const double sum_bytes = sums * (2 * chunks - 1);
+  const double steps = over_chunks(p, plan, [&](int64_t classes) {
+    return ceil_div(ceil_div(classes, kDepth), plan.input_splits);
+  });
+  KernelCost features =
+      tile_kernel({.name = "feature_gradient",
+                   .launches = plan.chunks,
+                   .flops = product,
+                   .hbm = tile_bytes + rounded_bytes,
+                   .l2 = columns * N * C * x + tiles(p.N, kProductRows) * C * D * x + sum_bytes},
+                  {.tiles = chunks,
+                   .product = steps / chunks * product_step(gpu),
+                   .epilogue = 0,
+                   .stored = true},
+                  gpu);
+  // Where there are more tiles than multiprocessors, the tiles come in several rounds.
+  const double feature_tiles = tiles(p.N, kProductRows) * columns * input_splits;
+  features.products *= std::ceil(feature_tiles / double(plan.blocks));
+  features.between += sum_bytes / gpu.l2_rate;
+
   // To arrange the features in both orders, every sector of a row is read twelve times.
   const double arrange = 12 * N * D * x + 2 * arranged_bytes(plan) + 4 * N * kSectorBytes;
-  const double gradient = cosine_bytes(p, plan) + C * (N + D) * x +
-                          chunks * blocks * N * 3 * kSectorBytes + C * acc * (4 * slots);
-  const double columns = tiles(p.D, kProductCols);
-  const double weight = columns * N * C * x + tiles(p.C, kProductRows) * N * D * x +
-                        C * D * (x + w) + C * acc * (2 + slots);
-  const double features = columns * N * C * x + tiles(p.N, kProductRows) * C * D * x +
-                          input_splits * N * D * acc * (2 * chunks - 1);
-  const double finish =
-      input_splits * N * D * acc + N * D * (x + x) + N * D / 2 + blocks * N * 2 * chunks * acc;
-  pass.l2 = arrange + gradient + weight + features + finish;
+  KernelCost prepare = rows::prepare_gradient_cost(p, arrange, gpu);
+  prepare.hbm = N * D * x;
+  KernelCost finish =
+      rows::finish_gradient_cost(p, sums + N * D * (x + x) + N * D / 2 + blocks * N * acc, gpu);
+  finish.hbm = N * D * x;
+  PassCost pass;
+  pass.kernels = {prepare, tile_kernel(gradient, times, gpu), weight, features, finish};
   return pass;
 }
 
@@ -144,15 +260,19 @@ Plan make_plan(const CudaProblem& p, const Gpu& gpu) {
   return plan;
 }
 
-Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu) {
-  Cost cost;
-  cost.flop_rate = gpu.own_flop_rate;
-  cost.l2_rate = gpu.own_l2_rate;
-  cost.saved = SavedLayout(problem.N, problem.C, 0).size * 4;
-  cost.forward = forward_cost(problem, plan);
-  cost.backward = backward_cost(problem, plan, gpu);
-  predict(cost.forward, cost, gpu);
-  predict(cost.backward, cost, gpu);
+Memory memory_of(const CudaProblem& problem, const Plan& plan) {
+  const SavedLayout saved(problem.N, problem.C, 0);
+  return {.saved = saved.size * accumulator_size(problem.x),
+          .forward = ForwardWorkspace(problem, plan).size,
+          .backward = BackwardWorkspace(problem, plan).size};
+}
+
+Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu,
+             const EpilogueInstructions& instructions) {
+  Cost cost{forward_cost(problem, plan, gpu, instructions.statistics),
+            backward_cost(problem, plan, gpu, instructions.gradient)};
+  predict(cost.forward, gpu);
+  predict(cost.backward, gpu);
   return cost;
 }
 

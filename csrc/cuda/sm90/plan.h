@@ -63,7 +63,16 @@ struct BackwardWorkspace {
 // the dtypes are theirs, and tensor copies can read the weight where it lies.
 bool serves(const CudaProblem& problem, const Gpu& gpu);
 Plan make_plan(const CudaProblem& problem, const Gpu& gpu);
-Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu);
+Memory memory_of(const CudaProblem& problem, const Plan& plan);
+
+// Instructions that an element of a tile takes in the epilogues of the cosines, all included, in a
+// tile without a target. They are counted in the code that nvcc makes, and the predicted time alone
+// depends on them.
+struct EpilogueInstructions {
+  double statistics = 16.1, gradient = 28.8;
+};
+Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu,
+             const EpilogueInstructions& instructions = {});
 std::vector<PlanField> fields_of(const Plan& plan);
 
 }  // namespace tvmf::sm90
