@@ -65,6 +65,17 @@ struct Saved {
             .product = buffer + at.product,
             .kept = kept};
   }
+  // The same without the rows before n, where no products are kept.
+  Saved from_row(int64_t n) const {
+    return {.max = max + n,
+            .sum_exp = sum_exp + n,
+            .target_cosine = target_cosine + n,
+            .target_logit = target_logit + n,
+            .x_rnorm = x_rnorm + n,
+            .weight_rnorm = weight_rnorm,
+            .product = product,
+            .kept = kept};
+  }
 };
 
 enum class DType : int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };

@@ -154,6 +154,9 @@ class Sm80Plan:
 class Sm90Plan:
     """Hopper's own kernels (tensor copies and wgmma): 16-bit features and a float32 weight."""
 
+    segments: int
+    """segments of rows that each pass works on one after another"""
+    segment_rows: int
     tile_rows: int
     tile_classes: int
     """a tile of cosines has tile_rows x tile_classes of them"""

@@ -14,6 +14,12 @@ struct CudaPlan {
   CudaProblem problem;
   std::variant<sm80::Plan, sm90::Plan> variant;  // of the architecture whose kernels run
   Memory memory;
+
+  // Whether the gradients of classes are sums of several launches, so that those of kappa and the
+  // bias must be float32.
+  bool adds_gradients() const {
+    return std::visit([](const auto& plan) { return plan.adds_gradients(); }, variant);
+  }
 };
 
 // The one place that decides which architecture's kernels serve a problem.

@@ -59,6 +59,12 @@ struct UnitRows {
   int64_t stride;  // their elements, rounded up to 8
 };
 
+// Rows that a pass works on at a time, from `begin` on, of `all`. The head, the saved values and
+// the gradients that the kernels get are those of the segment.
+struct RowSegment {
+  int64_t begin, all;
+};
+
 // The run of classes that one launch of the backward pass works on.
 struct Chunk {
   int64_t begin, count;

@@ -8,6 +8,7 @@
 #include <limits>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -267,29 +268,34 @@ class Call {
 
   Gradients backward(const LossOptions& options, bool with_sum, int64_t kept,
                      const CudaUpstream& upstream, const Tensor& saved, int64_t wanted) const {
+    // There is no plan for no rows.
+    const std::optional<CudaPlan> plan =
+        N > 0 ? std::optional(plan_of(kept, with_sum)) : std::nullopt;
     const auto make = [&](const OptionalTensor& of, int64_t bit) {
-      return wanted & bit ? empty(of->sizes(), of->scalar_type())
-                          : empty({0}, head_.input.scalar_type());
+      if (!(wanted & bit)) return empty({0}, head_.input.scalar_type());
+      const bool added = (bit == kKappa || bit == kBias) && plan && plan->adds_gradients();
+      return empty(of->sizes(), added ? ScalarType::Float : of->scalar_type());
     };
     Gradients out{make(head_.input, kInput), make(head_.weight, kWeight), make(head_.kappa, kKappa),
                   make(head_.scale, kScale), make(head_.bias, kBias)};
-    if (N == 0) {
+    if (!plan) {
       for (Tensor* each : {&out.weight, &out.kappa, &out.scale, &out.bias})
         torch::stable::zero_(*each);
       return out;
     }
-    const CudaPlan plan = plan_of(kept, with_sum);
-    const Tensor workspace = empty({plan.memory.backward}, ScalarType::Byte);
+    const Tensor workspace = empty({plan->memory.backward}, ScalarType::Byte);
     const CudaGradients gradients{gradient(out.input), gradient(out.weight), gradient(out.kappa),
                                   gradient(out.scale), gradient(out.bias)};
-    const cudaError_t error = cuda_backward(plan, {.head = arguments(),
-                                                   .options = options,
-                                                   .upstream = upstream,
-                                                   .out = gradients,
-                                                   .saved = saved.data_ptr(),
-                                                   .workspace = workspace.data_ptr(),
-                                                   .stream = stream_});
+    const cudaError_t error = cuda_backward(*plan, {.head = arguments(),
+                                                    .options = options,
+                                                    .upstream = upstream,
+                                                    .out = gradients,
+                                                    .saved = saved.data_ptr(),
+                                                    .workspace = workspace.data_ptr(),
+                                                    .stream = stream_});
     if (error != cudaSuccess) fail(error, "the backward pass of " + text());
+    if (wanted & kKappa) out.kappa = to_dtype(out.kappa, head_.kappa->scalar_type());
+    if (wanted & kBias) out.bias = to_dtype(out.bias, head_.bias->scalar_type());
     return out;
   }
 

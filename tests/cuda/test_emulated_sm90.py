@@ -93,6 +93,42 @@ def test_several_blocks_of_rows(path):
     check(problem, **path)
 
 
+@OF_EACH_DTYPE
+@PATHS
+@pytest.mark.parametrize("statistics", [False, True], ids=["loss", "statistics"])
+def test_segments_of_rows(statistics, path, mix):
+    """Each pass works on 256 rows after another, the last time on 44. They leave the sums of their
+    losses, add up the gradients of the classes, and divide by the weight of all rows."""
+    options = OPTIONS if statistics else OPTIONS | {"label_smoothing": 0.1, "reduction": "mean"}
+    problem = hopper(300, 200, 20, mix, **options)
+    plan = check(problem, statistics=statistics, most_rows=256, **path)["plan"]
+    assert (plan["segments"], plan["segment_rows"]) == (2, 256)
+    launches = plan["forward_launches"] + plan["backward_launches"]
+    assert len(simt.load().reports()) == launches - statistics  # without finish_loss
+    assert plan["backward_launches"] == 2 * (2 + 3 * plan["chunks"])
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_segments_of_rows_with_other_reductions(reduction):
+    problem = hopper(300, 70, 24, "bf16-fp32", reduction=reduction, class_weight=True)
+    check(problem, most_rows=256, **SMALL)
+
+
+def test_rows_in_segments_have_the_bits_of_rows_alone():
+    """Statistics and gradients of features do not depend on how the rows are cut."""
+    problem = hopper(512, 70, 24, "bf16-fp32", kappa=16.0, scale=16.0)
+    problem = problems.statistics_arguments(problem)
+    upstream = {name: torch.linspace(-1, 1, 512) for name in ("others", "cosine")}
+    results = []
+    for most_rows in (512, 256):
+        outputs, gradients, rest = simt.step(
+            problem, upstream, statistics=True, most_rows=most_rows, **SMALL
+        )
+        assert rest["plan"]["segments"] == 512 // most_rows
+        results.append([outputs | {"input": gradients["input"]}])
+    problems.assert_same_bits(*results)
+
+
 def test_chunks_of_an_odd_number_of_small_tiles():
     """A block of the weight gradient takes two small tiles; for the last block the second of them
     belongs to the next chunk."""
@@ -309,21 +345,24 @@ def test_shards_of_the_classes_give_what_all_give(path):
 
 
 @PATHS
-def test_bits_do_not_depend_on_the_order_of_threads(module, path):  # noqa: F811
-    problem = hopper(70, 300, 40, "bf16-fp32", **OPTIONS)
+@pytest.mark.parametrize(("rows", "classes"), [(70, 300), (260, 100)], ids=["", "segments"])
+def test_bits_do_not_depend_on_the_order_of_threads(module, path, rows, classes):  # noqa: F811
+    problem = hopper(rows, classes, 40, "bf16-fp32", **OPTIONS)
     results = []
     for seed in (1, 2):
         module.configure(seed=seed, check_races=False, count=False)
-        results.append(simt.step(problem, {"loss": torch.tensor(1.0)}, **path)[:2])
+        loss = {"loss": torch.tensor(1.0)}
+        results.append(simt.step(problem, loss, most_rows=256, **path)[:2])
     problems.assert_same_bits(*results)
 
 
 @PATHS
-def test_counts_are_the_plans(module, path):  # noqa: F811
+@pytest.mark.parametrize("rows", [256, 512], ids=["", "segments"])
+def test_counts_are_the_plans(module, path, rows):  # noqa: F811
     """The emulator counts the sectors and wgmma that the plan predicts, and no bank conflict."""
     module.configure(seed=0, check_races=False, count=True)
-    problem = hopper(256, 512, 256, "bf16-fp32")
-    plan = check(problem, **path)["plan"]
+    problem = hopper(rows, 512, 256, "bf16-fp32")
+    plan = check(problem, most_rows=256, **path)["plan"]
     reports = module.reports()
     forward = reports[: plan["forward_launches"]]
     backward = reports[plan["forward_launches"] :]

@@ -48,14 +48,33 @@ def test_workspace_stays_under_64_mib_whatever_the_classes(problem):
     result = plan(N, C, D, **options)
     most = 64 * MIB
     if isinstance(result.variant, Sm90Plan):
-        # The workspace holds two padded copies of the features, and a tile of all rows.
-        most += 2 * 2 * (N + 31) * (D + 63) + 2 * 128 * N
+        # No segment is shorter than 256 rows. They need two padded copies of their features and a
+        # float32 gradient, a tile with the rounded weights of its classes, and the rows' terms.
+        most = max(most, 256 * (2 * 2 + 4) * (D + 63) + 2 * 128 * (256 + D + 7) + MIB)
     assert 0 < result.forward_workspace <= most
     assert 0 < result.backward_workspace <= most
 
 
-@pytest.mark.parametrize("N", [1, 256, 1000, 4096])
-@pytest.mark.parametrize("D", [4, 512, 1024])
+@pytest.mark.parametrize(
+    ("N", "C", "D"),
+    [(65536, 100_000, 2048), (2**20, 1000, 128), (16384, 10**7, 512), (1024, 10**4, 16384)],
+)
+def test_many_rows_are_worked_on_in_segments(N, C, D):
+    bf16 = {"dtype": torch.bfloat16, "weight_dtype": torch.float32, "device": "H200"}
+    result = plan(N, C, D, **bf16)
+    variant = result.variant
+    assert result.workspace <= 64 * MIB
+    assert variant.segments * variant.segment_rows >= N > (variant.segments - 1) * 256
+    # The products fill the multiprocessors: the step takes little longer for each of its rows than
+    # that of a few rows does.
+    few = plan(variant.segment_rows, C, D, **bf16)
+    assert few.variant.segments == 1
+    seconds, alone = (p.forward_seconds + p.backward_seconds for p in (result, few))
+    assert seconds <= 1.2 * variant.segments * alone
+
+
+@pytest.mark.parametrize("N", [1, 256, 1000, 4096, 65536])
+@pytest.mark.parametrize("D", [4, 512, 1024, 4096])
 def test_usual_batches_stay_under_64_mib_on_hopper(N, D):
     bf16 = {"dtype": torch.bfloat16, "weight_dtype": torch.float32, "device": "H200"}
     for C in (1, 1000, 10**6, 10**8):
@@ -72,7 +91,9 @@ def test_hopper_runs_16_bit_features_with_a_float32_weight(problem):
         assert isinstance(hopper, Sm80Plan)
         return
     assert isinstance(hopper, Sm90Plan) and result.kept == 0
-    assert hopper.row_blocks * 256 >= N > (hopper.row_blocks - 1) * 256
+    rows = hopper.segment_rows
+    assert hopper.segments * rows >= N > (hopper.segments - 1) * rows
+    assert hopper.row_blocks * 256 >= rows > (hopper.row_blocks - 1) * 256
     assert hopper.tile_classes in (64, 128) and hopper.chunk % hopper.tile_classes == 0
     tiles = hopper.class_tiles
     assert tiles * hopper.tile_classes >= C > (tiles - 1) * hopper.tile_classes
@@ -86,11 +107,12 @@ def test_launches_traffic_and_tiles_add_up(problem):
     (N, C, D), options = problem
     result = plan(N, C, D, **options)
     assert result == plan(N, C, D, **options)
-    assert result.forward_launches in (3, 4)
     variant = result.variant
     hopper = isinstance(variant, Sm90Plan)
+    segments = variant.segments if hopper else 1
+    assert result.forward_launches - 3 * segments in ((0, 1) if segments == 1 else (1,))
     latency = not hopper and variant.latency
-    launches = 4 if latency else 2 + 3 * variant.chunks
+    launches = 4 if latency else segments * (2 + 3 * variant.chunks)
     if not hopper and options["dtype"] == torch.float16:
         launches += variant.chunks  # each copies a chunk's weights as unit rows
     assert result.backward_launches == launches
@@ -113,7 +135,8 @@ def test_launches_traffic_and_tiles_add_up(problem):
         most = 1.15 * floor + N * result.kept * itemsize
         if hopper:
             # The gradient tile and the rounded weights may be written once and read twice.
-            most = floor + 6 * C * (N + D)
+            # Each segment of rows reads the weights and adds to their gradient.
+            most = floor + 6 * C * (N + D * segments) + (segments - 1) * 16 * C * D
         assert floor <= result.backward_hbm <= most
     for which in ("forward", "backward"):
         times = result.times(which)

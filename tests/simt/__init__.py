@@ -110,7 +110,7 @@ def step(
         module: one of the emulator's modules, by default `simt_hooks`.
         gpu: properties in which the planned GPU differs from an H200: `sms`, `l2`,
             `shared_per_block`, `shared_per_sm`, and `capability`, 80 by default and 90 for Hopper's
-            own kernels.
+            own kernels; and `most_rows`, the most rows that these work on at a time.
 
     Returns:
         The outputs by name, the gradients by name, and a dict of the plan and `bad_label`.

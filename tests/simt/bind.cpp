@@ -133,7 +133,11 @@ py::dict step(const py::dict& args) {
   if (problem.weight() != w.dtype)
     throw std::invalid_argument("the kernels do not read a weight of this dtype");
   const Gpu gpu = gpu_of(args);
-  const CudaPlan plan = plan_cuda(problem, gpu);
+  CudaPlan plan = plan_cuda(problem, gpu);
+  if (args.contains("most_rows")) {
+    const auto split = sm90::make_plan(problem, gpu, args["most_rows"].cast<int64_t>());
+    plan = {problem, split, memory_of(problem, split)};
+  }
   py::dict out;
   const auto output = [&](const char* name, int64_t count, int64_t size) {
     return simt::allocate(name, count * size);
@@ -232,6 +236,54 @@ std::map<std::string, double> hopper_seconds(int64_t N, int64_t C, int64_t D, do
   return seconds;
 }
 
+// Makes the calls of one step with bfloat16 features and a float32 weight, with addresses that
+// nothing may access: to be used while launches are not executed.
+void call_step(int64_t N, int64_t C, int64_t D, int capability) {
+  Gpu gpu = *find_gpu("H200");
+  gpu.capability = capability;
+  const CudaProblem problem{.N = N,
+                            .C = C,
+                            .D = D,
+                            .x = DType::kBFloat16,
+                            .given_weight = DType::kFloat32,
+                            .allow_tf32 = false,
+                            .kept = 0,
+                            .with_sum = false,
+                            .layout = {.row_stride = D, .col_stride = 1}};
+  const CudaPlan plan = plan_cuda(problem, gpu);
+  void* const nowhere = reinterpret_cast<void*>(uintptr_t(1) << 20);
+  CudaHead head{};
+  head.N = N, head.C = C, head.D = D;
+  head.x = {nowhere, DType::kBFloat16, D, 1};
+  head.weight = {nowhere, DType::kFloat32, D, 1};
+  head.target = static_cast<int64_t*>(nowhere);
+  head.target_stride = 1;
+  head.scale = {nowhere, DType::kFloat32, 0, 0};
+  const LossOptions options{0, Reduction::kMean};
+  CudaStatistics statistics{};
+  statistics.loss = nowhere;
+  check(cuda_forward(plan, {.head = head,
+                            .options = options,
+                            .out = statistics,
+                            .saved = nowhere,
+                            .workspace = nowhere,
+                            .stream = nullptr}));
+  const CudaGradients gradients{.x = {nowhere, DType::kBFloat16},
+                                .weight = {nowhere, DType::kFloat32},
+                                .kappa = {},
+                                .scale = {nowhere, DType::kFloat32},
+                                .bias = {}};
+  CudaUpstream upstream{};
+  upstream.loss = {nowhere, DType::kFloat32, 0, 0};
+  check(cuda_backward(plan, {.head = head,
+                             .options = options,
+                             .upstream = upstream,
+                             .out = gradients,
+                             .saved = nowhere,
+                             .workspace = nowhere,
+                             .stream = nullptr}));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(SIMT_MODULE, module) {
@@ -239,4 +291,5 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
   bind_faults(module);
   module.def("step", step);
   module.def("hopper_seconds", hopper_seconds);
+  module.def("call_step", call_step);
 }

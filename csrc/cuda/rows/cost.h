@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <string_view>
 
 #include "cuda/rows/workspace.h"
 
@@ -33,13 +34,18 @@ inline KernelCost prepare_cost(const CudaProblem& p, double arranged_items, doub
   return row_kernel("prepare_rows", blocks, 7, kPrepareWaits, l2, gpu);
 }
 
+inline constexpr std::string_view kFinishLoss = "finish_loss";
+inline KernelCost finish_loss_cost(const Gpu& gpu) {
+  return row_kernel(kFinishLoss.data(), 1, 1, kFinishLossWaits, 0, gpu);
+}
+
 // finish_rows, and finish_loss where its blocks are several.
 inline void add_finish_cost(PassCost& pass, const CudaProblem& p, int64_t splits, double l2,
                             const Gpu& gpu) {
   const int64_t blocks = ceil_div(p.N, finish_block_rows(p.N, splits));
   const int waits = blocks > 1 ? kFinishBlocksWaits : kFinishWaits;
   pass.kernels.push_back(row_kernel("finish_rows", double(blocks), 1, waits, l2, gpu));
-  if (blocks > 1) pass.kernels.push_back(row_kernel("finish_loss", 1, 1, kFinishLossWaits, 0, gpu));
+  if (blocks > 1) pass.kernels.push_back(finish_loss_cost(gpu));
 }
 
 // The first block makes the terms of all rows, so that more rows take longer whatever the GPU has.

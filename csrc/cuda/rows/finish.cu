@@ -108,18 +108,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!p.out.loss || p.options.reduction == Reduction::kNone) return;
   block_sums(totals, smem);
   if (threadIdx.x != 0) return;
-  if (gridDim.x == 1)
+  if (p.all_blocks == 1)
     store_loss(p, totals);
   else
-    store_as(p.totals + 2 * blockIdx.x, Pair<double>{totals[0], totals[1]});
+    store_as(p.totals + 2 * (p.first_block + blockIdx.x), Pair<double>{totals[0], totals[1]});
 }
 
 // One warp adds up the sums of the blocks, in order.
 template <class T>
 __global__ void __launch_bounds__(kWarp) finish_loss(const __grid_constant__ FinishParams<T> p) {
-  const int64_t blocks = (p.head.N + p.block_rows - 1) / p.block_rows;
   double totals[2] = {};
-  for (int64_t i = threadIdx.x; i < blocks; i += kWarp) {
+  for (int64_t i = threadIdx.x; i < p.all_blocks; i += kWarp) {
     const auto pair = load_as<Pair<double>>(p.totals + 2 * i);
     totals[0] += pair.low;
     totals[1] += pair.high;
@@ -137,7 +136,8 @@ cudaError_t launch_finish(const FinishParams<T>& p, cudaStream_t stream) {
   const cudaError_t error = launch_kernel(finish_rows<T>, dim3(unsigned(blocks)), kThreads,
                                           2 * kThreads / kWarp * 8, stream, p);
   const bool reduced = p.out.loss && p.options.reduction != Reduction::kNone;
-  if (error != cudaSuccess || blocks == 1 || !reduced) return error;
+  const bool last = p.first_block + blocks == p.all_blocks;
+  if (error != cudaSuccess || p.all_blocks == 1 || !last || !reduced) return error;
   return launch_kernel(finish_loss<T>, dim3(1), kWarp, 0, stream, p);
 }
 template cudaError_t launch_finish(const FinishParams<float>&, cudaStream_t);

@@ -83,7 +83,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   double sums[2] = {};    // class weights summed over the rows' labels, and over the classes
   double maxima[5] = {};  // of the class weights, and of what bounds phi' (SteepestPhi)
   if (of_loss && mean) {
-    for (int64_t n = threadIdx.x; n < head.N; n += kThreads) {
+    // Of all rows: those of other segments have indices below 0 and beyond N.
+    const int64_t end = p.segment.all - p.segment.begin;
+    for (int64_t n = int64_t(threadIdx.x) - p.segment.begin; n < end; n += kThreads) {
       const int64_t label = label_of(head, n);
       sums[0] += label < 0 ? 0 : omega_of(label);
     }
@@ -168,7 +170,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   double rests[1] = {rest};
   block_sums(rests, smem);
-  if (threadIdx.x == 0) *p.gradient.scale_rest = rests[0];
+  if (threadIdx.x == 0)
+    *p.gradient.scale_rest = p.segment.begin == 0 ? rests[0] : *p.gradient.scale_rest + rests[0];
   if (!p.float16) {
     if (threadIdx.x == 0) p.gradient.loss_scale[0] = p.gradient.loss_scale[1] = 1;
     return;

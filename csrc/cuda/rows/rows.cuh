@@ -31,11 +31,13 @@ struct FinishParams {
   Saved<T> saved;  // writes max and sum_exp
   RowTargets<T> targets;
   PartialStatistics<T> partial;
-  int64_t block_rows;  // rows of a block
-  double* totals;      // [blocks, 2]  sums of the losses and of their weights
+  int64_t block_rows;               // rows of a block
+  int64_t first_block, all_blocks;  // of the launch, and of the pass
+  double* totals;                   // [all_blocks, 2]  sums of the losses and of their weights
 };
 
-// Merges the partial statistics of each row in order, and makes the statistics or the loss.
+// Merges the partial statistics of each row in order, and makes the statistics or the loss. A
+// reduced loss is made by the launch that has the last blocks.
 template <class T>
 cudaError_t launch_finish(const FinishParams<T>& p, cudaStream_t stream);
 
@@ -48,6 +50,7 @@ struct PrepareGradientParams {
   GradientRows<T> gradient;  // writes it
   ArrangedRows arranged;     // writes it, where it is not null
   UnitRows unit_x;           // writes them, where they are not null
+  RowSegment segment;        // adds to scale_rest after the first one
   bool with_sum;
   bool float16;  // whether gradient tiles are float16, so that they need a loss scale
 };

@@ -24,7 +24,9 @@ struct ForwardWorkspace {
   int64_t label, target_score, max, sum_exp, sum, rank, totals;
 
   // The classes are split into `splits` runs, each of which leaves partial statistics of every row.
-  static ForwardWorkspace take(Cursor& cursor, const CudaProblem& problem, int64_t splits) {
+  // The same memory serves `segments` segments of rows one after another, but for the totals.
+  static ForwardWorkspace take(Cursor& cursor, const CudaProblem& problem, int64_t splits,
+                               int64_t segments = 1) {
     const int64_t N = problem.N, acc = accumulator_size(problem.x), partial = splits * N;
     ForwardWorkspace at;
     at.label = cursor.take(N * 8);
@@ -33,7 +35,7 @@ struct ForwardWorkspace {
     at.sum_exp = cursor.take(partial * acc);
     at.sum = cursor.take(problem.with_sum ? partial * acc : 0);
     at.rank = cursor.take(partial * 4);
-    at.totals = cursor.take(ceil_div(N, finish_block_rows(N, splits)) * 2 * 8);
+    at.totals = cursor.take(segments * ceil_div(N, finish_block_rows(N, splits)) * 2 * 8);
     return at;
   }
 };

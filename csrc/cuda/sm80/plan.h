@@ -39,6 +39,7 @@ struct Plan {
   // input_gradient: blocks of input_tile x input_tile; grid [row tiles, feature tiles, splits].
   int64_t input_tile, input_splits;
 
+  bool adds_gradients() const { return false; }
   rows::PartialCounts partial_counts() const {
     const int64_t tiles = chunk / kClassTile;
     return {tiles * kRowParts, input_splits, tiles * row_groups};

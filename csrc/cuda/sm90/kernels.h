@@ -86,6 +86,7 @@ struct WeightGradientParams {
   RoundedWeights weight;
   ColumnSums sums;
   ProductTiles tiles;
+  bool add;  // whether an earlier segment of rows has written the gradients, in float32
 };
 
 cudaError_t launch_weight_gradient(const WeightGradientParams& p, const Plan& plan,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string_view>
 
 #include "cuda/rows/cost.h"
 
@@ -185,6 +186,43 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
   return pass;
 }
 
+// Adds the costs of `times` segments of rows that are alike.
+void add(PassCost& to, const PassCost& cost, double times) {
+  for (const KernelCost& kernel : cost.kernels) {
+    const auto same = [&](const KernelCost& other) {
+      return std::string_view(other.name) == kernel.name;
+    };
+    auto found = std::find_if(to.kernels.begin(), to.kernels.end(), same);
+    if (found == to.kernels.end()) {
+      to.kernels.push_back({.name = kernel.name});
+      found = to.kernels.end() - 1;
+    }
+    found->launches += int64_t(times) * kernel.launches;
+    for (double KernelCost::* part :
+         {&KernelCost::flops, &KernelCost::hbm, &KernelCost::l2, &KernelCost::products,
+          &KernelCost::between, &KernelCost::alone})
+      *found.*part += times * (kernel.*part);
+  }
+}
+
+// finish_loss follows the last segment alone.
+void finish_once(PassCost& pass, const Gpu& gpu) {
+  auto& kernels = pass.kernels;
+  std::erase_if(kernels, [](const KernelCost& kernel) { return kernel.name == rows::kFinishLoss; });
+  kernels.push_back(rows::finish_loss_cost(gpu));
+}
+
+// Every segment but the first reads the weight's gradient before it writes it.
+void add_old_gradients(PassCost& pass, const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
+  const double bytes = double(plan.segments - 1) * double(p.C) * double(p.D) * 4;
+  for (KernelCost& kernel : pass.kernels) {
+    if (std::string_view(kernel.name) != "weight_gradient") continue;
+    kernel.hbm += bytes;
+    kernel.l2 += bytes;
+    kernel.between += bytes / gpu.hbm_rate;
+  }
+}
+
 }  // namespace
 
 bool serves(const CudaProblem& p, const Gpu& gpu) {
@@ -200,24 +238,31 @@ bool serves(const CudaProblem& p, const Gpu& gpu) {
 
 ForwardWorkspace::ForwardWorkspace(const CudaProblem& problem, const Plan& plan) {
   Cursor cursor;
-  rows = rows::ForwardWorkspace::take(cursor, problem, plan.statistics_blocks);
+  rows = rows::ForwardWorkspace::take(cursor, first_rows(problem, plan.segment_rows),
+                                      plan.statistics_blocks, plan.segments);
   arranged = cursor.take(plan.arranged_rows * plan.arranged_columns * 2);
   size = cursor.at;
 }
 
 BackwardWorkspace::BackwardWorkspace(const CudaProblem& problem, const Plan& plan) {
   Cursor cursor;
-  rows = rows::BackwardWorkspace::take(cursor, problem, plan.partial_counts());
+  rows::PartialCounts counts = plan.partial_counts();
+  counts.totals *= plan.segments;
+  rows = rows::BackwardWorkspace::take(cursor, first_rows(problem, plan.segment_rows), counts);
   gradient = cursor.take(plan.chunk * plan.gradient_stride * 2);
   column_sums = cursor.take(plan.column_slots * 3 * plan.chunk * 4);
   arranged = cursor.take(plan.arranged_rows * plan.arranged_columns * 2);
-  arranged_columns = cursor.take(problem.N * plan.arranged_columns * 2);
+  arranged_columns = cursor.take(plan.segment_rows * plan.arranged_columns * 2);
   weight = cursor.take(plan.chunk * plan.weight_stride * 2);
   size = cursor.at;
 }
 
-Plan make_plan(const CudaProblem& p, const Gpu& gpu) {
+namespace {
+
+Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, const Gpu& gpu) {
   Plan plan{};
+  plan.segments = segments;
+  plan.segment_rows = segment_rows;
   plan.math = p.math();
   plan.blocks = gpu.sms;
   plan.arranged_rows = round_up(p.N, 32);
@@ -260,6 +305,28 @@ Plan make_plan(const CudaProblem& p, const Gpu& gpu) {
   return plan;
 }
 
+// Segments no shorter than this are split for speed; shorter ones only to save memory.
+constexpr int64_t kFewRows = 2048;
+
+}  // namespace
+
+// The rows are split into as few segments as leave the workspace within its budget, and a tile of
+// the weight's gradient for every multiprocessor: with all of many rows at once, the gradient tile
+// of a chunk has room for few classes.
+Plan make_plan(const CudaProblem& p, const Gpu& gpu, int64_t most_rows) {
+  const int64_t most = ceil_div(std::max<int64_t>(p.N, 1), kCosineRows);
+  for (int64_t wanted = 1;; wanted *= 2) {
+    const int64_t rows = wanted == 1 ? p.N : round_up(ceil_div(p.N, wanted), kCosineRows);
+    const CudaProblem part = first_rows(p, rows);
+    const Plan plan = plan_for(part, ceil_div(std::max<int64_t>(p.N, 1), rows), rows, gpu);
+    const int64_t bytes = std::max(ForwardWorkspace(p, plan).size, BackwardWorkspace(p, plan).size);
+    const int64_t weight_tiles = ceil_div(plan.chunk, kProductRows) * ceil_div(p.D, kProductCols);
+    const bool busy = plan.chunks == 1 || rows <= kFewRows || weight_tiles >= gpu.sms;
+    const bool fits = bytes <= kWorkspaceBudget && rows <= most_rows;
+    if (wanted >= most || (fits && busy)) return plan;
+  }
+}
+
 Memory memory_of(const CudaProblem& problem, const Plan& plan) {
   const SavedLayout saved(problem.N, problem.C, 0);
   return {.saved = saved.size * accumulator_size(problem.x),
@@ -269,8 +336,20 @@ Memory memory_of(const CudaProblem& problem, const Plan& plan) {
 
 Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu,
              const EpilogueInstructions& instructions) {
-  Cost cost{forward_cost(problem, plan, gpu, instructions.statistics),
-            backward_cost(problem, plan, gpu, instructions.gradient)};
+  Cost cost;
+  const auto add_segments = [&](int64_t rows, int64_t count) {
+    if (count == 0) return;
+    const CudaProblem part = first_rows(problem, rows);
+    const Plan of_part = plan.of_rows(rows);
+    add(cost.forward, forward_cost(part, of_part, gpu, instructions.statistics), double(count));
+    add(cost.backward, backward_cost(part, of_part, gpu, instructions.gradient), double(count));
+  };
+  add_segments(plan.segment_rows, plan.segments - 1);
+  add_segments(plan.rows_of(plan.segments - 1, problem.N), 1);
+  if (plan.segments > 1) {
+    finish_once(cost.forward, gpu);
+    add_old_gradients(cost.backward, problem, plan, gpu);
+  }
   predict(cost.forward, gpu);
   predict(cost.backward, gpu);
   return cost;
@@ -280,6 +359,8 @@ std::vector<PlanField> fields_of(const Plan& plan) {
   return {
       {"architecture", "sm90"},
       {"kept", 0},
+      {"segments", plan.segments},
+      {"segment_rows", plan.segment_rows},
       {"tile_rows", kCosineRows},
       {"tile_classes", plan.tile_classes()},
       {"row_blocks", plan.row_blocks},

@@ -22,6 +22,10 @@ struct Plan {
   Math math;
   bool small_tiles;  // cosines in tiles of 64 classes instead of 128
 
+  // Each pass works on one segment of rows after another, in the same workspace. Everything below
+  // is of one segment. The gradients of the classes are summed over segments in their own memory.
+  int64_t segments, segment_rows;
+
   // The features, arranged in the order in which the lanes read them (sm90/arrange.cuh).
   int64_t arranged_rows, arranged_columns;
 
@@ -36,6 +40,20 @@ struct Plan {
   int64_t column_slots;                    // partial sums of a class over its rows
   int64_t input_splits;                    // partial sums of dx
 
+  // The plan of a segment of so many rows, which may be fewer than segment_rows.
+  Plan of_rows(int64_t rows) const {
+    Plan plan = *this;
+    plan.arranged_rows = round_up(rows, 32);
+    plan.row_blocks = ceil_div(rows, kCosineRows);
+    plan.column_slots = plan.row_blocks * (small_tiles ? 2 : 1);
+    return plan;
+  }
+  // The segment that begins at row i * segment_rows, of N.
+  int64_t rows_of(int64_t i, int64_t N) const {
+    return i + 1 < segments ? segment_rows : N - i * segment_rows;
+  }
+
+  bool adds_gradients() const { return segments > 1; }
   int64_t tile_classes() const { return small_tiles ? kSmallClasses : kLargeClasses; }
   rows::PartialCounts partial_counts() const {
     return {gradient_blocks, input_splits, row_blocks * gradient_blocks * 8};  // 8 consumer warps
@@ -59,10 +77,17 @@ struct BackwardWorkspace {
   int64_t size;
 };
 
+// The problem of the first `rows` rows.
+inline CudaProblem first_rows(CudaProblem problem, int64_t rows) {
+  problem.N = rows;
+  return problem;
+}
+
 // Whether these kernels serve the problem: the GPU has the instructions and this build their code,
 // the dtypes are theirs, and tensor copies can read the weight where it lies.
 bool serves(const CudaProblem& problem, const Gpu& gpu);
-Plan make_plan(const CudaProblem& problem, const Gpu& gpu);
+// A test can ask for segments of at most `most_rows` rows.
+Plan make_plan(const CudaProblem& problem, const Gpu& gpu, int64_t most_rows = kMostRows);
 Memory memory_of(const CudaProblem& problem, const Plan& plan);
 
 // Instructions that an element of a tile takes in the epilogues of the cosines, all included, in a

@@ -60,8 +60,11 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (inside) projected[h] /= unit_scale(rnorm);
         if (col == 0 && lane.quad == 0 && inside) {
           const float scale = Scale<float>::of(head).value;
-          if (p.out.bias.data) store_at(p.out.bias, c, scale * sum_of(1));
-          if (per_class_kappa) store_at(p.out.kappa, c, scale * sum_of(2));
+          const auto store = [&](const GradientRef& to, float sum) {
+            store_at(to, c, p.add ? static_cast<const float*>(to.data)[c] + sum : sum);
+          };
+          if (p.out.bias.data) store(p.out.bias, scale * sum_of(1));
+          if (per_class_kappa) store(p.out.kappa, scale * sum_of(2));
         }
       }
       // The loads of the projection's weights are in flight while the products are made.
@@ -92,12 +95,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         };
 #pragma unroll
         for (int k = 0; k < kRuns; ++k) {
+          if (first_feature + k * 16 >= features) continue;
           Four out;
 #pragma unroll
           for (int i = 0; i < 4; ++i)
             out.v[i] = factor[h] * acc[(k * 2 + i / 2) * 4 + h * 2 + i % 2] -
                        projected[h] * half_of<kMath>(w[h][k].pair[i / 2], i % 2);
-          if (first_feature + k * 16 < features) store_as(to + k * 16, out);
+          if (p.add) {
+            const Four old = load_as<Four>(to + k * 16);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out.v[i] += old.v[i];
+          }
+          store_as(to + k * 16, out);
         }
       }
     }

@@ -51,33 +51,55 @@ ProductTiles product_tiles(int64_t rows, int64_t cols, int64_t depth) {
           .steps = int(ceil_div(depth, kDepth))};
 }
 
-// The three launches of each chunk.
+// The three launches of each chunk. Tensor maps are made once, but for those of a last chunk that
+// is smaller: the products must not read beyond its classes.
 class ChunkLauncher {
  public:
   ChunkLauncher(const rows::BackwardPass<float>& pass, const CudaProblem& problem, const Plan& plan,
-                const BackwardWorkspace& at, const rows::ArrangedRows& arranged)
+                const BackwardWorkspace& at, const rows::ArrangedRows& arranged, bool first_rows)
       : pass_(pass),
         head_(pass.call.head),
         out_(pass.call.out),
         problem_(problem),
         plan_(plan),
         arranged_(arranged),
+        first_rows_(first_rows),
         gradient_{pass.workspace.at<uint16_t>(at.gradient), plan.gradient_stride},
         weight_{pass.workspace.at<uint16_t>(at.weight), plan.weight_stride} {}
 
-  cudaError_t launch(const Chunk& chunk) const {
-    cudaError_t error = gradient(chunk);
+  cudaError_t launch(const Chunk& chunk) {
     const bool class_outputs = out_.weight.data || out_.bias.data || out_.kappa.data;
+    cudaError_t error =
+        chunk.count == mapped_ ? cudaSuccess : make_maps(chunk.count, class_outputs);
+    if (error == cudaSuccess) error = gradient(chunk);
     if (error == cudaSuccess && class_outputs) error = weight_gradient(chunk);
     if (error == cudaSuccess && out_.x.data) error = feature_gradient(chunk);
     return error;
   }
 
  private:
-  cudaError_t gradient(const Chunk& chunk) const {
+  // Makes those of a chunk of `classes` classes, and with the first chunk's those of all chunks.
+  cudaError_t make_maps(int64_t classes, bool class_outputs) {
     MapMaker maps(problem_.x);
+    const int64_t N = head_.N, D = head_.D;
+    if (mapped_ == 0) {
+      cosine_maps_ = maps.of_cosines(head_, arranged_, plan_);
+      if (class_outputs)
+        weight_maps_.b =
+            maps.of(arranged_.by_columns, N, arranged_.columns, arranged_.columns, kDepth);
+    }
+    if (class_outputs)
+      weight_maps_.a = maps.of(gradient_.data, classes, N, gradient_.stride, kProductRows);
+    if (out_.x.data)
+      feature_maps_ = {maps.of(gradient_.data, classes, N, gradient_.stride, kDepth),
+                       maps.of(weight_.data, classes, D, weight_.stride, kDepth)};
+    mapped_ = classes;
+    return maps.error;
+  }
+
+  cudaError_t gradient(const Chunk& chunk) const {
     const bool all = problem_.with_sum || out_.bias.data || out_.kappa.data;
-    const GradientParams p{.maps = maps.of_cosines(head_, arranged_, plan_),
+    const GradientParams p{.maps = cosine_maps_,
                            .head = head_,
                            .saved = pass_.saved,
                            .rows = pass_.rows,
@@ -87,15 +109,12 @@ class ChunkLauncher {
                            .sums = pass_.sums,
                            .tiles = cosine_tiles(plan_, chunk.count, plan_.gradient_blocks),
                            .options = {.with_sum = problem_.with_sum, .all = all}};
-    return maps.error == cudaSuccess ? launch_gradient(p, plan_, pass_.call.stream) : maps.error;
+    return launch_gradient(p, plan_, pass_.call.stream);
   }
 
   cudaError_t weight_gradient(const Chunk& chunk) const {
-    MapMaker maps(problem_.x);
-    const int64_t N = head_.N;
     const WeightGradientParams p{
-        .maps = {maps.of(gradient_.data, chunk.count, N, gradient_.stride, kProductRows),
-                 maps.of(arranged_.by_columns, N, arranged_.columns, arranged_.columns, kDepth)},
+        .maps = weight_maps_,
         .head = head_,
         .out = out_,
         .saved = pass_.saved,
@@ -103,24 +122,20 @@ class ChunkLauncher {
         .chunk = chunk,
         .weight = weight_,
         .sums = {.data = pass_.sums.columns, .slots = int(plan_.column_slots)},
-        .tiles = product_tiles(chunk.count, head_.D, N)};
-    return maps.error == cudaSuccess ? launch_weight_gradient(p, plan_, pass_.call.stream)
-                                     : maps.error;
+        .tiles = product_tiles(chunk.count, head_.D, head_.N),
+        .add = !first_rows_};
+    return launch_weight_gradient(p, plan_, pass_.call.stream);
   }
 
   cudaError_t feature_gradient(const Chunk& chunk) const {
-    MapMaker maps(problem_.x);
     const int64_t N = head_.N, D = head_.D;
-    const FeatureGradientParams p{
-        .maps = {maps.of(gradient_.data, chunk.count, N, gradient_.stride, kDepth),
-                 maps.of(weight_.data, chunk.count, D, weight_.stride, kDepth)},
-        .N = N,
-        .D = D,
-        .dx = pass_.dx,
-        .tiles = product_tiles(N, D, chunk.count),
-        .add = chunk.begin > 0};
-    return maps.error == cudaSuccess ? launch_feature_gradient(p, plan_, pass_.call.stream)
-                                     : maps.error;
+    const FeatureGradientParams p{.maps = feature_maps_,
+                                  .N = N,
+                                  .D = D,
+                                  .dx = pass_.dx,
+                                  .tiles = product_tiles(N, D, chunk.count),
+                                  .add = chunk.begin > 0};
+    return launch_feature_gradient(p, plan_, pass_.call.stream);
   }
 
   const rows::BackwardPass<float>& pass_;
@@ -129,48 +144,71 @@ class ChunkLauncher {
   const CudaProblem& problem_;
   const Plan& plan_;
   const rows::ArrangedRows arranged_;
+  const bool first_rows_;  // whether no earlier segment has written the gradients of the classes
   const ClassMajorGradient gradient_;
   const RoundedWeights weight_;
+  int64_t mapped_ = 0;  // classes of the chunk that the maps are of
+  TensorMaps cosine_maps_, weight_maps_, feature_maps_;
 };
 
 }  // namespace
 
-cudaError_t forward(const ForwardCall& call, const CudaProblem& problem, const Plan& plan) {
-  const ForwardWorkspace at(problem, plan);
-  const rows::ForwardPass<float> pass(call, problem, at.rows, 0, plan.statistics_blocks);
-  const rows::ArrangedRows arranged{.rows = plan.arranged_rows,
-                                    .columns = plan.arranged_columns,
-                                    .by_rows = pass.workspace.bytes(at.arranged),
-                                    .by_columns = nullptr,
-                                    .rnorm = nullptr};
-  cudaError_t error = pass.prepare(plan.math, arranged);
-  if (error != cudaSuccess) return error;
-  MapMaker maps(problem.x);
-  const StatisticsParams p{.maps = maps.of_cosines(call.head, arranged, plan),
-                           .head = call.head,
-                           .saved = pass.saved,
-                           .targets = pass.targets,
-                           .partial = pass.partial,
-                           .tiles = cosine_tiles(plan, problem.C, plan.statistics_blocks)};
-  if (maps.error != cudaSuccess) return maps.error;
-  error = launch_statistics(p, plan, /*all=*/call.out.others || problem.with_sum, call.stream);
-  return error == cudaSuccess ? pass.finish() : error;
+cudaError_t forward(const ForwardCall& call, const CudaProblem& problem, const Plan& all) {
+  const ForwardWorkspace at(problem, all);
+  const auto blocks_of = [&](int64_t rows) {
+    return ceil_div(rows, rows::finish_block_rows(rows, all.statistics_blocks));
+  };
+  const int64_t last = all.segments - 1, blocks = blocks_of(all.segment_rows);
+  const int64_t all_blocks = last * blocks + blocks_of(all.rows_of(last, problem.N));
+  cudaError_t error = cudaSuccess;
+  for (int64_t i = 0; i < all.segments && error == cudaSuccess; ++i) {
+    const int64_t begin = i * all.segment_rows, rows = all.rows_of(i, problem.N);
+    const Plan plan = all.of_rows(rows);
+    const ForwardCall part = rows::rows_of(call, begin, rows, sizeof(float));
+    const rows::ForwardPass<float> pass(part, problem, at.rows, 0, plan.statistics_blocks, begin);
+    const rows::ArrangedRows arranged{.rows = plan.arranged_rows,
+                                      .columns = plan.arranged_columns,
+                                      .by_rows = pass.workspace.bytes(at.arranged),
+                                      .by_columns = nullptr,
+                                      .rnorm = nullptr};
+    error = pass.prepare(plan.math, arranged);
+    if (error != cudaSuccess) return error;
+    MapMaker maps(problem.x);
+    const StatisticsParams p{.maps = maps.of_cosines(part.head, arranged, plan),
+                             .head = part.head,
+                             .saved = pass.saved,
+                             .targets = pass.targets,
+                             .partial = pass.partial,
+                             .tiles = cosine_tiles(plan, problem.C, plan.statistics_blocks)};
+    if (maps.error != cudaSuccess) return maps.error;
+    error = launch_statistics(p, plan, /*all=*/call.out.others || problem.with_sum, call.stream);
+    if (error == cudaSuccess) error = pass.finish(i * blocks, all_blocks);
+  }
+  return error;
 }
 
-cudaError_t backward(const BackwardCall& call, const CudaProblem& problem, const Plan& plan) {
-  const BackwardWorkspace at(problem, plan);
-  const rows::BackwardPass<float> pass(call, problem, at.rows, at.column_sums, 0,
-                                       plan.partial_counts());
-  const rows::ArrangedRows arranged{.rows = plan.arranged_rows,
-                                    .columns = plan.arranged_columns,
-                                    .by_rows = pass.workspace.bytes(at.arranged),
-                                    .by_columns = pass.workspace.bytes(at.arranged_columns),
-                                    .rnorm = pass.float16 ? pass.saved.x_rnorm : nullptr};
-  const ChunkLauncher launcher(pass, problem, plan, at, arranged);
-  cudaError_t error = pass.prepare(arranged, {});
-  for (int64_t begin = 0; begin < problem.C && error == cudaSuccess; begin += plan.chunk)
-    error = launcher.launch({begin, std::min(plan.chunk, problem.C - begin), plan.chunk});
-  return error == cudaSuccess ? pass.finish() : error;
+cudaError_t backward(const BackwardCall& call, const CudaProblem& problem, const Plan& all) {
+  const BackwardWorkspace at(problem, all);
+  cudaError_t error = cudaSuccess;
+  for (int64_t i = 0; i < all.segments && error == cudaSuccess; ++i) {
+    const int64_t begin = i * all.segment_rows, rows = all.rows_of(i, problem.N);
+    const Plan plan = all.of_rows(rows);
+    const BackwardCall part = rows::rows_of(call, begin, rows);
+    rows::BackwardPass<float> pass(part, problem, at.rows, at.column_sums, 0, plan.partial_counts(),
+                                   begin);
+    const rows::ArrangedRows arranged{.rows = plan.arranged_rows,
+                                      .columns = plan.arranged_columns,
+                                      .by_rows = pass.workspace.bytes(at.arranged),
+                                      .by_columns = pass.workspace.bytes(at.arranged_columns),
+                                      .rnorm = pass.float16 ? pass.saved.x_rnorm : nullptr};
+    pass.add_totals_after(i * all.partial_counts().totals);
+    ChunkLauncher launcher(pass, problem, plan, at, arranged, i == 0);
+    error = pass.prepare(arranged, {}, {.begin = begin, .all = problem.N});
+    for (int64_t first = 0; first < problem.C && error == cudaSuccess; first += plan.chunk)
+      error = launcher.launch({first, std::min(plan.chunk, problem.C - first), plan.chunk});
+    if (error == cudaSuccess) error = pass.finish(/*scalars=*/i + 1 == all.segments);
+  }
+  return error;
 }
 
 }  // namespace tvmf::sm90
