@@ -1,4 +1,4 @@
-// How a kernel is launched, and where its shared memory begins.
+// How a kernel is launched.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,12 +8,6 @@
 #include <utility>
 
 namespace tvmf {
-
-// The block's dynamic shared memory. The kernels declare no other shared memory.
-__device__ __forceinline__ void* shared_memory() {
-  extern __shared__ __align__(1024) unsigned char memory[];
-  return memory;
-}
 
 // Lets the kernel's blocks have all the shared memory that a block of the current device can have.
 // Once is enough for a kernel and device, and two threads cannot set different limits.

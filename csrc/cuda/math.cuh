@@ -5,6 +5,7 @@
 #include "cuda/head.h"
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/shared.cuh"
 
 namespace tvmf {
 

@@ -12,10 +12,17 @@ void bind_runtime(py::module_& module) {
   using namespace py::literals;
   module.def(
       "configure",
-      [](uint64_t seed, bool check_races, bool count) {
-        simt::configure({seed, check_races, count});
+      [](uint64_t seed, bool check_races, bool count, bool execute) {
+        simt::configure({seed, check_races, count, execute});
       },
-      "seed"_a = 0, "check_races"_a = true, "count"_a = true);
+      "seed"_a = 0, "check_races"_a = true, "count"_a = true, "execute"_a = true);
+  module.def("calls", [] {
+    const simt::Calls calls = simt::calls();
+    return std::map<std::string, uint64_t>{{"launches", calls.launches},
+                                           {"maps", calls.maps},
+                                           {"attributes_set", calls.attributes_set},
+                                           {"attributes_read", calls.attributes_read}};
+  });
   module.def("reset", simt::reset);
   module.def("reports", simt::reports);
 #define FIELD(name) .def_readonly(#name, &simt::SiteReport::name)

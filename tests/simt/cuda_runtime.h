@@ -14,6 +14,13 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 using std::max;
 using std::min;
 
+template <class Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params),
+                               const Params& params) {
+  return simt::launch(kernel, config->gridDim, int(config->blockDim.x),
+                      int(config->dynamicSmemBytes), config->stream, params);
+}
+
 __forceinline__ void __syncthreads() { simt::named_barrier(0, blockDim.x); }
 __forceinline__ void __syncwarp(unsigned mask = ~0u) {
   simt::meet(simt::Collective::kSyncWarp, mask, {});

@@ -20,12 +20,23 @@ struct Options {
   // Only the build whose accesses to memory are instrumented can do these two.
   bool check_races = true;
   bool count = true;
+  // Without it launches are checked and counted, but no thread runs.
+  bool execute = true;
 };
 void configure(const Options& options);
 
 // A global buffer of exactly `bytes`, filled with NaN. It lives until release_all.
 void* allocate(const std::string& name, size_t bytes);
 void release_all();
+
+// Calls of the CUDA runtime and driver since `reset`.
+struct Calls {
+  uint64_t launches = 0;
+  uint64_t maps = 0;             // tensor maps that were encoded
+  uint64_t attributes_set = 0;   // of kernels
+  uint64_t attributes_read = 0;  // of the device
+};
+Calls calls();
 
 // Counts of one kind of access by one line of a kernel.
 struct SiteReport {
@@ -51,7 +62,8 @@ struct LaunchReport {
   std::vector<SiteReport> sites;
 };
 std::vector<LaunchReport> reports();
-void reset();  // forgets the reports, and with them how many launches the seed has ordered
+void reset();  // forgets the calls and the reports, and with them how many launches the seed has
+               // ordered
 
 // The functions for kernels are called by cuda_runtime.h and cuda/*.cuh.
 

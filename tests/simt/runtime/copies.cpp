@@ -117,6 +117,7 @@ cudaError_t make_map(void* map, const void* data, int element_bytes, int64_t row
       rows > int64_t(1) << 32 || cols > int64_t(1) << 32 || box_rows < 1 || box_rows > 256 ||
       box_cols * element_bytes != 128)
     return cudaErrorInvalidValue;
+  ++counted.maps;
   const MatrixMap m{
       kMapMagic, static_cast<const char*>(data), rows, cols, row_bytes, element_bytes, box_rows,
       {}};

@@ -187,6 +187,9 @@ std::vector<LaunchReport> reports() {
   return out;
 }
 
-void reset() { records.clear(); }
+void reset() {
+  counted = {};
+  records.clear();
+}
 
 }  // namespace simt

@@ -303,6 +303,8 @@ void check_copies_at_exit();
 // launch.cpp: the running launch, and the random numbers that order it.
 
 extern Options options;
+extern Calls counted;
+bool may_have(const void* kernel, int shared_bytes);  // whether its limit allows so many
 extern uint32_t block;        // the running block; blocks of all launches are numbered from 1
 extern uint32_t first_block;  // the launch's first number
 extern uint32_t launches;     // number of launches so far

@@ -57,8 +57,11 @@ uint32_t random_below(uint32_t n) {
 cudaError_t run(const void* kernel, const std::function<void()>& kernel_body, dim3 grid,
                 int thread_count, int bytes) {
   if (thread_count < 1 || thread_count > kMaxBlockThreads || bytes < 0 || bytes > kMaxShared ||
-      !grid.x || grid.x > 0x7fffffff || !grid.y || grid.y > 65535 || !grid.z || grid.z > 65535)
+      !may_have(kernel, bytes) || !grid.x || grid.x > 0x7fffffff || !grid.y || grid.y > 65535 ||
+      !grid.z || grid.z > 65535)
     return cudaErrorInvalidValue;
+  ++counted.launches;
+  if (!options.execute) return cudaSuccess;
   start_counts(kernel);
   record->report.grid = gridDim = grid;
   record->report.threads = blockDim.x = thread_count;
