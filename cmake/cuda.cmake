@@ -1,4 +1,4 @@
-# Two functions that decide whether and for which GPUs CUDA sources are compiled. They need no
+# Functions that decide whether and for which GPUs CUDA sources are compiled. They need no
 # project, so that tests/test_build.py runs them in CMake's script mode.
 
 set(tvmf_cuda_sources ${CMAKE_CURRENT_LIST_DIR}/../csrc/cuda)
@@ -62,6 +62,26 @@ function(tvmf_find_nvcc nvcc problem)
   endif()
 endfunction()
 
+# Sets `capabilities` to those of the GPUs here that are newer than 9.0 and in nvcc's list of what it
+# supports. Without code of their own, their first call compiles PTX for a minute or two. GPUs below
+# 9.0 run the code for 8.0.
+function(tvmf_newer_gpus capabilities supported)
+  set(found)
+  find_program(smi nvidia-smi NO_CACHE)
+  if(smi)
+    execute_process(COMMAND "${smi}" --query-gpu=compute_cap --format=csv,noheader
+      OUTPUT_VARIABLE printed ERROR_QUIET TIMEOUT 20)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]" printed "${printed}")
+    foreach(capability IN LISTS printed)
+      string(REPLACE "." "" plain ${capability})
+      if(plain GREATER 90 AND supported MATCHES "compute_${plain}[^0-9]")
+        list(APPEND found ${capability})
+      endif()
+    endforeach()
+  endif()
+  set(${capabilities} "${found}" PARENT_SCOPE)
+endfunction()
+
 # Reads TORCH_CUDA_ARCH_LIST as torch does, such as "8.0;9.0+PTX", and sets `archs` to a value for
 # CMAKE_CUDA_ARCHITECTURES. Three rules differ from torch's:
 # - A capability that has a folder of kernels of its own, such as csrc/cuda/sm90, is compiled as its
@@ -72,10 +92,12 @@ endfunction()
 # - Capabilities below 8.0, which the kernels do not support, are left out.
 function(tvmf_cuda_archs archs nvcc)
   string(REGEX MATCHALL "[^ ;,]+" requested "$ENV{TORCH_CUDA_ARCH_LIST}")
+  execute_process(COMMAND "${nvcc}" --list-gpu-arch OUTPUT_VARIABLE supported ERROR_QUIET)
   if(NOT requested)
     set(requested 8.0 9.0+PTX)
+    tvmf_newer_gpus(newer "${supported}")
+    list(APPEND requested ${newer})
   endif()
-  execute_process(COMMAND "${nvcc}" --list-gpu-arch OUTPUT_VARIABLE supported ERROR_QUIET)
   set(values)
   set(left_out)
   foreach(entry IN LISTS requested)

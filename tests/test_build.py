@@ -256,12 +256,15 @@ def cmake_script(folder, *lines, **variables):
     return run(shutil.which("cmake"), "-P", script, cwd=folder, **variables)
 
 
-def cuda_archs(folder, requested, nvcc="/nowhere"):
+def cuda_archs(folder, requested, nvcc="/nowhere", gpus="8.6"):
+    """The architectures that are compiled on a machine with these GPUs, and what CMake prints."""
+    program(folder, "nvidia-smi", f"printf '{gpus}\n'")
     result = cmake_script(
         folder,
         f'tvmf_cuda_archs(archs "{nvcc}")',
         'message("archs=${archs}")',
         TORCH_CUDA_ARCH_LIST=requested,
+        PATH=f"{folder}:{os.environ['PATH']}",
     )
     archs = re.search("^archs=(.*)$", result.stderr, re.MULTILINE)
     return archs and archs[1].split(";"), result.stdout + " ".join(result.stderr.split())
@@ -286,6 +289,25 @@ def cuda_archs(folder, requested, nvcc="/nowhere"):
 )  # fmt: skip
 def test_hopper_is_always_9_0a_and_ptx_always_of_a_plain_target(requested, archs, tmp_path):
     assert cuda_archs(tmp_path, requested)[0] == archs
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("gpus", "more"),
+    [
+        ("9.0", []),
+        ("8.9\n8.9", []),
+        ("10.0\n10.0\n12.0", ["100-real", "120-real"]),
+        ("13.0", []),  # nvcc does not know it, so PTX serves it
+        ("No devices were found", []),
+    ],
+)
+def test_newer_gpus_that_are_here_get_code_of_their_own(gpus, more, tmp_path):
+    listed = "printf 'compute_80\ncompute_90\ncompute_100\ncompute_120\n'"
+    nvcc = program(tmp_path, "nvcc", listed)
+    found, _ = cuda_archs(tmp_path, None, nvcc, gpus)
+    assert found == ["80-real", "90a-real", "90-virtual", *more]
+    assert cuda_archs(tmp_path, "8.0", nvcc, gpus)[0] == ["80-real"]
 
 
 @needs_cmake

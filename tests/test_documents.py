@@ -210,6 +210,21 @@ def test_predictions_are_those_of_the_plan():
     assert not missing, "docs/measurements.md lacks:\n" + "\n".join(missing)
 
 
+def expectations():
+    """Rows of the table of docs/confirm.md."""
+    for shape in (*SHAPES, (16384, 39063, 512)):
+        found = plan(*shape, dtype=torch.bfloat16, weight_dtype=torch.float32, device="H200")
+        kernels = ", ".join(map(str, found.forward_kernels + found.backward_kernels))
+        step = with_unit(found.forward_seconds + found.backward_seconds, "s")
+        yield f"| {', '.join(map(str, shape))} | {step} | {kernels} |"
+
+
+def test_what_a_gpu_should_show_is_what_the_plan_predicts():
+    text = (ROOT / "docs" / "confirm.md").read_text()
+    missing = [row for row in expectations() if row not in text]
+    assert not missing, "docs/confirm.md lacks:\n" + "\n".join(missing)
+
+
 def test_the_table_of_many_gpus_is_that_of_the_plan():
     text = (ROOT / "docs" / "scaling.md").read_text()
     table = text.split("<!-- paper -->\n")[1].split("\n<!-- /paper -->")[0]
