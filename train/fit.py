@@ -79,7 +79,8 @@ class Fit:
         self.learns_kappa = any(name == "kappa" for name, _ in head.named_parameters())
         self.has_scale = any(name == "s_" for name, _ in head.named_parameters())
         self.optimizer = make_optimizer(net, head, config)
-        self.scaler = torch.amp.GradScaler(session.device.type, enabled=config.precision == "fp16")
+        scaler = sharded.GradScaler if session.mesh else torch.amp.GradScaler
+        self.scaler = scaler(session.device.type, enabled=config.precision == "fp16")
         net = nn.Identity() if cached else net
         if session.mesh:
             rows = -(-self.batch_size // session.parts)

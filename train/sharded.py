@@ -5,6 +5,7 @@ process, on its CPU, when it writes a model file.
 """
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from train.batches import NO_LABEL
 from train.checkpoint import SHARDS
 from train.model import Classifier
 from tvmf_ext import ShardedTvMFLoss, TvMFLoss
+from tvmf_ext.distributed import GradScaler as GradScaler
 
 
 class ShardedClassifier(Classifier):
@@ -156,7 +158,9 @@ def keep(out: Path, number: int) -> None:
 
 def load(out: Path, number: int, head: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Reads shards, of any number of processes, into a head that is sharded or not."""
-    dcp.load(tensors(head, optimizer), checkpoint_id=folder(out, number))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process
+        dcp.load(tensors(head, optimizer), checkpoint_id=folder(out, number))
 
 
 def load_whole(head: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

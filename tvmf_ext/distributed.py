@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from . import ops
 from .collectives import (
@@ -32,6 +31,8 @@ from .functional import (
     in_compute_dtype,
     row_losses,
 )
+from .gradients import GradScaler as GradScaler
+from .gradients import clip_grad_norm_ as clip_grad_norm_
 from .head import SoftplusScale, autocast_input, check_tensor
 from .logits import topk, tvmf_logits
 from .modules import TvMFLoss
@@ -44,39 +45,6 @@ from .shard import LabelCheck, shard_statistics, target_scores
 _INIT_CLASSES = 4096
 
 _MARGINS = ("cosine_margin", "angular_margin")
-
-
-def clip_grad_norm_(
-    parameters: Iterable[Tensor],
-    max_norm: float,
-    norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
-) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for plain parameters and DTensors together.
-
-    All ranks must call it together. A plain gradient must be the same on all ranks, as it is after
-    DistributedDataParallel; it counts once.
-
-    Returns:
-        The norm of all gradients before they were clipped, the same on all ranks.
-    """
-    kinds: dict[Any, list[Tensor]] = {}
-    for p in parameters:
-        if p.grad is not None:
-            kind = (p.grad.device_mesh, p.grad.placements) if isinstance(p.grad, DTensor) else None
-            kinds.setdefault(kind, []).append(p)
-    norms = []
-    for same in kinds.values():
-        norm = get_total_norm([p.grad for p in same if p.grad is not None], norm_type)
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not norms:
-        return torch.tensor(0.0)
-    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), norm_type)
-    if error_if_nonfinite and not norm.isfinite():
-        raise RuntimeError(f"the norm of the gradients must be finite, got {norm.item()}")
-    for same in kinds.values():
-        clip_grads_with_norm_(same, max_norm, norm)
-    return norm
 
 
 class _Rows(NamedTuple):
