@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 def clip_grad_norm_(
-    parameters: Iterable[Tensor],
+    parameters: Tensor | Iterable[Tensor],
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
@@ -27,6 +27,7 @@ def clip_grad_norm_(
     Returns:
         The norm of all gradients before they were clipped, the same on all ranks.
     """
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
     kinds: dict[Any, list[Tensor]] = {}
     for p in parameters:
         if p.grad is not None:
@@ -54,14 +55,16 @@ class GradScaler(torch.amp.GradScaler):
     """
 
     def _unscale_grads_(self, optimizer: Any, *args: Any) -> dict[torch.device, Tensor]:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        sharded = [p for p in parameters if isinstance(p, DTensor)]
         # The operator that unscales refuses the two kinds together, but takes a rank's own parts.
-        own = [p.detach().to_local() if isinstance(p, DTensor) else p for p in parameters]
-        for part, p in zip(own, parameters, strict=True):
-            if isinstance(p, DTensor) and isinstance(p.grad, DTensor):
-                part.grad = p.grad.to_local()
-        found = super()._unscale_grads_(SimpleNamespace(param_groups=[{"params": own}]), *args)
+        sharded, own = [], []
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if isinstance(p, DTensor):
+                part = p.to_local().detach()
+                part.grad = p.grad.to_local() if isinstance(p.grad, DTensor) else None
+                sharded.append(p)
+            own.append(part if isinstance(p, DTensor) else p)
+        parts: Any = SimpleNamespace(param_groups=[{"params": own}])
+        found = super()._unscale_grads_(parts, *args)
         for mesh in {p.device_mesh for p in sharded}:
             device = next(p.device for p in sharded if p.device_mesh == mesh)
             of_mesh = found.setdefault(device, torch.zeros(1, device=device))
