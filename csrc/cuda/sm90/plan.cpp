@@ -287,9 +287,9 @@ Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, cons
   // depend on the classes would take the workspace over its budget, and never more than the L2
   // cache holds. A chunk is made of whole waves of tiles.
   plan.column_slots = plan.row_blocks * (plan.small_tiles ? 2 : 1);
-  const int64_t other_bytes =
-      most_splits * partial_bytes + 4 * plan.arranged_rows * plan.arranged_columns +
-      p.N * (48 + 4 * most_blocks) + plan.row_blocks * most_blocks * 128 + kMiB;
+  const int64_t other_bytes = most_splits * partial_bytes +
+                              4 * plan.arranged_rows * plan.arranged_columns + p.N * 48 +
+                              plan.row_blocks * most_blocks * 128 + kMiB;
   const int64_t cached = gpu.l2 * 9 / 10;
   const int64_t room = std::clamp(std::min(kWorkspaceBudget - other_bytes, cached),
                                   std::min(16 * kMiB, cached), 44 * kMiB);

@@ -56,7 +56,7 @@ struct Plan {
   bool adds_gradients() const { return segments > 1; }
   int64_t tile_classes() const { return small_tiles ? kSmallClasses : kLargeClasses; }
   rows::PartialCounts partial_counts() const {
-    return {gradient_blocks, input_splits, row_blocks * gradient_blocks * 8};  // 8 consumer warps
+    return {0, input_splits, row_blocks * gradient_blocks * 8};  // 8 consumer warps
   }
 };
 
