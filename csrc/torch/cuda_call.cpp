@@ -423,9 +423,10 @@ const Gpu& cuda_gpu(int32_t device) {
   return device_at(device).gpu;
 }
 
-void check_targets(int64_t device) {
-  const CurrentDevice current(int32_t(device));
-  raise_for_bad_label(device_at(int32_t(device)), int32_t(device));
+void check_targets(int64_t number) {
+  const int32_t device = static_cast<int32_t>(number);
+  const CurrentDevice current(device);
+  raise_for_bad_label(device_at(device), device);
 }
 
 }  // namespace tvmf
