@@ -1,0 +1,59 @@
+"""Trains the driver with a head that its flags do not make: margins that depend on the class size.
+
+    python -m examples.margins --ldam 0.5 --dataset list --data data/icons --out out
+
+All flags but those of the margins go to `python -m train`. Stage 2 has no margins.
+"""
+
+import argparse
+
+from train import command, stages
+from train.config import parse_config
+from train.shell import one_line_errors
+from tvmf_ext import TvMFLoss
+from tvmf_ext.margin import ldam
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--ldam", type=float, metavar="M", help="margin of the cosine of the smallest class")
+    add("--cosface", type=float, metavar="M", default=0.0, help="margin of all classes' cosines")
+    add("--arcface", type=float, metavar="A", default=0.0, help="margin of their angles in radians")
+    options, flags = parser.parse_known_args()
+    config = parse_config(flags)
+    train_stage1, make_head = stages.train_stage1, stages.make_head
+
+    def train_with_margins(session, *rest):
+        counts = session.data.counts
+        cosine_margin = options.cosface if options.ldam is None else ldam(counts, options.ldam)
+
+        def make_head_with_margins(name, num_features, num_classes, config, prior=None):
+            return TvMFLoss(
+                num_features,
+                num_classes,
+                kappa=config.kappa if name == "tvmf" else 0.0,
+                cosine_margin=cosine_margin,
+                angular_margin=options.arcface,
+                scale=config.scale_start,
+                prior=prior,
+                reduction="sum",  # the driver divides by the images of all processes
+            )
+
+        stages.make_head = make_head_with_margins
+        try:
+            return train_stage1(session, *rest)
+        finally:
+            stages.make_head = make_head
+
+    stages.train_stage1 = train_with_margins
+    command.main(config)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
