@@ -1,8 +1,8 @@
 """`python -m bench.heads TABLE`: what a head, a margin or a prior is worth on one data set.
 
 A row is a set of flags of the driver. All rows of a table are trained with the same seeds, and a
-seed fixes the images, the noise, the backbone's first weights and the order of the batches. So each
-run is compared with the cosine head's run of its seed, which takes away most of the noise.
+seed fixes the images, wrong labels, the backbone's first weights and the order of the batches. So
+each run is compared with the baseline's run of its seed, which takes away a part of the noise.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from bench.show.plots import picture
 from bench.show.results import save
 from bench.show.tables import table
 
-BASELINE = "cosine"
 RESULTS = documents.results_path("heads")
 # Half of a 95 % interval of a mean, in standard errors, for as many seeds (Student's t).
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
@@ -37,21 +36,68 @@ class Table:
     seeds: int
     flags: str
     rows: dict[str, str]
+    baseline: str = "cosine"
 
 
 HEADS = {
     "softmax": "--head softmax",
-    BASELINE: "--head cosine",
+    "cosine": "--head cosine",
     "t-vMF κ=16": "--kappa 16",
     "t-vMF, κ learned from 16": "--kappa 16 --learn-kappa",
 }
+FASHION = (
+    "--dataset fashion-mnist-lt --imbalance 1 --stage2-epochs 0 --batch-size 16 --channels-last"
+)
+LIST = "--dataset list --stage2-epochs 5 --channels-last"
 TABLES = {
     "small": Table(
-        "600 images, 60 of each class",
-        5,
-        "--dataset fashion-mnist-lt --imbalance 1 --subset 0.01 --epochs 40 --stage2-epochs 0 "
-        "--batch-size 16 --eval-every 40 --channels-last",
+        "Fashion-MNIST, 60 images of each class",
+        3,
+        f"{FASHION} --subset 0.01 --batch-size 16 --epochs 40 --eval-every 40",
         HEADS,
+    ),
+    "noise": Table(
+        "Fashion-MNIST, 300 images of each class, 40 % wrong labels",
+        3,
+        f"{FASHION} --subset 0.05 --label-noise 0.4 --batch-size 16 --epochs 10 --eval-every 10",
+        HEADS,
+    ),
+    "characters": Table(
+        "94 characters, 303 to 3 images of each",
+        3,
+        f"{LIST} --epochs 10 --batch-size 32 --eval-every 10",
+        {
+            "cosine": "--head cosine",
+            "t-vMF κ=16": "--kappa 16",
+            "t-vMF, κ learned from 16": "--kappa 16 --learn-kappa",
+            "cosine, prior 1": "--head cosine --prior 1",
+            "cosine, LDAM": "--head cosine --scale-start 20 --scale-lr 0 --ldam 0.5",
+        },
+    ),
+    "icons": Table(
+        "617 icons, 11 to 1 images of each",
+        3,
+        f"{LIST} --epochs 15 --batch-size 16 --eval-every 15",
+        {
+            "cosine": "--head cosine",
+            "t-vMF κ=16": "--kappa 16",
+            "cosine, prior 1": "--head cosine --prior 1",
+        },
+    ),
+    "stage2": Table(
+        "Stage 2 of the characters, after t-vMF κ=16",
+        3,
+        f"{LIST} --batch-size 32 --eval-every 10 "
+        "--model {runs}/characters/1-seed{seed}/stage1.pt",
+        {
+            "the recipe": "",
+            "class means": "--stage2-start means",
+            "fresh": "--stage2-start fresh",
+            "sqrt": "--sampling sqrt --stage2-prior 0.5",
+            "classes": "--sampling classes --stage2-prior 0",
+            "κ=16": "--stage2-kappa 16",
+        },
+        "the recipe",
     ),
 }
 
@@ -60,7 +106,8 @@ def command_of(name: str, row: str, seed: int, data: Path, out: Path) -> list[st
     """The command that trains a row with a seed; margins are made by an example."""
     flags = shlex.split(TABLES[name].rows[row])
     module = "examples.margins" if "--ldam" in flags else "train"
-    flags += [*shlex.split(TABLES[name].flags), "--seed", str(seed)]
+    common = TABLES[name].flags.format(runs=out.parents[1], seed=seed)
+    flags += [*shlex.split(common), "--seed", str(seed)]
     return [sys.executable, "-m", module, *flags, "--data", str(data), "--out", str(out)]
 
 
@@ -99,38 +146,37 @@ def difference(runs: list[dict], baseline: list[dict], stage: str) -> str:
     return f"**{text}**" if abs(mean) > half else text
 
 
-def rows_of(report: dict) -> list[dict[str, str]]:
+def rows_of(report: dict, baseline: str) -> list[dict[str, str]]:
     """The rows of the Markdown table."""
-    baseline = report["rows"][BASELINE]
-    stages = [stage for stage in ("stage1", "stage2") if stage in baseline[0]]
+    compared = report["rows"][baseline]
+    stages = [stage for stage in ("stage1", "stage2") if stage in compared[0]]
     rows = []
     for name, runs in report["rows"].items():
-        row = {"stage 1": name}
+        row = {"": name}
         for stage in stages:
             title = f"stage {stage[-1]}, " if len(stages) > 1 else ""
             row[f"{title}error@1"] = with_deviation(values(runs, stage, "error1"))
-            own = name == BASELINE
-            row[f"{title}less cosine's"] = "" if own else difference(runs, baseline, stage)
-            if stage == "stage1":
+            own = name == baseline
+            row[f"{title}difference"] = "" if own else difference(runs, compared, stage)
+            if stage == "stage1" and len(stages) > 1:
+                row["adjusted"] = with_deviation(values(runs, stage, "adjusted_error1"))
+            elif values(runs, stage, "few"):
+                row["few"] = with_deviation(values(runs, stage, "few"))
+            if len(stages) == 1:
                 row["training error"] = with_deviation(values(runs, stage, "train_error1"))
-                if len(stages) > 1:
-                    row["adjusted"] = with_deviation(values(runs, stage, "adjusted_error1"))
-            if len(stages) > 1 and values(runs, stage, "few"):
-                row[f"{title}few"] = with_deviation(values(runs, stage, "few"))
         rows.append(row)
     return rows
 
 
 def draw(reports: dict[str, dict], path: Path) -> None:
-    """A point for each seed: how far a row's error@1 is from the cosine head's, after its last
-    stage."""
+    """A point for each seed: a row's error@1 after the last stage less the baseline's."""
     heights = [len(report["rows"]) for report in reports.values()]
     size = {"figsize": (8, 0.9 + 0.32 * sum(heights)), "height_ratios": heights}
     with picture(path, len(reports), 1, squeeze=False, sharex=True, **size) as (_, axes):
         for (name, report), axis in zip(reports.items(), axes[:, 0], strict=True):
-            baseline = report["rows"][BASELINE]
+            baseline = report["rows"][TABLES[name].baseline]
             stage = max(baseline[0])
-            names = [row for row in report["rows"] if row != BASELINE]
+            names = [row for row in report["rows"] if row != TABLES[name].baseline]
             for place, row in enumerate(names):
                 errors = (values(r, stage, "error1") for r in (report["rows"][row], baseline))
                 found = [ours - theirs for ours, theirs in zip(*errors, strict=True)]
@@ -168,7 +214,7 @@ def main(args: list[str] | None = None) -> None:
         out = options.out / name / f"{list(plan.rows).index(row)}-seed{seed}"
         rows[row].append(train(name, row, seed, options.data.resolve(), out.resolve()))
     report = {"flags": plan.flags, **about("cpu"), "rows": rows}
-    text = table(rows_of(report))
+    text = table(rows_of(report, plan.baseline))
     print(text)
     if options.document:
         reports = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
