@@ -45,9 +45,7 @@ HEADS = {
     "t-vMF κ=16": "--kappa 16",
     "t-vMF, κ learned from 16": "--kappa 16 --learn-kappa",
 }
-FASHION = (
-    "--dataset fashion-mnist-lt --imbalance 1 --stage2-epochs 0 --batch-size 16 --channels-last"
-)
+FASHION = "--dataset fashion-mnist-lt --imbalance 1 --stage2-epochs 0 --channels-last"
 LIST = "--dataset list --stage2-epochs 5 --channels-last"
 TABLES = {
     "small": Table(
