@@ -186,7 +186,7 @@ def draw(reports: dict[str, dict], path: Path) -> None:
             axis.grid(axis="x", alpha=0.3)
             axis.set_title(TABLES[name].title, fontsize="medium", loc="left")
         axes[-1, 0].set_xlabel(
-            "points of error@1 above the cosine head's, same seed; | is the mean"
+            "error@1 less that of the baseline with the same seed, in points; bar: mean"
         )
 
 
