@@ -26,7 +26,7 @@ from train.augment import (
     shift,
 )
 from train.images import LostImages, bad_image, read_image
-from train.splits import Split
+from train.splits import Split, members_of_classes
 
 GROUP = 4  # images of one class in a row, as in the paper's code
 NO_LABEL = -100  # label of an image that could not be read; the heads ignore it
@@ -57,8 +57,7 @@ def balanced_over_classes(labels: Tensor, batch_size: int, seed: int) -> Tensor:
 
     batch_size = min(batch_size, max(len(labels), GROUP * len(labels.unique())))
     size = max(1, len(labels) // batch_size) * batch_size
-    by_class = labels.argsort(stable=True).split(torch.bincount(labels).tolist())
-    images = [cycle(members.numpy()) for members in by_class if len(members)]
+    images = [cycle(members.numpy()) for members in members_of_classes(labels) if len(members)]
     classes = cycle(len(images))
     order = []
     while len(order) < size:

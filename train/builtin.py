@@ -11,10 +11,10 @@ from PIL import Image
 from torchvision import datasets
 
 from train.config import Config, TrainError
-from train.splits import LongTailed, Split, exponential_profile, first_of_each_class
+from train.splits import LongTailed, Split, exponential_profile, members_of_classes
 
 DIGITS = Path(__file__).with_name("digits.png")  # digits.txt names its source and licence
-DIGITS_TRAIN, DIGITS_TEST = 400, 100  # images of each digit, before the profile thins them out
+DIGITS_TRAIN = 400  # images of each digit, before the profile thins them out; 100 more are tested
 
 TORCHVISION = {
     "mnist-lt": datasets.MNIST,
@@ -33,16 +33,24 @@ def read_digits() -> Split:
     return Split(images, torch.arange(10).repeat_interleave(len(images) // 10))
 
 
+def long_tailed(train: Split, test: Split, imbalance: float) -> LongTailed:
+    """The data set of the first training images of each class, as many as the profile says."""
+    classes = members_of_classes(train.labels)
+    sizes = exponential_profile(min(map(len, classes)), imbalance, len(classes))
+    kept = [members[:size] for members, size in zip(classes, sizes, strict=True)]
+    return LongTailed(train.take(torch.cat(kept)), test, None, len(classes))
+
+
 def load_digits(config: Config) -> LongTailed:
     """The last 100 images of each digit are the test set; training images come from the rest.
 
     The split depends on no seed, so that every run is tested on the same images.
     """
     every = read_digits()
-    sizes = exponential_profile(DIGITS_TRAIN, config.imbalance, 10)
-    members = [torch.where(every.labels == c)[0][DIGITS_TRAIN:][:DIGITS_TEST] for c in range(10)]
-    test = every.take(torch.cat(members))
-    return LongTailed(every.take(first_of_each_class(every.labels, sizes)), test, None, 10)
+    digits = members_of_classes(every.labels)
+    train = every.take(torch.cat([members[:DIGITS_TRAIN] for members in digits]))
+    test = every.take(torch.cat([members[DIGITS_TRAIN:] for members in digits]))
+    return long_tailed(train, test, config.imbalance)
 
 
 def load_torchvision(config: Config) -> LongTailed:
@@ -59,10 +67,7 @@ def load_torchvision(config: Config) -> LongTailed:
         images = torch.as_tensor(source.data)  # MNIST's [N, H, W], CIFAR's [N, H, W, 3]
         images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
         splits.append(Split(images, torch.as_tensor(source.targets)))
-    train, test = splits
-    counts = torch.bincount(train.labels)
-    sizes = exponential_profile(int(counts.min()), config.imbalance, len(counts))
-    return LongTailed(train.take(first_of_each_class(train.labels, sizes)), test, None, len(counts))
+    return long_tailed(*splits, config.imbalance)
 
 
 BUILTIN = {"digits": load_digits} | dict.fromkeys(TORCHVISION, load_torchvision)

@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -77,80 +77,72 @@ def check(data: LongTailed, config: Config) -> None:
             )
 
 
-def located(split: Split, folders: dict[bytes, int]) -> np.ndarray:
-    """For each image of a split the number of its folder in `folders`, and the hash of its name:
-    16 bytes an image, where sets of paths take 200. [N] with the fields f0, f1."""
-    paths, known = split.images, {}
-    root, odd = os.fsencode(paths.root), any(part in paths.text for part in (b"//", b"./"))
+def keys_of(split: Split, folders: set[bytes]) -> np.ndarray:
+    """For each image of a split the hash of its folder and its name, int64 [N]: a set of paths
+    would take 200 bytes an image. The folders are added to `folders`."""
+    known, root = {}, os.fsencode(split.images.root)
 
-    def places():
-        for path in paths.names():
-            folder, _, name = (os.path.normpath(path) if odd else path).rpartition(b"/")
+    def keys() -> Iterator[int]:
+        for path in split.images.names():
+            folder, _, name = path.rpartition(b"/")
             if folder not in known:
-                where = os.path.normpath(os.path.join(root, folder))
-                known[folder] = folders.setdefault(where, len(folders))
-            yield known[folder], hash(name)
+                known[folder] = os.path.normpath(os.path.join(root, folder))
+            yield hash((known[folder], name))
 
-    return np.fromiter(places(), "i8,i8", len(split))
+    found = np.fromiter(keys(), np.int64, len(split))
+    folders.update(known.values())
+    return found
 
 
 def check_files(data: LongTailed, skip: bool) -> None:
     """Refuses files that are missing (with `skip`, only where all of a split are), and an image of
     two splits or classes; notes images that a split has twice."""
-    folders, splits = {}, list(data.splits())
-    places = [located(split, folders) for _, split in splits]
-    ends = np.cumsum([len(split) for _, split in splits])
-    places, labels = np.concatenate(places), torch.cat([split.labels for _, split in splits])
-    number = np.repeat(np.arange(len(splits)), [len(split) for _, split in splits])
-
-    def named(i: int) -> tuple[str, str, str]:
-        """The path, the list's line and the split of the i-th of all images."""
-        name, split = splits[number[i]]
-        i = int(i - ends[number[i]])  # counted from the split's end
-        return split.images[i], split.where(i), name
-
-    there = np.empty(len(places), bool)
-    groups = np.split(places["f0"].argsort(kind="stable"), np.bincount(places["f0"]).cumsum()[:-1])
-    for folder, group in zip(folders, groups, strict=True):
-        # A folder is listed once, which is faster than to ask for every file.
-        content = os.listdir(folder) if os.path.isdir(folder) else ()
-        there[group] = np.isin(places["f1"][group], [*map(hash, content)])
-    for i in np.flatnonzero(~there):
-        if not (skip and there[number == number[i]].any()):
-            image, where, _ = named(i)
+    folders, splits = set(), list(data.splits())
+    keys = [keys_of(split, folders) for _, split in splits]
+    # A folder is listed once, which is faster than to ask for every file.
+    listed = ((folder, os.listdir(folder)) for folder in folders if os.path.isdir(folder))
+    there = (hash((folder, name)) for folder, names in listed for name in names)
+    there = np.sort(np.fromiter(there, np.int64))
+    for (_, split), key in zip(splits, keys, strict=True):
+        order = key.argsort()  # in which a search is fast; np.isin would take 90 MB for a million
+        key = key[order]
+        missing = order[there.searchsorted(key) == there.searchsorted(key, "right")]
+        if len(missing) > (len(split) - 1 if skip else 0):
+            image, where = split.images[missing.min()], split.where(missing.min())
             raise TrainError(
-                f"{where}: got {image}, which is not there{twin(image)}; wanted an image"
+                f"{where}: got {image}, which is not there{other_form(image)}; wanted an image"
             )
 
-    keys = places["f1"] ^ (places["f0"] << 44)
+    keys, ends = np.concatenate(keys), np.cumsum([len(split) for _, split in splits])
     order = keys.argsort(kind="stable")
-    a, b = order[:-1], order[1:]
-    a, b = (pair[keys[a] == keys[b]] for pair in (a, b))
-    odd = (number[a] != number[b]) | (labels[a] != labels[b]).numpy()
-    for i, j in zip(a[odd], b[odd], strict=True):
-        (image, where, name), (_, other, other_name) = named(j), named(i)
-        raise TrainError(
-            f"{where}: got {image} for {name}, class {labels[j]}, which {other} names for "
-            f"{other_name}, class {labels[i]}; wanted one split and one class for an image"
+    again = keys[order[:-1]] == keys[order[1:]]
+
+    def named(i: int) -> tuple[str, str, str]:
+        """The path, the list's line, and the split and class of the i-th of all images."""
+        part = np.searchsorted(ends, i, "right")
+        (name, split), i = splits[part], i - ends[part]  # counted from the split's end
+        return split.images[i], split.where(i), f"{name}, class {split.labels[i]}"
+
+    for i, j in zip(order[:-1][again], order[1:][again], strict=True):
+        (_, first, kind), (image, where, other_kind) = named(i), named(j)
+        if kind != other_kind:
+            raise TrainError(
+                f"{where}: got {image} for {other_kind}, which {first} names for {kind}; wanted "
+                "one split and one class for an image"
+            )
+    if again.any():
+        image, where, _ = named(order[1:][again].min())
+        data.notes.append(
+            f"{again.sum()} images are named more than once, such as {image} ({where})"
         )
-    if len(b):
-        image, where, _ = named(b.min())
-        data.notes.append(f"{len(b)} images are named more than once, such as {image} ({where})")
 
 
-def twin(path: str) -> str:
-    """What is there in place of a path that is not, and differs only in the case of letters or in
-    how Unicode composes them: macOS writes an accent as a character of its own (NFD)."""
-
-    def plain(name: str) -> str:
-        return unicodedata.normalize("NFC", name).casefold()
-
-    missing = next(p for p in (*reversed(Path(path).parents), Path(path)) if not p.exists())
-    names = os.listdir(missing.parent) if missing.parent.is_dir() else []
-    other = next((name for name in names if plain(name) == plain(missing.name)), None)
-    if other is None:
-        return ""
-    return f" ({other!a} is, with other letter case or Unicode form than {missing.name!a})"
+def other_form(path: str) -> str:
+    """What is there in place of a path that is not, and composes its letters in another way: macOS
+    writes an accent as a character of its own (NFD)."""
+    forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+    found = next((other for other in forms if os.path.exists(other)), None)
+    return f" ({found!a} is, in another Unicode form than {path!a})" if found else ""
 
 
 def choose_transforms(data: LongTailed, config: Config) -> None:

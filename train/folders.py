@@ -8,7 +8,7 @@ import torch
 from torchvision import datasets
 
 from train.config import Config, TrainError
-from train.splits import LongTailed, Paths, Split
+from train.splits import LongTailed, Paths, Split, members_of_classes
 
 HELD_OUT = 0.2  # share of each class's images that is tested if there is no folder of test images
 EXTENSIONS = (*datasets.folder.IMG_EXTENSIONS, ".avif", ".gif", ".jfif")
@@ -60,7 +60,7 @@ def read_folder(root: Path, classes: dict[str, int], others: dict[str, str]) -> 
 def hold_out(split: Split, num_classes: int) -> tuple[Split, Split]:
     """Training images, and a fifth of each class as test images: the same ones for every seed."""
     held_out, draw = torch.zeros(len(split), dtype=torch.bool), torch.Generator().manual_seed(0)
-    for members in (torch.where(split.labels == c)[0] for c in range(num_classes)):
+    for members in members_of_classes(split.labels, num_classes):
         test = round(HELD_OUT * len(members)) or int(len(members) > 1)
         held_out[members[torch.randperm(len(members), generator=draw)[:test]]] = True
     return split.take(torch.where(~held_out)[0]), split.take(torch.where(held_out)[0])

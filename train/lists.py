@@ -1,8 +1,9 @@
 """Data sets of image files that lists name: lines `relative/path label`, or iNaturalist's JSON."""
 
 import json
+import os
 import re
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,12 @@ OFFICIAL = {
     "inat2018": "iNaturalist18_",
     "inat2019": "iNaturalist19_",
 }
-BLANKS, DIGITS, SLASH = b" \t\r", b"0123456789", b"/"
+# A path without the slashes before it, and a label behind the last blanks, tabs and commas; or else
+# a line that is not empty. A dot stands for all but a newline.
+LINE = re.compile(
+    rb"^[ \t\r]*(?![ \t\r])/*(?!/)(.*[^ \t\r,\n])[ \t\r,]+([0-9]{1,18})[ \t\r]*$|^.*[^ \t\r\n].*$",
+    re.MULTILINE,
+)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -38,47 +44,23 @@ def read_bytes(path: Path) -> bytes:
         raise TrainError(f"--data: got {path} ({error.strerror}), wanted a list to read") from None
 
 
-def moved(codes: np.ndarray, at: np.ndarray, limit: np.ndarray, members: bytes, step: int = -1):
-    """Positions moved over the characters `members`, backwards or forwards, up to `limit`."""
-    table, at, going = np.isin(np.arange(256), list(members)), at.copy(), np.arange(len(at))
-    while len(going := going[at[going] != limit[going]]):
-        going = going[table[codes[at[going] + min(step, 0)]]]
-        at[going] += step
-    return at
-
-
 def read_list(path: Path, root: Path) -> Split:
-    """The images of a list file, which is taken apart by arrays, as it may have a million lines.
-
-    The label follows the last blanks, tabs and commas of a line. Slashes before the path are
-    dropped.
-    """
+    """The images of a list file. It may have a million lines, of which arrays keep places alone."""
     text = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     if text[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in text:
         raise TrainError(f"{path}: got UTF-16 or zero bytes, wanted a list in UTF-8")
-    codes = np.frombuffer(text, np.uint8)
-    breaks = (found.start() for found in re.finditer(b"\n", text))
-    kind = np.int32 if len(text) < 2**31 else np.int64
-    stop = np.fromiter(chain(breaks, [len(text)]), kind, text.count(b"\n") + 1)
-    start = np.concatenate([stop[:1] * 0, stop[:-1] + 1])
-    end = moved(codes, stop, start, BLANKS)
-    lines = np.flatnonzero(end > start)
-    if not len(lines):
+
+    def places() -> Iterator[int]:
+        for found in LINE.finditer(text):
+            if found[2] is None:
+                line, got = text.count(b"\n", 0, found.start()) + 1, os.fsdecode(found[0])
+                raise TrainError(f"{path}:{line}: got {got!r}, wanted `relative/path label`")
+            yield from (*found.span(1), int(found[2]))
+
+    begin, end, labels = np.fromiter(places(), np.int64).reshape(-1, 3).T.copy()
+    if not len(labels):
         raise TrainError(f"{path}: got an empty list, wanted lines `relative/path label`")
-    start, end = start[lines], end[lines]
-    label = moved(codes, end, start, DIGITS)
-    name = moved(codes, label, start, BLANKS + b",")
-    start = moved(codes, moved(codes, start, name, BLANKS, 1), name, SLASH, 1)
-    digits = end - label
-    # More digits would overflow int64.
-    bad = (digits == 0) | (digits > 18) | (name == label) | (name == start)
-    if bad.any():
-        line = lines[bad.argmax()]
-        got = text.split(b"\n", line + 1)[line].decode(errors="surrogateescape")
-        raise TrainError(f"{path}:{line + 1}: got {got!r}, wanted `relative/path label`")
-    labels = (int(text[a:b]) for a, b in zip(label, end, strict=True))
-    labels = torch.from_numpy(np.fromiter(labels, np.int64, len(lines)))
-    return Split(Paths(str(root), text, start, name), labels, f"{path}:", lines + 1)
+    return Split(Paths(str(root), text, begin, end), torch.from_numpy(labels), f"{path}:")
 
 
 def read_inat_json(path: Path, root: Path) -> Split:
@@ -96,8 +78,7 @@ def read_inat_json(path: Path, root: Path) -> Split:
         ) from None
     if not names:
         raise TrainError(f"{path}: got no annotation, wanted one for each image")
-    numbers = np.arange(len(names))
-    return Split(Paths.of(str(root), names), labels, f"{path}, annotation ", numbers)
+    return Split(Paths.of(str(root), names), labels, f"{path}, annotation ")
 
 
 def find_lists(config: Config) -> dict[str, Split]:

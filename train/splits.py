@@ -24,10 +24,10 @@ class Paths:
 
     @classmethod
     def of(cls, root: str, names: list[str]) -> "Paths":
-        """Paths relative to `root`."""
-        encoded = [os.fsencode(name) for name in names]
-        ends = np.cumsum([0, *map(len, encoded)])
-        return cls(root, b"".join(encoded), ends[:-1], ends[1:])
+        """Paths relative to `root`, each in a line of its own."""
+        lines = [os.fsencode(name) + b"\n" for name in names]
+        begin = np.cumsum([0, *map(len, lines)])
+        return cls(root, b"".join(lines), begin[:-1], begin[1:] - 1)
 
     def __len__(self) -> int:
         return len(self.begin)
@@ -38,10 +38,13 @@ class Paths:
 
     def names(self) -> Iterator[bytes]:
         """The paths relative to `root`, as they were given."""
-        for first in range(0, len(self), 4096):  # numbers as Python objects take memory, too
-            part = slice(first, first + 4096)
-            for begin, end in zip(self.begin[part].tolist(), self.end[part].tolist(), strict=True):
-                yield self.text[begin:end]
+        # A memoryview makes its numbers one by one; a list of a million takes 40 MB.
+        for begin, end in zip(memoryview(self.begin), memoryview(self.end), strict=True):
+            yield self.text[begin:end]
+
+    def line(self, i: int) -> int:
+        """The number of the line that holds path i, from 1 on."""
+        return self.text.count(b"\n", 0, self.begin[i]) + 1
 
 
 @dataclasses.dataclass
@@ -53,24 +56,23 @@ class Split:
     labels: Tensor
     """[N] int64"""
     source: str = ""
-    """The file that lists the images; messages name an image by it and its number in `lines`."""
-    lines: np.ndarray | None = None
+    """The file that lists the images; messages name an image by it and its line."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def where(self, i: int) -> str:
         """How an error message names an image."""
-        return str(self.images[i]) if self.lines is None else f"{self.source}{self.lines[i]}"
+        return f"{self.source}{self.images.line(i)}" if self.source else str(self.images[i])
 
     def take(self, index: Tensor) -> "Split":
         """The images at these indices, in their order."""
-        at, images, lines = index.numpy(), self.images, self.lines
+        images, at = self.images, index.numpy()
         if isinstance(images, Tensor):
             images = images[index]
         else:
             images = Paths(images.root, images.text, images.begin[at], images.end[at])
-        return Split(images, self.labels[index], self.source, None if lines is None else lines[at])
+        return Split(images, self.labels[index], self.source)
 
 
 @dataclasses.dataclass
@@ -123,9 +125,9 @@ def exponential_profile(largest: int, imbalance: float, num_classes: int) -> lis
     return sizes
 
 
-def first_of_each_class(labels: Tensor, sizes: list[int]) -> Tensor:
-    """Indices of the first sizes[c] images of each class c, in the order of classes."""
-    return torch.cat([torch.where(labels == c)[0][:size] for c, size in enumerate(sizes)])
+def members_of_classes(labels: Tensor, num_classes: int = 0) -> tuple[Tensor, ...]:
+    """The indices of each class's images, in their order; of `num_classes` classes at least."""
+    return labels.argsort(stable=True).split(labels.bincount(minlength=num_classes).tolist())
 
 
 def class_names(split: Split, num_classes: int) -> list[str] | None:
@@ -145,8 +147,7 @@ def thin_out(split: Split, share: float, seed: int) -> Split:
     """A random share of the images of each class, at least one of each."""
     draw = torch.Generator().manual_seed(seed)
     keep = []
-    for c in split.labels.unique():
-        members = torch.where(split.labels == c)[0]
+    for members in members_of_classes(split.labels):
         size = max(1, round(share * len(members)))
         keep.append(members[torch.randperm(len(members), generator=draw)[:size]])
     return split.take(torch.cat(keep).sort().values)

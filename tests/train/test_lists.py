@@ -67,18 +67,15 @@ def test_utf16_is_named(tmp_path, encoding):
         read_list(tmp_path / "list.txt", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "there, listed", [("caf\u0065\u0301.png", "caf\u00e9.png"), ("Cafe.PNG", "cafe.png")]
-)
 @pytest.mark.parametrize("part", ["file", "folder"])
-def test_a_name_in_another_form_is_explained(tmp_path, there, listed, part):
-    there, listed = (f"{n}/0.png" if part == "folder" else f"a/{n}" for n in (there, listed))
+def test_a_name_in_another_form_is_explained(tmp_path, part):
+    there, listed = "caf\u0065\u0301", "caf\u00e9"
+    there, listed = (f"{n}/0.png" if part == "folder" else f"a/{n}.png" for n in (there, listed))
     write_lists(tmp_path, train=[0], test=[0])
     png(tmp_path / there)
     append(tmp_path / "train.txt", f"{listed} 0")
-    at = 0 if part == "folder" else 1
-    there, listed = (ascii(name.split("/")[at]) for name in (there, listed))
-    wanted = rf"train\.txt:2: got .*\({re.escape(there)} is, .*than {re.escape(listed)}\)"
+    there, listed = (re.escape(ascii(name)[1:-1]) for name in (there, listed))
+    wanted = rf"train\.txt:2: got .*\('.*{there}' is, .*than '.*{listed}'\)"
     with pytest.raises(TrainError, match=wanted):
         load(tmp_path)
 
@@ -90,14 +87,15 @@ def test_a_long_list_is_read_fast_and_kept_small(tmp_path):
     )
     (tmp_path / "list.txt").write_text("".join(lines))
     began = time.process_time()
+    read_list(tmp_path / "list.txt", tmp_path)
+    assert time.process_time() - began < 1  # 0.25 on one core
     tracemalloc.start()
     split = read_list(tmp_path / "list.txt", tmp_path)
     kept, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert names(split, tmp_path)[size - 1] == lines[-1].split()[0] and len(split) == size
-    # A million of them: 75 MB, and 110 MB for a moment, of which the file has 42 MB.
-    assert kept < 80 * size and most < 120 * size
-    assert time.process_time() - began < 3
+    # A million of them: 66 MB, and 90 MB for a moment, of which the file has 42 MB.
+    assert kept < 70 * size and most < 100 * size
 
 
 @pytest.mark.parametrize(
@@ -208,7 +206,7 @@ def test_inaturalist_json(tmp_path, monkeypatch, year):
     assert (data.augment, data.image_size) == ("inat", 224)
 
     (tmp_path / files[3]).unlink()
-    with pytest.raises(TrainError, match=rf"train{year}\.json, annotation 3: got .*Aves/3\.png"):
+    with pytest.raises(TrainError, match=rf"train{year}\.json, annotation 4: got .*Aves/3\.png"):
         load(tmp_path, f"inat{year}")
 
 
