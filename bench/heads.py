@@ -43,7 +43,6 @@ HEADS = {
     "softmax": "--head softmax",
     "cosine": "--head cosine",
     "t-vMF κ=16": "--kappa 16",
-    "t-vMF, κ learned from 16": "--kappa 16 --learn-kappa",
 }
 FASHION = "--dataset fashion-mnist-lt --imbalance 1 --stage2-epochs 0 --channels-last"
 LIST = "--dataset list --stage2-epochs 5 --channels-last"
@@ -67,7 +66,6 @@ TABLES = {
         {
             "cosine": "--head cosine",
             "t-vMF κ=16": "--kappa 16",
-            "t-vMF, κ learned from 16": "--kappa 16 --learn-kappa",
             "cosine, prior 1": "--head cosine --prior 1",
             "cosine, LDAM": "--head cosine --scale-start 20 --scale-lr 0 --ldam 0.5",
         },
