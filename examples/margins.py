@@ -1,8 +1,9 @@
-"""Trains the driver with a head that its flags do not make: margins that depend on the class size.
+"""Trains the driver with a head that its flags do not make: one with margins in stage 1.
 
     python -m examples.margins --ldam 0.5 --dataset list --data data/icons --out out
 
-All flags but those of the margins go to `python -m train`. Stage 2 has no margins.
+--ldam makes them wider for smaller classes. All flags but those of the margins go to `python -m
+train`; --scale-lr 0 fixes the scale, which margins otherwise push down.
 """
 
 import argparse
@@ -22,15 +23,29 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--ldam", type=float, metavar="M", help="margin of the cosine of the smallest class")
-    add("--cosface", type=float, metavar="M", default=0.0, help="margin of all classes' cosines")
-    add("--arcface", type=float, metavar="A", default=0.0, help="margin of their angles in radians")
+    add(
+        "--cosine-margin",
+        type=float,
+        metavar="M",
+        default=0.0,
+        help="margin of all classes' cosines",
+    )
+    add(
+        "--angular-margin",
+        type=float,
+        metavar="A",
+        default=0.0,
+        help="margin of their angles in radians",
+    )
     options, flags = parser.parse_known_args()
     config = parse_config(flags)
     train_stage1, make_head = stages.train_stage1, stages.make_head
 
     def train_with_margins(session, *rest):
         counts = session.data.counts
-        cosine_margin = options.cosface if options.ldam is None else ldam(counts, options.ldam)
+        cosine_margin = (
+            options.cosine_margin if options.ldam is None else ldam(counts, options.ldam)
+        )
 
         def make_head_with_margins(name, num_features, num_classes, config, prior=None):
             return TvMFLoss(
@@ -38,7 +53,7 @@ def main() -> None:
                 num_classes,
                 kappa=config.kappa if name == "tvmf" else 0.0,
                 cosine_margin=cosine_margin,
-                angular_margin=options.arcface,
+                angular_margin=options.angular_margin,
                 scale=config.scale_start,
                 prior=prior,
                 reduction="sum",  # the driver divides by the images of all processes

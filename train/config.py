@@ -99,10 +99,6 @@ class Config:
     """Concentration of the t-vMF similarity; the other heads have none."""
     learn_kappa: bool = False
     """Train kappa, too, from the value of --kappa on."""
-    cosine_margin: NotNegative = 0.0
-    """Margin that stage 1's loss takes off the cosine of an image with its own class (CosFace)."""
-    angular_margin: Annotated[float, Field(ge=0, le=math.pi)] = 0.0
-    """Margin in radians that it adds to their angle (ArcFace)."""
     prior: NotNegative = 0.0
     """TAU of logit adjustment in stage 1: the loss adds TAU times the logarithm of the class
     frequencies to the logits. 1 is balanced softmax."""

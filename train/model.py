@@ -99,20 +99,15 @@ def make_head(
     in the loss alone."""
     if name == "softmax":
         return SoftmaxHead(num_features, num_classes, prior=prior)
-    try:
-        return TvMFLoss(
-            num_features,
-            num_classes,
-            kappa=config.kappa if name == "tvmf" else 0.0,
-            learn_kappa=config.learn_kappa and name == "tvmf",
-            scale=config.scale_start,
-            cosine_margin=config.cosine_margin,
-            angular_margin=config.angular_margin,
-            prior=prior,
-            reduction="sum",
-        )
-    except ValueError as error:  # margins leave fewer kappas
-        raise TrainError(f"--kappa: {error}") from None
+    return TvMFLoss(
+        num_features,
+        num_classes,
+        kappa=config.kappa if name == "tvmf" else 0.0,
+        learn_kappa=config.learn_kappa and name == "tvmf",
+        scale=config.scale_start,
+        prior=prior,
+        reduction="sum",
+    )
 
 
 def head_of_state(state: dict[str, Tensor]) -> nn.Module:

@@ -112,7 +112,7 @@ def train_stage2(
     torch.manual_seed(seed_of(config.seed, 2))
     counts, tau, kappa = session.data.counts, config.stage2_prior, config.stage2_kappa
     prior = log_prior(counts, tau) if tau else None
-    own = dataclasses.replace(config, kappa=kappa, cosine_margin=0.0, angular_margin=0.0)
+    own = dataclasses.replace(config, kappa=kappa)
     head = make_head("tvmf" if kappa else "cosine", net.num_features, len(counts), own, prior)
     if config.bn == "shift":
         shift_statistics(session, net)
