@@ -97,8 +97,6 @@ class Config:
     """Head of stage 1."""
     kappa: Kappa = 16.0
     """Concentration of the t-vMF similarity; the other heads have none."""
-    learn_kappa: bool = False
-    """Train kappa, too, from the value of --kappa on."""
     prior: NotNegative = 0.0
     """TAU of logit adjustment in stage 1: the loss adds TAU times the logarithm of the class
     frequencies to the logits. 1 is balanced softmax."""

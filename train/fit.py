@@ -24,7 +24,6 @@ from train.stage2 import freeze
 
 MOMENTUM = 0.9  # the paper's, without Nesterov's correction
 LOOK = 50  # steps between looks at the loss, each of which waits for the device
-SMALLEST_KAPPA = -0.49  # of one that is learnt; the similarity wants more than -1/2
 CHEAP = 10  # seconds of epochs on cached features that are cheaper to repeat than to save
 AGREE = 8  # steps after which several processes agree on whether to stop
 
@@ -35,13 +34,11 @@ def cosine_lr(lr: float, epoch: int, epochs: int) -> float:
 
 
 def make_optimizer(net: nn.Module, head: nn.Module, config: Config) -> torch.optim.SGD:
-    """SGD over the parameters that require gradients; the head's scale has a rate of its own, and
-    kappa no weight decay, which would draw it to the cosine's 0."""
+    """SGD over the parameters that require gradients; the head's scale has a rate of its own."""
     named = [*net.named_parameters(), *head.named_parameters()]
-    scale, kappa = ([p for name, p in named if name == own] for own in ("s_", "kappa"))
-    others = [p for name, p in named if name not in ("s_", "kappa") and p.requires_grad]
+    scale = [p for name, p in named if name == "s_"]
+    others = [p for name, p in named if name != "s_" and p.requires_grad]
     groups = [{"params": others, "factor": 1.0}, {"params": scale, "factor": config.scale_lr}]
-    groups.append({"params": kappa, "factor": 1.0, "weight_decay": 0.0})
     return torch.optim.SGD(
         groups, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=True
     )
@@ -73,7 +70,6 @@ class Fit:
             self.epochs = config.stage2_epochs
             self.batch_size = config.stage2_batch_size or self.batch_size
             self.lr = config.stage2_lr or self.lr
-        self.learns_kappa = any(name == "kappa" for name, _ in head.named_parameters())
         self.has_scale = any(name == "s_" for name, _ in head.named_parameters())
         self.optimizer = make_optimizer(net, head, config)
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=config.precision == "fp16")
@@ -246,8 +242,6 @@ class Fit:
             self.totals[1:] += counts
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.learns_kappa:
-            self.head.kappa.data.clamp_(min=SMALLEST_KAPPA)
         self.optimizer.zero_grad()
         self.step += 1
 

@@ -103,7 +103,6 @@ def make_head(
         num_features,
         num_classes,
         kappa=config.kappa if name == "tvmf" else 0.0,
-        learn_kappa=config.learn_kappa and name == "tvmf",
         scale=config.scale_start,
         prior=prior,
         reduction="sum",

@@ -207,16 +207,3 @@ def test_no_wait_per_step(monkeypatch, small_net, tmp_path, views, settings):
         return sum(total)
 
     assert waits(4, 2) == waits(12, 2) < waits(4, 4)
-
-
-def test_kappa_is_learnt_and_kept_above_its_bound(small_net, tmp_path, monkeypatch):
-    data = in_memory((60, 30, 8, 4))
-    result = train_both(configure(tmp_path / "a", kappa=4.0, learn_kappa=True), data)["stage1"]
-    assert result["kappa"] != 4 and math.isfinite(result["kappa"])
-    head = head_of_state(load_state(tmp_path / "a/stage1.pt")["fc_state_dict"])
-    assert head.kappa.item() == pytest.approx(result["kappa"])
-    monkeypatch.setattr(fit, "SMALLEST_KAPPA", 3.0)
-    low = train_both(configure(tmp_path / "b", kappa=-0.1, learn_kappa=True), data)["stage1"]
-    assert low["kappa"] >= 3
-    fixed = train_both(configure(tmp_path / "c", kappa=4.0), data)["stage1"]
-    assert fixed["kappa"] == 4
