@@ -22,6 +22,7 @@ from bench.show.plots import picture
 from bench.show.results import save
 from bench.show.tables import table
 
+BASELINE = "cosine"
 RESULTS = documents.results_path("heads")
 # Half of a 95 % interval of a mean, in standard errors, for as many seeds (Student's t).
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
@@ -36,12 +37,11 @@ class Table:
     seeds: int
     flags: str
     rows: dict[str, str]
-    baseline: str = "cosine"
 
 
 HEADS = {
     "softmax": "--head softmax",
-    "cosine": "--head cosine",
+    BASELINE: "--head cosine",
     "t-vMF κ=16": "--kappa 16",
 }
 FASHION = "--dataset fashion-mnist-lt --imbalance 1 --stage2-epochs 0 --channels-last"
@@ -64,7 +64,7 @@ TABLES = {
         3,
         f"{LIST} --epochs 10 --batch-size 32 --eval-every 10",
         {
-            "cosine": "--head cosine",
+            BASELINE: "--head cosine",
             "t-vMF κ=16": "--kappa 16",
             "cosine, prior 1": "--head cosine --prior 1",
             "cosine, LDAM": "--head cosine --scale-start 20 --scale-lr 0 --ldam 0.5",
@@ -75,25 +75,10 @@ TABLES = {
         3,
         f"{LIST} --epochs 15 --batch-size 16 --eval-every 15",
         {
-            "cosine": "--head cosine",
+            BASELINE: "--head cosine",
             "t-vMF κ=16": "--kappa 16",
             "cosine, prior 1": "--head cosine --prior 1",
         },
-    ),
-    "stage2": Table(
-        "Stage 2 of the characters, after t-vMF κ=16",
-        3,
-        f"{LIST} --batch-size 32 --eval-every 10 "
-        "--model {runs}/characters/1-seed{seed}/stage1.pt",
-        {
-            "the recipe": "",
-            "class means": "--stage2-start means",
-            "fresh": "--stage2-start fresh",
-            "sqrt": "--sampling sqrt --stage2-prior 0.5",
-            "classes": "--sampling classes --stage2-prior 0",
-            "κ=16": "--stage2-kappa 16",
-        },
-        "the recipe",
     ),
 }
 
@@ -102,8 +87,7 @@ def command_of(name: str, row: str, seed: int, data: Path, out: Path) -> list[st
     """The command that trains a row with a seed; margins are made by an example."""
     flags = shlex.split(TABLES[name].rows[row])
     module = "examples.margins" if "--ldam" in flags else "train"
-    common = TABLES[name].flags.format(runs=out.parents[1], seed=seed)
-    flags += [*shlex.split(common), "--seed", str(seed)]
+    flags += [*shlex.split(TABLES[name].flags), "--seed", str(seed)]
     return [sys.executable, "-m", module, *flags, "--data", str(data), "--out", str(out)]
 
 
@@ -142,9 +126,9 @@ def difference(runs: list[dict], baseline: list[dict], stage: str) -> str:
     return f"**{text}**" if abs(mean) > half else text
 
 
-def rows_of(report: dict, baseline: str) -> list[dict[str, str]]:
+def rows_of(report: dict) -> list[dict[str, str]]:
     """The rows of the Markdown table."""
-    compared = report["rows"][baseline]
+    compared = report["rows"][BASELINE]
     stages = [stage for stage in ("stage1", "stage2") if stage in compared[0]]
     rows = []
     for name, runs in report["rows"].items():
@@ -152,7 +136,7 @@ def rows_of(report: dict, baseline: str) -> list[dict[str, str]]:
         for stage in stages:
             title = f"stage {stage[-1]}, " if len(stages) > 1 else ""
             row[f"{title}error@1"] = with_deviation(values(runs, stage, "error1"))
-            own = name == baseline
+            own = name == BASELINE
             row[f"{title}difference"] = "" if own else difference(runs, compared, stage)
             if stage == "stage1" and len(stages) > 1:
                 row["adjusted"] = with_deviation(values(runs, stage, "adjusted_error1"))
@@ -170,9 +154,9 @@ def draw(reports: dict[str, dict], path: Path) -> None:
     size = {"figsize": (8, 0.9 + 0.32 * sum(heights)), "height_ratios": heights}
     with picture(path, len(reports), 1, squeeze=False, sharex=True, **size) as (_, axes):
         for (name, report), axis in zip(reports.items(), axes[:, 0], strict=True):
-            baseline = report["rows"][TABLES[name].baseline]
+            baseline = report["rows"][BASELINE]
             stage = max(baseline[0])
-            names = [row for row in report["rows"] if row != TABLES[name].baseline]
+            names = [row for row in report["rows"] if row != BASELINE]
             for place, row in enumerate(names):
                 errors = (values(r, stage, "error1") for r in (report["rows"][row], baseline))
                 found = [ours - theirs for ours, theirs in zip(*errors, strict=True)]
@@ -210,7 +194,7 @@ def main(args: list[str] | None = None) -> None:
         out = options.out / name / f"{list(plan.rows).index(row)}-seed{seed}"
         rows[row].append(train(name, row, seed, options.data.resolve(), out.resolve()))
     report = {"flags": plan.flags, **about("cpu"), "rows": rows}
-    text = table(rows_of(report, plan.baseline))
+    text = table(rows_of(report))
     print(text)
     if options.document:
         reports = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

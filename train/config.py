@@ -115,8 +115,6 @@ class Config:
     stage2_start: Literal["fresh", "means", "stage1"] = "fresh"
     """Weights of stage 2's head at the start: random, the mean training feature of each class, or
     those of stage 1's head."""
-    stage2_kappa: Kappa = 0.0
-    """Kappa of stage 2's head; 0 is the cosine head."""
     stage2_prior: NotNegative = 0.0
     """TAU of logit adjustment in stage 2."""
     batch_size: NotNegativeCount = 256

@@ -85,7 +85,7 @@ def test_a_failed_run_is_named(trained, monkeypatch):
 @pytest.mark.parametrize("name", heads.TABLES)
 def test_the_flags_of_all_tables_are_the_drivers(name):
     table = heads.TABLES[name]
-    assert table.baseline in table.rows and table.seeds in heads.STUDENT
+    assert heads.BASELINE in table.rows and table.seeds in heads.STUDENT
     for row in table.rows:
         command = heads.command_of(name, row, 3, Path("data"), Path("runs/x/0-seed3"))[2:]
         if command[0] == "examples.margins":
