@@ -19,8 +19,9 @@ from train.config import Config, TrainError
 # The paper's code's names of our backbones.
 ARCHITECTURES = {"resnet10": "ResNet10Feature", "resnet50": "ResNet50Feature"}
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+SHARDS = "checkpoint"  # then a number: a directory of the head in shards; see sharded.py
 FIELDS = {"config", "stage", "epoch", "step", "net", "head", "optimizer", "scaler"}
-FIELDS |= {"totals", "history", "best", "results", "bad_images"}
+FIELDS |= {"totals", "history", "best", "results", "bad_images", "shards"}
 
 
 def lock(config: Config, rank: int) -> TextIO:
@@ -48,7 +49,8 @@ def clear(out: Path) -> None:
     stages = (f"stage{n}.{kind}" for n in (1, 2) for kind in ("pt", "analysis.json"))
     for name in (NAME, PREVIOUS, *stages, "result.json", "metrics.jsonl"):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "logs", ignore_errors=True)
+    for path in (out / "logs", *(path for path in out.glob(f"{SHARDS}.*") if path.is_dir())):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: str = "") -> None:

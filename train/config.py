@@ -38,6 +38,7 @@ NO_RESULT = (
     "workers",
     "checkpoint_minutes",
     "bad_images",
+    "shard_classes",
 )
 
 Dataset = Literal[tuple(tomllib.loads(RECIPES.read_text(encoding="utf-8")))]
@@ -155,6 +156,9 @@ class Config:
     """Parts into which a process divides its share of a batch, to take one after another."""
     sync_bn: bool = False
     """Batch statistics over all processes (GPUs only)."""
+    shard_classes: bool = False
+    """Spread the classes of the head over the processes, each of which then holds the vectors of
+    its own classes alone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     workers: NotNegativeCount = 4

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train import sharded
 from train.config import TrainError
-from tvmf_ext import tvmf_logits
+from tvmf_ext import ShardedTvMFLoss, tvmf_logits
 
 # Training images of a class in each group, as in Liu et al. (OLTR, 2019) and Kang et al. (2020).
 GROUPS = {"many": (101, float("inf")), "medium": (20, 100), "few": (0, 19)}
@@ -33,6 +34,8 @@ def image_rows(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor)
     """[B, COLUMNS] float64 for features [B, D] and labels [B]; zeros where the label is negative,
     that is, unknown. The adjusted columns come from the logits less `prior` [C], the logarithms of
     the class frequencies: logit adjustment after training (Menon et al., ICLR 2021)."""
+    if isinstance(head, ShardedTvMFLoss):
+        return sharded.image_rows(head, features, labels, prior)
     logits = head.logits(features).float()
     cosine = tvmf_logits(features, head.weight, kappa=0.0)
     at = labels.clamp(min=0)[:, None]

@@ -40,6 +40,7 @@ class Session:
     """
 
     stopping = False
+    saves = 0  # checkpoints so far, which number the directories of shards
 
     def __init__(self, config: Config, data: LongTailed, rank=0, world=1, device="cpu"):
         self.config, self.data, self.rank, self.world = config, data, rank, world
@@ -47,6 +48,7 @@ class Session:
         # Brackets and colons may belong to a path.
         self.console = Console(quiet=rank > 0, markup=False, emoji=False)
         self.parts = world * config.accumulate
+        self.mesh = distributed.mesh(self.device) if config.shard_classes else None
         self.bad: set[str] = set()
         self.sample = sample(data.train, data.num_classes)
         self.log_prior = log_prior(data.counts).to(self.device)
@@ -98,8 +100,10 @@ class Session:
         return order, batches, seed
 
     def test_epoch(self, size: int) -> tuple[Tensor, list[Tensor], int]:
-        """The same for the evaluation of `size` images, each of which one process sees once."""
+        """The same for the evaluation of `size` images, each of which counts in one process."""
         mine = torch.arange(self.rank, size, self.world)
+        if self.mesh:  # which wants as many images in every process: some see the last one, too
+            mine = torch.arange(self.rank, size + self.rank, self.world).clamp(max=size - 1)
         return torch.arange(size), list(mine.split(EVAL_BATCH)) if len(mine) else [], 0
 
     def features(self, net: nn.Module, split: str, *epoch):
@@ -139,6 +143,7 @@ class Session:
         for positions, (features, labels) in zip(epoch[1], batches, strict=True):
             with self.autocast():
                 rows[positions] = rows_of(head, features, labels, self.log_prior)
+        rows[torch.arange(size) % self.world != self.rank] = 0
         return distributed.total(rows).cpu()
 
     def bad_images(self) -> set[str]:
