@@ -10,8 +10,8 @@ import argparse
 
 from train import command, stages
 from train.config import parse_config
+from train.model import tvmf_head
 from train.shell import one_line_errors
-from tvmf_ext import TvMFLoss
 from tvmf_ext.margin import ldam
 
 
@@ -47,16 +47,16 @@ def main() -> None:
             options.cosine_margin if options.ldam is None else ldam(counts, options.ldam)
         )
 
-        def make_head_with_margins(name, num_features, num_classes, config, prior=None):
-            return TvMFLoss(
+        def make_head_with_margins(name, num_features, num_classes, config, prior, mesh):
+            return tvmf_head(
                 num_features,
                 num_classes,
+                mesh,
                 kappa=config.kappa if name == "tvmf" else 0.0,
                 cosine_margin=cosine_margin,
                 angular_margin=options.angular_margin,
                 scale=config.scale_start,
                 prior=prior,
-                reduction="sum",  # the driver divides by the images of all processes
             )
 
         stages.make_head = make_head_with_margins

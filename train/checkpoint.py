@@ -19,8 +19,9 @@ from train.config import Config, TrainError
 # The paper's code's names of our backbones.
 ARCHITECTURES = {"resnet10": "ResNet10Feature", "resnet50": "ResNet50Feature"}
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+SHARDS = "checkpoint"  # then a number: a directory of the head in shards; see sharded.py
 FIELDS = {"config", "stage", "epoch", "step", "net", "head", "optimizer", "scaler"}
-FIELDS |= {"totals", "history", "best", "results", "bad_images"}
+FIELDS |= {"totals", "history", "best", "results", "bad_images", "shards"}
 
 
 def lock(config: Config, rank: int) -> TextIO:
@@ -48,17 +49,21 @@ def clear(out: Path) -> None:
     stages = (f"stage{n}.{kind}" for n in (1, 2) for kind in ("pt", "analysis.json"))
     for name in (NAME, PREVIOUS, *stages, "result.json", "metrics.jsonl"):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "logs", ignore_errors=True)
+    for path in (out / "logs", *(path for path in out.glob(f"{SHARDS}.*") if path.is_dir())):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls `write` on a temporary file beside `path`, then puts that in the place of `path`."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: str = "") -> None:
+    """Calls `write` on a temporary file beside `path`, then puts that in the place of `path`, whose
+    old content is kept under the name `before` if there is one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if before and path.exists():
+            os.replace(path, path.with_name(before))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
         temporary.unlink(missing_ok=True)
@@ -77,15 +82,7 @@ def no_room(path: Path, error: Exception) -> TrainError:
 def save(out: Path, state: dict[str, Any]) -> None:
     """Saves the fields FIELDS; the checkpoint before this one is kept as well."""
     assert set(state) == FIELDS, set(state) ^ FIELDS
-
-    def write(file):
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-        if (out / NAME).exists():  # only now, when the new one is whole in its temporary file
-            os.replace(out / NAME, out / PREVIOUS)
-
-    write_atomically(out / NAME, write)
+    write_atomically(out / NAME, lambda file: torch.save(state, file), before=PREVIOUS)
 
 
 def read(path: Path) -> Any:

@@ -38,6 +38,7 @@ NO_RESULT = (
     "workers",
     "checkpoint_minutes",
     "bad_images",
+    "shard_classes",
 )
 
 Dataset = Literal[tuple(tomllib.loads(RECIPES.read_text(encoding="utf-8")))]
@@ -82,9 +83,7 @@ class Config:
     """Mirror small images at random; the other transforms always do so."""
     image_size: NotNegativeCount = 0
     """Side of the images in pixels. 0: small images keep their size, others get at most 224."""
-    net: Annotated[str, Field(pattern="^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$")] = (
-        "auto"
-    )
+    net: Annotated[str, Field(pattern=NETS)] = "auto"
     """convnet or gridnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image
     size."""
     pretrained: bool = False
@@ -149,6 +148,9 @@ class Config:
     """Parts into which a process divides its share of a batch, to take one after another."""
     sync_bn: bool = False
     """Batch statistics over all processes (GPUs only)."""
+    shard_classes: bool = False
+    """Spread the classes of the head over the processes, each of which then holds the vectors of
+    its own classes alone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     workers: NotNegativeCount = 4

@@ -8,6 +8,9 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from train.config import TrainError
 
@@ -33,6 +36,22 @@ def start(device: str) -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), where
 
 
+def mesh(device: torch.device) -> DeviceMesh:
+    """All processes as a mesh; without torchrun this process joins a group of its own."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with gradients that are averaged over the processes."""
+    learns = any(p.requires_grad for p in module.parameters())
+    if not learns or not dist.is_initialized() or dist.get_world_size() == 1:
+        return module
+    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+
+
 def finish() -> None:
     """Leaves the group of processes."""
     if dist.is_initialized():
@@ -45,6 +64,16 @@ def total(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def full(values: Tensor) -> Tensor:
+    """All of a tensor that may be spread over the processes."""
+    return values.full_tensor() if isinstance(values, DTensor) else values
+
+
+def own(values: Tensor) -> Tensor:
+    """This process's part of a tensor that may be spread over the processes."""
+    return values.to_local() if isinstance(values, DTensor) else values
 
 
 def any_of(*flags: bool) -> list[bool]:

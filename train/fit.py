@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from rich.progress import Progress, TaskID
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from train import advice, checkpoint, distributed
+from train import advice, checkpoint, distributed, sharded
 from train.batches import seed_of
 from train.config import Config, TrainError
 from train.images import LostImages
@@ -21,6 +20,7 @@ from train.model import Classifier
 from train.report import analysis
 from train.session import Session, Stopped
 from train.stage2 import freeze
+from tvmf_ext import ShardedTvMFLoss
 
 MOMENTUM = 0.9  # the paper's, without Nesterov's correction
 LOOK = 50  # steps between looks at the loss, each of which waits for the device
@@ -35,12 +35,15 @@ def cosine_lr(lr: float, epoch: int, epochs: int) -> float:
 
 def make_optimizer(net: nn.Module, head: nn.Module, config: Config) -> torch.optim.SGD:
     """SGD over the parameters that require gradients; the head's scale has a rate of its own."""
+    sharded = isinstance(head, ShardedTvMFLoss)
     named = [*net.named_parameters(), *head.named_parameters()]
     scale = [p for name, p in named if name == "s_"]
     others = [p for name, p in named if name != "s_" and p.requires_grad]
     groups = [{"params": others, "factor": 1.0}, {"params": scale, "factor": config.scale_lr}]
+    if sharded:  # its class vectors, the last of the others, want a group of their own
+        groups.insert(1, {"params": [others.pop()], "factor": 1.0})
     return torch.optim.SGD(
-        groups, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=True
+        groups, config.lr, MOMENTUM, weight_decay=config.weight_decay, fused=not sharded
     )
 
 
@@ -72,11 +75,15 @@ class Fit:
             self.lr = config.stage2_lr or self.lr
         self.has_scale = any(name == "s_" for name, _ in head.named_parameters())
         self.optimizer = make_optimizer(net, head, config)
-        self.scaler = torch.amp.GradScaler(session.device.type, enabled=config.precision == "fp16")
-        self.model = Classifier(nn.Identity() if cached else net, head)
-        if session.world > 1:
-            ids = [session.device] if session.device.type == "cuda" else None
-            self.model = DistributedDataParallel(self.model, device_ids=ids)
+        scaler = sharded.GradScaler if session.mesh else torch.amp.GradScaler
+        self.scaler = scaler(session.device.type, enabled=config.precision == "fp16")
+        net = nn.Identity() if cached else net
+        if session.mesh:
+            rows = -(-self.batch_size // session.parts)
+            self.parallel = distributed.parallel(net, session.device)
+            self.model = sharded.ShardedClassifier(self.parallel, head, rows)
+        else:
+            self.parallel = self.model = distributed.parallel(Classifier(net, head), session.device)
         self.select = config.select
         if self.select == "auto":
             self.select = "val" if session.data.val else "last"
@@ -92,8 +99,11 @@ class Fit:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Goes back to where a checkpoint was saved."""
-        self.head.load_state_dict(saved["head"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.session.saves = saved["shards"]
+        if saved["shards"]:
+            sharded.load(self.session.config.out, saved["shards"], self.head, self.optimizer)
+        else:
+            sharded.load_whole(self.head, self.optimizer, saved)
         self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.best, self.history = (
             saved[key] for key in ("epoch", "step", "best", "history")
@@ -108,32 +118,36 @@ class Fit:
         session = self.session
         totals, bad = distributed.total(self.totals), session.bad_images()
         self.check_finite(totals[0].item())
+        out = session.config.out
+        session.saves += 1
+        if session.mesh:
+            sharded.save(out, session.saves, self.head, self.optimizer)
         if session.rank == 0:
             parts = ("net", "head", "optimizer", "scaler")
-            state = {name: getattr(self, name).state_dict() for name in parts}
+            in_shards = ("head", "optimizer") if session.mesh else ()
+            state = {n: {} if n in in_shards else getattr(self, n).state_dict() for n in parts}
+            state["shards"] = session.saves if session.mesh else 0
             state |= {"config": session.identity(), "stage": self.stage}
             state |= {"epoch": self.epoch, "step": self.step, "totals": totals.cpu()}
             state |= {"history": self.history, "best": self.best, "results": self.results}
-            checkpoint.save(session.config.out, state | {"bad_images": sorted(bad)})
+            checkpoint.save(out, state | {"bad_images": sorted(bad)})
+            sharded.keep(out, session.saves)
         self.saved_at = time.monotonic()
 
-    def save_alone(self) -> None:
-        """Saves before the run ends for a reason of this process, for which others would wait."""
-        if self.session.world == 1:
-            self.save()
-
     def save_or_stop(self, due: bool) -> None:
-        """Saves if that is due in any process, and leaves if any was asked to stop."""
+        """Saves if that is due in any process, and leaves, in all of them, if any was asked to."""
         stop, due = distributed.any_of(self.session.stopping, due)
-        if stop or due:
-            self.save()
         if stop:
             raise Stopped
+        if due:
+            self.save()
 
     def check_finite(self, loss: float) -> None:
-        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+        parameters = map(distributed.own, self.model.parameters())
+        if not torch.stack([p.isfinite().all() for p in parameters]).all():
             loss = math.nan  # as the loss of the next step would be
-        if not math.isfinite(loss):
+        (lost,) = distributed.any_of(not math.isfinite(loss))
+        if lost:
             raise TrainError(
                 f"--lr: got {self.lr:g}, with which the loss became {loss} in epoch "
                 f"{self.epoch + 1}; wanted a smaller one or --precision fp32. The last "
@@ -148,15 +162,21 @@ class Fit:
         with session.progress() as progress:
             head = config.head if self.stage == 1 else "cosine"
             bar = progress.add_task(f"{head}, stage {self.stage}", total=self.epochs, note="")
-            while self.epoch < self.epochs:
-                record = self.train_epoch(progress, bar)
-                number = self.epoch + 1
-                if number == self.epochs or number % (config.eval_every or 1) == 0:
-                    self.evaluate(record)
-                progress.update(bar, note=f"loss {record['loss']:.3f}")
-                if log:
-                    log.write(record)
-                self.end_epoch(record)
+            try:
+                while self.epoch < self.epochs:
+                    record = self.train_epoch(progress, bar)
+                    number = self.epoch + 1
+                    if number == self.epochs or number % (config.eval_every or 1) == 0:
+                        self.evaluate(record)
+                    progress.update(bar, note=f"loss {record['loss']:.3f}")
+                    if log:
+                        log.write(record)
+                    self.end_epoch(record)
+            except (Stopped, LostImages) as error:
+                # Images are lost in one process, while the others would not come to save.
+                if isinstance(error, Stopped) or session.world == 1:
+                    self.save()
+                raise
         report = self.report()
         if log:
             log.close(report)
@@ -174,11 +194,7 @@ class Fit:
         sizes, batches = self.batches()
         began, images = time.perf_counter(), sum(sizes[self.step :])
         while self.step < len(sizes):
-            try:
-                self.train_step(batches, sizes[self.step])
-            except LostImages:
-                self.save_alone()
-                raise
+            self.train_step(batches, sizes[self.step])
             progress.update(bar, completed=self.epoch + self.step / len(sizes))
             if self.step % LOOK == 0:
                 loss, count = self.totals[:2].tolist()
@@ -232,8 +248,8 @@ class Fit:
         for part, (images, labels) in enumerate(parts):
             if not self.cached:
                 images = session.laid_out(images)
-            wait = session.world > 1 and part + 1 < config.accumulate
-            with self.model.no_sync() if wait else contextlib.nullcontext():
+            wait = hasattr(self.parallel, "no_sync") and part + 1 < config.accumulate
+            with self.parallel.no_sync() if wait else contextlib.nullcontext():
                 with session.autocast():
                     loss, counts = self.model(images, labels)
                 # DDP takes the mean over processes; the mean over images is wanted.
@@ -250,11 +266,7 @@ class Fit:
         session, number = self.session, self.epoch + 1
         if not self.cached and (self.stage == 1 or session.config.bn == "batch"):
             distributed.average_buffers(self.net)  # they differ between processes
-        try:
-            rows = session.evaluate(self.evaluated, self.net, self.head, self.cached)
-        except (Stopped, LostImages):
-            self.save_alone()
-            raise
+        rows = session.evaluate(self.evaluated, self.net, self.head, self.cached)
         record[self.evaluated] = error_report(rows)
         error = record[self.evaluated]["error1"]
         if self.select == "last":
@@ -263,10 +275,9 @@ class Fit:
             chosen = self.best is None or error < self.best[0]
         if chosen:
             self.best = (error, number)
+            head = sharded.whole(self.head)
             if session.rank == 0:
-                checkpoint.save_model(
-                    self.model_file, self.net, self.head, number, session.config.net
-                )
+                checkpoint.save_model(self.model_file, self.net, head, number, session.config.net)
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Moves on to the next epoch, and saves unless that costs more than it may lose."""

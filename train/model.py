@@ -1,15 +1,19 @@
 """Backbones, which map images to features [B, num_features], and heads, which classify these."""
 
+import math
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from train.config import Config, TrainError
-from tvmf_ext import TvMFLoss
+from tvmf_ext import ShardedTvMFLoss, TvMFLoss
+
+DRAWN = 4096  # classes whose first vectors are drawn at once
 
 
 class ConvNet(nn.Sequential):
@@ -92,33 +96,63 @@ class SoftmaxHead(nn.Linear):
         return stats.loss.sum()
 
 
+def tvmf_head(
+    num_features: int, num_classes: int, mesh: DeviceMesh | None, **options: Any
+) -> TvMFLoss:
+    """A t-vMF head whose loss is a sum over images, and whose classes are spread over the mesh."""
+    if mesh is None:
+        return TvMFLoss(num_features, num_classes, reduction="sum", **options)
+    state = torch.get_rng_state()
+    head = ShardedTvMFLoss(num_features, num_classes, mesh=mesh, reduction="sum", **options)
+    torch.set_rng_state(state)
+    draw_as_one(head)
+    return head
+
+
+@torch.no_grad()
+def draw_as_one(head: ShardedTvMFLoss) -> None:
+    """Gives the class vectors the first values that they have in a head of one process."""
+    begin, end = head.first_class, head.first_class + head.own_classes
+    for first in range(0, head.num_classes, DRAWN):
+        drawn = torch.empty(min(DRAWN, head.num_classes - first), head.in_features)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))  # as TvMFLoss.reset_parameters
+        low = min(max(begin, first), first + len(drawn))
+        high = max(low, min(end, first + len(drawn)))
+        head.weight.to_local()[low - begin : high - begin] = drawn[low - first : high - first]
+
+
 def make_head(
-    name: str, num_features: int, num_classes: int, config: Config, prior: Tensor | None = None
+    name: str,
+    num_features: int,
+    num_classes: int,
+    config: Config,
+    prior: Tensor | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """The head of that name, whose loss is a sum over images; `prior` [C] is added to its logits
     in the loss alone."""
     if name == "softmax":
         return SoftmaxHead(num_features, num_classes, prior=prior)
-    return TvMFLoss(
+    return tvmf_head(
         num_features,
         num_classes,
+        mesh,
         kappa=config.kappa if name == "tvmf" else 0.0,
         scale=config.scale_start,
         prior=prior,
-        reduction="sum",
     )
 
 
-def head_of_state(state: dict[str, Tensor]) -> nn.Module:
+def head_of_state(state: dict[str, Tensor], mesh: DeviceMesh | None = None) -> nn.Module:
     """The head whose state_dict this is: ours, or CosLoss or tvMFLoss of the paper's code."""
     num_classes, num_features = state["weight"].shape
     if "s_" not in state:
+        if mesh:
+            raise TrainError("--shard-classes: got a softmax head, wanted a t-vMF or cosine head")
         head = SoftmaxHead(num_features, num_classes, bias="bias" in state)
     else:
         kappa = state.get("kappa", torch.zeros(1))
-        head = TvMFLoss(
-            num_features, num_classes, kappa=kappa, bias="bias" in state, reduction="sum"
-        )
+        head = tvmf_head(num_features, num_classes, mesh, kappa=kappa, bias="bias" in state)
     head.load_state_dict(state)
     return head
 
@@ -133,6 +167,9 @@ class Classifier(nn.Module):
         self.net, self.head = net, head
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        stats = self.head.row_statistics(self.net(images), labels)
+        return self.classify(self.net(images), labels)
+
+    def classify(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        stats = self.head.row_statistics(features, labels)
         counts = (labels >= 0, stats.rank >= 1, stats.rank >= 5)
         return self.head.loss(stats, labels), torch.stack([c.sum() for c in counts])

@@ -22,7 +22,7 @@ from train.batches import (
 from train.config import Config
 from train.metrics import COLUMNS, image_rows
 from train.report.analysis import sample
-from train.splits import LongTailed, Split
+from train.splits import LongTailed
 from tvmf_ext.margin import log_prior
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,6 +40,7 @@ class Session:
     """
 
     stopping = False
+    saves = 0  # checkpoints so far, which number the directories of shards
 
     def __init__(self, config: Config, data: LongTailed, rank=0, world=1, device="cpu"):
         self.config, self.data, self.rank, self.world = config, data, rank, world
@@ -47,6 +48,7 @@ class Session:
         # Brackets and colons may belong to a path.
         self.console = Console(quiet=rank > 0, markup=False, emoji=False)
         self.parts = world * config.accumulate
+        self.mesh = distributed.mesh(self.device) if config.shard_classes else None
         self.bad: set[str] = set()
         self.sample = sample(data.train, data.num_classes)
         self.log_prior = log_prior(data.counts).to(self.device)
@@ -54,24 +56,12 @@ class Session:
         self.data_summary = data.summary()
         splits = (*data.splits(), ("sample", self.sample))
         files = ImageFiles([split for _, split in splits], data.augment, data.image_size)
-        self.readers = Readers(files, config.workers, self.device)
-        self.statistics = channel_statistics(images) if isinstance(images, Tensor) else None
-        self.loaders = {name: self.loader(split, name == "train") for name, split in splits}
-
-    def loader(self, split: Split, train: bool) -> Loader:
-        """Batches of a split, augmented for training or as they are tested."""
-        config, data = self.config, self.data
-        return Loader(
-            split,
-            data.augment,
-            data.image_size,
-            self.device,
-            train=train,
-            flip=config.flip,
-            statistics=self.statistics,
-            skip_bad=config.bad_images == "skip",
-            readers=self.readers,
-        )
+        readers = Readers(files, config.workers, self.device)
+        options = {"flip": config.flip, "skip_bad": config.bad_images == "skip"}
+        options["statistics"] = channel_statistics(images) if isinstance(images, Tensor) else None
+        self.loaders = {
+            name: Loader(split, readers, train=name == "train", **options) for name, split in splits
+        }
 
     def identity(self) -> dict[str, Any]:
         """What decides the result of the run: a checkpoint of another one does not fit."""
@@ -110,8 +100,10 @@ class Session:
         return order, batches, seed
 
     def test_epoch(self, size: int) -> tuple[Tensor, list[Tensor], int]:
-        """The same for the evaluation of `size` images, each of which one process sees once."""
+        """The same for the evaluation of `size` images, each of which counts in one process."""
         mine = torch.arange(self.rank, size, self.world)
+        if self.mesh:  # which wants as many images in every process: some see the last one, too
+            mine = torch.arange(self.rank, size + self.rank, self.world).clamp(max=size - 1)
         return torch.arange(size), list(mine.split(EVAL_BATCH)) if len(mine) else [], 0
 
     def features(self, net: nn.Module, split: str, *epoch):
@@ -151,6 +143,7 @@ class Session:
         for positions, (features, labels) in zip(epoch[1], batches, strict=True):
             with self.autocast():
                 rows[positions] = rows_of(head, features, labels, self.log_prior)
+        rows[torch.arange(size) % self.world != self.rank] = 0
         return distributed.total(rows).cpu()
 
     def bad_images(self) -> set[str]:

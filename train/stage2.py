@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from train import distributed
+from train import distributed, sharded
 from train.features import Cached
 from train.session import Session
 
@@ -43,15 +43,20 @@ def start_from_means(session: Session, net: nn.Module, head: nn.Module) -> None:
     """Sets the weight of each class in the head to the mean direction of its training features.
     A class without an image keeps its random weight."""
     net.eval()
-    sums = torch.zeros_like(head.weight)
+    weight, first = sharded.own_classes(head)
+    sums = torch.zeros_like(weight)
+    rows = -(-session.config.batch_size // session.parts)
     # The epoch after the last of stage 1: every image once, with an augmentation of its own.
     epoch = session.epoch(1, session.config.epochs)
     for features, labels in session.features(net, "train", *epoch):
-        known = labels >= 0
-        sums.index_add_(0, labels[known], F.normalize(features[known].to(sums.dtype)))
-    sums = distributed.total(sums)
+        if session.mesh:
+            features, labels = sharded.rows_of_all(features, labels, rows)
+        own = labels - first
+        known = (own >= 0) & (own < len(sums))
+        sums.index_add_(0, own[known], F.normalize(features[known].to(sums.dtype)))
+    sums = sums if session.mesh else distributed.total(sums)
     found = sums.any(1)
-    head.weight[found] = F.normalize(sums[found])
+    weight[found] = F.normalize(sums[found])
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train import checkpoint, distributed
+from train import checkpoint, distributed, sharded
 from train.batches import seed_of
 from train.config import TrainError
 from train.fit import Fit
@@ -51,6 +51,8 @@ def check_net(net: nn.Module, name: str, channels: int, size: int) -> None:
 def check_session(session: Session) -> None:
     """Refuses a selection without images for it, and batches too small for their parts."""
     config, data = session.config, session.data
+    if config.shard_classes and config.head == "softmax" and not config.model:
+        raise TrainError("--shard-classes: got --head softmax, wanted --head tvmf or cosine")
     if config.select == "val" and not data.val:
         raise TrainError("--select: got val, wanted last or test: there are no images of val")
     smallest = min(config.batch_size, len(data.train))
@@ -92,7 +94,8 @@ def train_stage1(
     """Trains backbone and head on every image equally often."""
     config = session.config
     prior = log_prior(session.data.counts, config.prior) if config.prior else None
-    head = make_head(config.head, net.num_features, session.data.num_classes, config, prior)
+    classes = session.data.num_classes
+    head = make_head(config.head, net.num_features, classes, config, prior, session.mesh)
     fit = Fit(session, 1, net, head.to(session.device), None, results)
     if saved:
         fit.restore(saved)
@@ -110,14 +113,15 @@ def train_stage2(
     torch.manual_seed(seed_of(config.seed, 2))
     counts, tau = session.data.counts, config.stage2_prior
     prior = log_prior(counts, tau) if tau else None
-    head = make_head("cosine", net.num_features, len(counts), config, prior)
+    head = make_head("cosine", net.num_features, len(counts), config, prior, session.mesh)
     if config.bn == "shift":
         shift_statistics(session, net)
     cached = cache_features(session, net) if config.views else None
     head = head.to(session.device)
     if config.stage2_start == "stage1" and before.shape == head.weight.shape:
         with torch.no_grad():
-            head.weight.copy_(F.normalize(before))
+            weight, first = sharded.own_classes(head)
+            weight.copy_(F.normalize(before[first : first + len(weight)]))
     elif config.stage2_start != "fresh" and saved is None:  # --model may have other classes
         start_from_means(session, net, head)
     fit = Fit(session, 2, net, head, cached, results)
@@ -130,7 +134,8 @@ def test_model(session: Session) -> dict[str, dict]:
     """Tests --model with the head that the file holds; returns {"model": report}."""
     config, classes = session.config, session.data.num_classes
     net = build_net(session)
-    head = head_of_state(checkpoint.fill(net, config.model, config.net)).to(session.device)
+    state = checkpoint.fill(net, config.model, config.net)
+    head = head_of_state(state, session.mesh).to(session.device)
     if len(head.weight) != classes:
         raise TrainError(
             f"--model: got {config.model} with {len(head.weight)} classes, wanted the {classes} "

@@ -4,15 +4,13 @@ Every rank sees the features of all ranks and compares them with its own classes
 a row are merged over the ranks, and make the loss that one process has for the joined batch.
 """
 
-import math
-from collections.abc import Iterable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor
 
 from . import ops
 from .collectives import (
@@ -32,51 +30,16 @@ from .functional import (
     in_compute_dtype,
     row_losses,
 )
-from .head import SoftplusScale, autocast_input, check_tensor
+from .gradients import GradScaler as GradScaler
+from .gradients import clip_grad_norm_ as clip_grad_norm_
+from .head import SoftplusScale, autocast_input, check_count
+from .layout import ClassShards, check_mesh
 from .logits import topk, tvmf_logits
-from .modules import TvMFLoss
 from .part_steps import step_in_parts
 from .partial import Call, Pending, Sample
-from .shard import LabelCheck, shard_statistics, target_scores
-
-# The first weights are drawn for so many classes at a time, each time from a seed of its own, so
-# that they do not depend on the number of ranks.
-_INIT_CLASSES = 4096
+from .shard import LabelCheck, RowCheck, shard_statistics, target_scores
 
 _MARGINS = ("cosine_margin", "angular_margin")
-
-
-def clip_grad_norm_(
-    parameters: Iterable[Tensor],
-    max_norm: float,
-    norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
-) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for plain parameters and DTensors together.
-
-    All ranks must call it together. A plain gradient must be the same on all ranks, as it is after
-    DistributedDataParallel; it counts once.
-
-    Returns:
-        The norm of all gradients before they were clipped, the same on all ranks.
-    """
-    kinds: dict[Any, list[Tensor]] = {}
-    for p in parameters:
-        if p.grad is not None:
-            kind = (p.grad.device_mesh, p.grad.placements) if isinstance(p.grad, DTensor) else None
-            kinds.setdefault(kind, []).append(p)
-    norms = []
-    for same in kinds.values():
-        norm = get_total_norm([p.grad for p in same if p.grad is not None], norm_type)
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not norms:
-        return torch.tensor(0.0)
-    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), norm_type)
-    if error_if_nonfinite and not norm.isfinite():
-        raise RuntimeError(f"the norm of the gradients must be finite, got {norm.item()}")
-    for same in kinds.values():
-        clip_grads_with_norm_(same, max_norm, norm)
-    return norm
 
 
 class _Rows(NamedTuple):
@@ -102,12 +65,7 @@ def _with_summed_gradients(
     return tensors
 
 
-def _group(mesh: DeviceMesh, dim: int) -> Group:
-    group = mesh.get_group(dim)
-    return Group(group.group_name, mesh.size(dim), mesh.get_local_rank(dim))
-
-
-class ShardedTvMFLoss(TvMFLoss):
+class ShardedTvMFLoss(ClassShards):
     """`TvMFLoss` for more classes than one device holds.
 
     `head(features, labels)` takes the rank's own rows, as many on every rank, and labels in
@@ -149,8 +107,6 @@ class ShardedTvMFLoss(TvMFLoss):
         ValueError: in the first call, that the ranks have different numbers of rows.
     """
 
-    weight: nn.Parameter
-
     def __init__(
         self,
         in_features: int,
@@ -165,12 +121,13 @@ class ShardedTvMFLoss(TvMFLoss):
         device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(mesh, DeviceMesh):
-            raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
-        if mesh.ndim not in (1, 2):
-            raise ValueError(f"mesh must have one or two dimensions, got {mesh.ndim}")
+        check_mesh(mesh)
         if reduce_dtype not in (None, *ops.DTYPES):
             raise ValueError(f"reduce_dtype must be a floating-point dtype, got {reduce_dtype}")
+        if not isinstance(sample_rate, (int, float, Real)):
+            raise TypeError(f"sample_rate must be a number, got {type(sample_rate).__name__}")
+        check_count("sample_seed", sample_seed)
+        check_count("gradient_blocks", gradient_blocks)
         if not 0 < sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}")
         if gradient_blocks < 1:
@@ -180,126 +137,19 @@ class ShardedTvMFLoss(TvMFLoss):
                 "sample_rate below 1 needs one block of gradients and a mesh of one dimension, got "
                 f"gradient_blocks = {gradient_blocks} and {mesh.ndim} dimensions"
             )
-        if device is None and torch.get_default_device().type != "meta":
-            device = mesh.device_type
-        # TvMFLoss's constructor makes the parameters and buffers by the layout that is set here.
-        self.mesh = mesh
+        super().__init__(in_features, num_classes, mesh, weight, device, **options)
         self.sample_rate, self.sample_seed, self.sample_step = sample_rate, sample_seed, 0
         self.gradient_blocks = gradient_blocks
         self._pending: Pending | None = None
         self.reduce_dtype = reduce_dtype
-        *self._data_groups, self._group = (_group(mesh, dim) for dim in range(mesh.ndim))
-        self._groups = (*self._data_groups, self._group)
-        self._world: int = mesh.size()
-        self._chunk = -(-num_classes // self._group.size)  # torch.chunk's, as DTensor has it
-        self.first_class = min(self._group.rank * self._chunk, num_classes)
-        self.own_classes = min(self._chunk, num_classes - self.first_class)
-        self._checked_rows = False
-        self._check_labels = LabelCheck()
-        super().__init__(in_features, num_classes, weight=weight, device=device, **options)
+        self._check_rows, self._check_labels = RowCheck(), LabelCheck()
         self._total_weight = (
             float(num_classes) if weight is None else float(torch.as_tensor(weight).double().sum())
         )
 
-    def _per_class(self, *size: int, **options: Any) -> Tensor:
-        local = torch.empty(self.own_classes, *size[1:], **options)
-        return self._as_sharded(local, torch.Size(size))
-
-    def _as_sharded(self, local: Tensor, size: torch.Size) -> DTensor:
-        placements: list[Placement] = [Replicate() for _ in self._data_groups]
-        placements.append(Shard(0))
-        stride = torch.empty(size, device="meta").stride()
-        return DTensor.from_local(
-            local, self.mesh, placements, run_check=False, shape=size, stride=stride
-        )
-
-    def _own(self, values: Tensor) -> Tensor:
-        return values[self.first_class : self.first_class + self.own_classes].clone()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Gives all parameters and buffers the values that the constructor gives them.
-
-        All ranks must call it together. The weight and the bias have the distribution of
-        `nn.Linear`'s. They follow from the first rank's seed, whatever the number of ranks is.
-        """
-        if not self.weight.is_meta:
-            seed = torch.zeros(1, dtype=torch.int64)
-            if all(group.rank == 0 for group in self._groups):
-                seed.random_(1 << 62)
-            first = int(total(seed.to(self.weight.device), *self._groups))
-            bound = 1 / math.sqrt(self.in_features)
-            for number, values in enumerate((self.weight, self.bias)):
-                if isinstance(values, DTensor):
-                    self._draw(values.to_local(), bound, first + (number << 62))
-        self._restore(self._initial)
-
-    def _draw(self, values: Tensor, bound: float, seed: int) -> None:
-        """Fills the own classes' part of what the seed gives to all classes."""
-        begin, end = self.first_class, self.first_class + self.own_classes
-        generator = torch.Generator(values.device)
-        for block in range(begin // _INIT_CLASSES, -(-end // _INIT_CLASSES)):
-            first = block * _INIT_CLASSES
-            drawn = values.new_empty(_INIT_CLASSES, *values.shape[1:])
-            drawn.uniform_(-bound, bound, generator=generator.manual_seed(seed + block))
-            low, high = max(begin, first), min(end, first + _INIT_CLASSES)
-            values[low - begin : high - begin] = drawn[low - first : high - first]
-
-    @torch.no_grad()
-    def _restore(self, names: Iterable[str]) -> None:
-        for name in names:
-            values, now = self._initial[name], getattr(self, name)
-            if values is not None:
-                now = now.to_local() if isinstance(now, DTensor) else now
-                now.copy_(values)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Takes also the tensors of all classes that a `TvMFLoss` has."""
-        for name in ("weight", "bias", "kappa"):
-            now, loaded = getattr(self, name), state_dict.get(prefix + name)
-            sharded = isinstance(now, DTensor) and not isinstance(loaded, DTensor)
-            if sharded and loaded is not None and loaded.shape == now.shape:
-                own = self._own(loaded).to(now.device)
-                state_dict[prefix + name] = self._as_sharded(own, loaded.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _check_rows(self, input: Tensor, target: Tensor) -> None:
-        """Checks what the collectives cannot: in the first call also that all ranks agree."""
-        check_tensor("input", input)
-        check_tensor("target", target)
-        if input.dim() != 2 or input.shape[1] != self.in_features:
-            raise ValueError(
-                f"input must have shape [N, {self.in_features}], got {list(input.shape)}"
-            )
-        if target.shape != input.shape[:1] or target.dtype != torch.int64:
-            raise ValueError(
-                f"target must be int64 of shape [N] = [{len(input)}], got {target.dtype} of shape "
-                f"{list(target.shape)}"
-            )
-        if input.dtype not in ops.DTYPES:
-            raise ValueError(
-                f"input must be float16, bfloat16, float32 or float64, got {input.dtype}"
-            )
-        self._agree(input)
-
-    def _agree(self, input: Tensor) -> None:
-        if self._checked_rows or ops.is_recorded():
-            return
-        own = torch.tensor([len(input), ops.DTYPES.index(input.dtype)], device=input.device)
-        (joined,) = gather(self._group, own)
-        rows, dtypes = joined.view(-1, 2).T.tolist()
-        if len(set(rows)) > 1:
-            raise ValueError(f"all ranks must have the same number of rows, got {rows}")
-        if len(set(dtypes)) > 1:
-            names = [str(ops.DTYPES[index]) for index in dtypes]
-            raise ValueError(f"input must have the same dtype on all ranks, got {names}")
-        self._checked_rows = True
-
     def _gathered(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features and labels of the group's ranks, and which of the labels name no class."""
-        self._check_rows(input, target)
+        self._check_rows(input, target, self.in_features, self._group)
         input = autocast_input(input)
         dtype = self.reduce_dtype or ops.compute_dtype(input.dtype)
         rows, labels = GatherRows.apply(input, target, self._group, self._world, dtype)
@@ -473,6 +323,10 @@ class ShardedTvMFLoss(TvMFLoss):
             weight = torch.where(mine, self.class_weight.to(dtype)[torch.where(mine, own, 0)], 0)
         return total(weight, self._group)
 
+    def _features_of_all(self, input: Tensor) -> Tensor:
+        self._check_rows(input, None, self.in_features, self._group)
+        return gather(self._group, input)[0]
+
     def _own_logit_arguments(self, input: Tensor) -> dict[str, Any]:
         found = self._arguments(input)
         return {name: found[name] for name in ("linear_weight", "kappa", "scale", "linear_bias")}
@@ -480,20 +334,21 @@ class ShardedTvMFLoss(TvMFLoss):
     @torch.no_grad()
     def logits(self, input: Tensor) -> Tensor:
         """The logits `[N, C]` of the own rows, without the prior and without gradients."""
-        (rows,) = gather(self._group, input)
+        rows = self._features_of_all(input)
         dtype = ops.compute_dtype(rows.dtype)
         padded = rows.new_zeros(len(rows), self._chunk, dtype=dtype)
         if self.own_classes:
             padded[:, : self.own_classes] = tvmf_logits(rows, **self._own_logit_arguments(rows))
         parts = exchange(self._group, padded).view(self._group.size, len(input), self._chunk)
-        return parts.transpose(0, 1).reshape(len(input), -1)[:, : self.num_classes]
+        return parts.transpose(0, 1).flatten(1)[:, : self.num_classes]
 
     @torch.no_grad()
     def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest logits of the own rows, without the prior, and their classes."""
+        check_count("k", k)
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must be from 1 to C = {self.num_classes}, got {k}")
-        (rows,) = gather(self._group, input)
+        rows = self._features_of_all(input)
         size = (len(rows), min(k, self._chunk))
         values = rows.new_full(size, -torch.inf, dtype=ops.compute_dtype(rows.dtype))
         classes = torch.full(size, -1, dtype=torch.int64, device=rows.device)

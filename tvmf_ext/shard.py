@@ -1,5 +1,5 @@
 """The part of one shard of the classes in a sharded head: the statistics over its classes, and the
-score of the targets that it has. Also the check of labels, which all ranks make alike."""
+score of the targets that it has. Also the checks of rows and labels, which all ranks make alike."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .collectives import EmptyShard
+from .collectives import EmptyShard, Group, gather
 from .functional import explained, target_logits
-from .head import make_head
+from .head import check_tensor, make_head
 
 
 def shard_statistics(
@@ -63,6 +63,46 @@ def target_scores(input: Tensor, column: Tensor, mine: Tensor, arguments: dict[s
     if bias is not None:
         score = score + bias[column]
     return torch.where(mine, score, 0)
+
+
+class RowCheck:
+    """Checks what the collectives cannot: the own rows and, in the first call, that all ranks have
+    as many, of the same dtype. Without labels the rows are only compared with the classes."""
+
+    def __init__(self) -> None:
+        self._ranks_agreed = False
+
+    def __call__(
+        self, input: Tensor, target: Tensor | None, in_features: int, group: Group
+    ) -> None:
+        check_tensor("input", input)
+        if input.dim() != 2 or input.shape[1] != in_features:
+            raise ValueError(f"input must have shape [N, {in_features}], got {list(input.shape)}")
+        if target is not None:
+            check_tensor("target", target)
+            if target.shape != input.shape[:1] or target.dtype != torch.int64:
+                raise ValueError(
+                    f"target must be int64 of shape [N] = [{len(input)}], got {target.dtype} of "
+                    f"shape {list(target.shape)}"
+                )
+        if input.dtype not in ops.DTYPES:
+            raise ValueError(
+                f"input must be float16, bfloat16, float32 or float64, got {input.dtype}"
+            )
+        if not self._ranks_agreed and not ops.is_recorded():
+            self._agree(input, group)
+            self._ranks_agreed = True
+
+    @staticmethod
+    def _agree(input: Tensor, group: Group) -> None:
+        own = torch.tensor([len(input), ops.DTYPES.index(input.dtype)], device=input.device)
+        (joined,) = gather(group, own)
+        rows, dtypes = joined.view(-1, 2).T.tolist()
+        if len(set(rows)) > 1:
+            raise ValueError(f"all ranks must have the same number of rows, got {rows}")
+        if len(set(dtypes)) > 1:
+            names = [str(ops.DTYPES[index]) for index in dtypes]
+            raise ValueError(f"input must have the same dtype on all ranks, got {names}")
 
 
 class LabelCheck:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from train import distributed
 from train.checkpoint import write_atomically
 from train.images import to_rgb
 from train.metrics import BINS, COLUMNS, GROUPS, image_rows
@@ -140,6 +141,8 @@ def write(session, stage: int, net: nn.Module, head: nn.Module, rows: Tensor) ->
     """
     data, counts, classes = session.data, session.data.counts, session.data.num_classes
     trained = session.evaluate("sample", net, head, None, rows_and_norms, WIDTH)
+    weight_norm = torch.linalg.vector_norm(head.weight.detach(), dim=1, dtype=torch.float64)
+    weight_norm = distributed.full(weight_norm).tolist()
     if session.rank:
         return
     seen, looked = data.test.take(torch.where(rows[:, 0] > 0)[0]), session.sample
@@ -148,7 +151,6 @@ def write(session, stage: int, net: nn.Module, head: nn.Module, rows: Tensor) ->
     test, train = (dict(zip(COLUMNS, r, strict=False)) for r in (rows, trained))
     wrong = test["rank"] >= 1
     angle, train_angle = degrees(test["target_cosine"]), degrees(train["target_cosine"])
-    weight_norm = head.weight.detach().double().norm(dim=1)
     mean, median = torch.mean, torch.median
     analysis = {
         "names": data.names or [str(c) for c in range(classes)],
