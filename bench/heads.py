@@ -57,7 +57,7 @@ TABLES = {
         "Fashion-MNIST, 300 images of each class, 40 % wrong labels",
         3,
         f"{FASHION} --subset 0.05 --label-noise 0.4 --batch-size 16 --epochs 10 --eval-every 10",
-        {BASELINE: HEADS[BASELINE], "t-vMF κ=16": HEADS["t-vMF κ=16"]},
+        HEADS,
     ),
     "characters": Table(
         "94 characters, 303 to 3 images of each",
