@@ -139,13 +139,12 @@ def first_line(error: Exception) -> str:
 
 def save_model(path: Path, net: nn.Module, head: nn.Module, epoch: int, config: Config) -> None:
     """Writes a model that the paper's code can test and go on from, too: it wants the state of an
-    optimizer, whose weight decay it takes over and which has no kappa; nor has its cosine head."""
+    optimizer, whose weight decay it takes over, and no kappa in a cosine head."""
     head_state = head.state_dict()
     if not head_state.get("kappa", torch.ones(1)).any():
         del head_state["kappa"]
-    named = [*net.named_parameters(), *head.named_parameters()]
     optimizer = torch.optim.SGD(
-        [parameter for name, parameter in named if name != "kappa"],
+        [*net.parameters(), *head.parameters()],
         config.lr,
         momentum=0.9,
         weight_decay=config.weight_decay,
