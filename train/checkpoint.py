@@ -53,14 +53,17 @@ def clear(out: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls `write` on a temporary file beside `path`, then puts that in the place of `path`."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: str = "") -> None:
+    """Calls `write` on a temporary file beside `path`, then puts that in the place of `path`, whose
+    old content is kept under the name `before` if there is one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if before and path.exists():
+            os.replace(path, path.with_name(before))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
         temporary.unlink(missing_ok=True)
@@ -79,15 +82,7 @@ def no_room(path: Path, error: Exception) -> TrainError:
 def save(out: Path, state: dict[str, Any]) -> None:
     """Saves the fields FIELDS; the checkpoint before this one is kept as well."""
     assert set(state) == FIELDS, set(state) ^ FIELDS
-
-    def write(file):
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-        if (out / NAME).exists():  # only now, when the new one is whole in its temporary file
-            os.replace(out / NAME, out / PREVIOUS)
-
-    write_atomically(out / NAME, write)
+    write_atomically(out / NAME, lambda file: torch.save(state, file), before=PREVIOUS)
 
 
 def read(path: Path) -> Any:
@@ -142,17 +137,22 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def save_model(path: Path, net: nn.Module, head: nn.Module, epoch: int, arch: str) -> None:
-    """Writes a model that the paper's code can test and go on from, too: it wants an optimizer's
-    state and, of a cosine head, no kappa."""
+def save_model(path: Path, net: nn.Module, head: nn.Module, epoch: int, config: Config) -> None:
+    """Writes a model that the paper's code can test and go on from, too: it wants the state of an
+    optimizer, whose weight decay it takes over, and no kappa in a cosine head."""
     head_state = head.state_dict()
     if not head_state.get("kappa", torch.ones(1)).any():
         del head_state["kappa"]
-    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [*net.parameters(), *head.parameters()],
+        config.lr,
+        momentum=0.9,
+        weight_decay=config.weight_decay,
+    )
     figures = [
         f"{split}_{name}" for split in ("train", "test") for name in ("err1", "err5", "loss")
     ]
-    state = {"epoch": epoch, "arch": ARCHITECTURES.get(arch, arch)}
+    state = {"epoch": epoch, "arch": ARCHITECTURES.get(config.net, config.net)}
     state |= {"feat_state_dict": net.state_dict(), "fc_state_dict": head_state}
     state |= {"optimizer": optimizer.state_dict(), "stats": {name: [] for name in figures}}
     write_atomically(path, lambda file: torch.save(state, file))

@@ -83,9 +83,7 @@ class Config:
     """Mirror small images at random; the other transforms always do so."""
     image_size: NotNegativeCount = 0
     """Side of the images in pixels. 0: small images keep their size, others get at most 224."""
-    net: Annotated[str, Field(pattern="^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$")] = (
-        "auto"
-    )
+    net: Annotated[str, Field(pattern=NETS)] = "auto"
     """convnet or gridnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image
     size."""
     pretrained: bool = False
@@ -98,12 +96,6 @@ class Config:
     """Head of stage 1."""
     kappa: Kappa = 16.0
     """Concentration of the t-vMF similarity; the other heads have none."""
-    learn_kappa: bool = False
-    """Train kappa, too, from the value of --kappa on."""
-    cosine_margin: NotNegative = 0.0
-    """Margin that stage 1's loss takes off the cosine of an image with its own class (CosFace)."""
-    angular_margin: Annotated[float, Field(ge=0, le=math.pi)] = 0.0
-    """Margin in radians that it adds to their angle (ArcFace)."""
     prior: NotNegative = 0.0
     """TAU of logit adjustment in stage 1: the loss adds TAU times the logarithm of the class
     frequencies to the logits. 1 is balanced softmax."""
@@ -122,8 +114,6 @@ class Config:
     stage2_start: Literal["fresh", "means", "stage1"] = "fresh"
     """Weights of stage 2's head at the start: random, the mean training feature of each class, or
     those of stage 1's head."""
-    stage2_kappa: Kappa = 0.0
-    """Kappa of stage 2's head; 0 is the cosine head."""
     stage2_prior: NotNegative = 0.0
     """TAU of logit adjustment in stage 2."""
     batch_size: NotNegativeCount = 256

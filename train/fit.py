@@ -24,7 +24,6 @@ from tvmf_ext import ShardedTvMFLoss
 
 MOMENTUM = 0.9  # the paper's, without Nesterov's correction
 LOOK = 50  # steps between looks at the loss, each of which waits for the device
-SMALLEST_KAPPA = -0.19  # of one that is learnt; margins move its bound from -1/2 to -1/5 at most
 CHEAP = 10  # seconds of epochs on cached features that are cheaper to repeat than to save
 AGREE = 8  # steps after which several processes agree on whether to stop
 
@@ -35,14 +34,12 @@ def cosine_lr(lr: float, epoch: int, epochs: int) -> float:
 
 
 def make_optimizer(net: nn.Module, head: nn.Module, config: Config) -> torch.optim.SGD:
-    """SGD over the parameters that require gradients; the head's scale has a rate of its own, and
-    kappa no weight decay, which would draw it to the cosine's 0."""
+    """SGD over the parameters that require gradients; the head's scale has a rate of its own."""
     sharded = isinstance(head, ShardedTvMFLoss)
     named = [*net.named_parameters(), *head.named_parameters()]
-    scale, kappa = ([p for name, p in named if name == own] for own in ("s_", "kappa"))
-    others = [p for name, p in named if name not in ("s_", "kappa") and p.requires_grad]
+    scale = [p for name, p in named if name == "s_"]
+    others = [p for name, p in named if name != "s_" and p.requires_grad]
     groups = [{"params": others, "factor": 1.0}, {"params": scale, "factor": config.scale_lr}]
-    groups.append({"params": kappa, "factor": 1.0, "weight_decay": 0.0})
     if sharded:  # its class vectors, the last of the others, want a group of their own
         groups.insert(1, {"params": [others.pop()], "factor": 1.0})
     return torch.optim.SGD(
@@ -76,7 +73,6 @@ class Fit:
             self.epochs = config.stage2_epochs
             self.batch_size = config.stage2_batch_size or self.batch_size
             self.lr = config.stage2_lr or self.lr
-        self.learns_kappa = any(name == "kappa" for name, _ in head.named_parameters())
         self.has_scale = any(name == "s_" for name, _ in head.named_parameters())
         self.optimizer = make_optimizer(net, head, config)
         scaler = sharded.GradScaler if session.mesh else torch.amp.GradScaler
@@ -138,18 +134,13 @@ class Fit:
             sharded.keep(out, session.saves)
         self.saved_at = time.monotonic()
 
-    def save_alone(self) -> None:
-        """Saves before the run ends for a reason of this process, for which others would wait."""
-        if self.session.world == 1:
-            self.save()
-
     def save_or_stop(self, due: bool) -> None:
-        """Saves if that is due in any process, and leaves if any was asked to stop."""
+        """Saves if that is due in any process, and leaves, in all of them, if any was asked to."""
         stop, due = distributed.any_of(self.session.stopping, due)
-        if stop or due:
-            self.save()
         if stop:
             raise Stopped
+        if due:
+            self.save()
 
     def check_finite(self, loss: float) -> None:
         parameters = map(distributed.own, self.model.parameters())
@@ -157,10 +148,11 @@ class Fit:
             loss = math.nan  # as the loss of the next step would be
         (lost,) = distributed.any_of(not math.isfinite(loss))
         if lost:
+            own = self.stage == 2 and self.session.config.stage2_lr
             raise TrainError(
-                f"--lr: got {self.lr:g}, with which the loss became {loss} in epoch "
-                f"{self.epoch + 1}; wanted a smaller one or --precision fp32. The last "
-                "checkpoint was saved before that and is whole"
+                f"--{'stage2-' if own else ''}lr: got {self.lr:g}, with which the loss became "
+                f"{loss} in epoch {self.epoch + 1}; wanted a smaller one or --precision fp32. "
+                "The last checkpoint was saved before that and is whole"
             )
 
     def run(self) -> dict[str, Any]:
@@ -171,15 +163,21 @@ class Fit:
         with session.progress() as progress:
             head = config.head if self.stage == 1 else "cosine"
             bar = progress.add_task(f"{head}, stage {self.stage}", total=self.epochs, note="")
-            while self.epoch < self.epochs:
-                record = self.train_epoch(progress, bar)
-                number = self.epoch + 1
-                if number == self.epochs or number % (config.eval_every or 1) == 0:
-                    self.evaluate(record)
-                progress.update(bar, note=f"loss {record['loss']:.3f}")
-                if log:
-                    log.write(record)
-                self.end_epoch(record)
+            try:
+                while self.epoch < self.epochs:
+                    record = self.train_epoch(progress, bar)
+                    number = self.epoch + 1
+                    if number == self.epochs or number % (config.eval_every or 1) == 0:
+                        self.evaluate(record)
+                    progress.update(bar, note=f"loss {record['loss']:.3f}")
+                    if log:
+                        log.write(record)
+                    self.end_epoch(record)
+            except (Stopped, LostImages) as error:
+                # Images are lost in one process, while the others would not come to save.
+                if isinstance(error, Stopped) or session.world == 1:
+                    self.save()
+                raise
         report = self.report()
         if log:
             log.close(report)
@@ -197,11 +195,7 @@ class Fit:
         sizes, batches = self.batches()
         began, images = time.perf_counter(), sum(sizes[self.step :])
         while self.step < len(sizes):
-            try:
-                self.train_step(batches, sizes[self.step])
-            except LostImages:
-                self.save_alone()
-                raise
+            self.train_step(batches, sizes[self.step])
             progress.update(bar, completed=self.epoch + self.step / len(sizes))
             if self.step % LOOK == 0:
                 loss, count = self.totals[:2].tolist()
@@ -265,8 +259,6 @@ class Fit:
             self.totals[1:] += counts
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.learns_kappa:
-            self.head.kappa.data.clamp_(min=SMALLEST_KAPPA)
         self.optimizer.zero_grad()
         self.step += 1
 
@@ -275,11 +267,7 @@ class Fit:
         session, number = self.session, self.epoch + 1
         if not self.cached and (self.stage == 1 or session.config.bn == "batch"):
             distributed.average_buffers(self.net)  # they differ between processes
-        try:
-            rows = session.evaluate(self.evaluated, self.net, self.head, self.cached)
-        except (Stopped, LostImages):
-            self.save_alone()
-            raise
+        rows = session.evaluate(self.evaluated, self.net, self.head, self.cached)
         record[self.evaluated] = error_report(rows)
         error = record[self.evaluated]["error1"]
         if self.select == "last":
@@ -290,7 +278,7 @@ class Fit:
             self.best = (error, number)
             head = sharded.whole(self.head)
             if session.rank == 0:
-                checkpoint.save_model(self.model_file, self.net, head, number, session.config.net)
+                checkpoint.save_model(self.model_file, self.net, head, number, session.config)
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Moves on to the next epoch, and saves unless that costs more than it may lose."""

@@ -61,9 +61,10 @@ def make_net(name: str, channels: int, pretrained: bool = False) -> nn.Module:
         net = timm.create_model(
             name.removeprefix("timm:"), pretrained, num_classes=0, in_chans=channels
         )
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # a download fails in ways of the library that does it
         raise TrainError(
-            f"--net: got {name} ({error}), wanted a name of timm.list_models()"
+            f"--net: got {name} ({error}), wanted a name of timm.list_models(), whose weights can "
+            "be loaded with --pretrained"
         ) from None
     # MobileNetV3, VGG and others have a layer between pooling and classifier.
     net.num_features = getattr(net, "head_hidden_size", None) or net.num_features
@@ -133,20 +134,14 @@ def make_head(
     in the loss alone."""
     if name == "softmax":
         return SoftmaxHead(num_features, num_classes, prior=prior)
-    try:
-        return tvmf_head(
-            num_features,
-            num_classes,
-            mesh,
-            kappa=config.kappa if name == "tvmf" else 0.0,
-            learn_kappa=config.learn_kappa and name == "tvmf",
-            scale=config.scale_start,
-            cosine_margin=config.cosine_margin,
-            angular_margin=config.angular_margin,
-            prior=prior,
-        )
-    except ValueError as error:  # margins leave fewer kappas
-        raise TrainError(f"--kappa: {error}") from None
+    return tvmf_head(
+        num_features,
+        num_classes,
+        mesh,
+        kappa=config.kappa if name == "tvmf" else 0.0,
+        scale=config.scale_start,
+        prior=prior,
+    )
 
 
 def head_of_state(state: dict[str, Tensor], mesh: DeviceMesh | None = None) -> nn.Module:

@@ -109,9 +109,8 @@ def whole(head: nn.Module) -> nn.Module | None:
         if len(part):
             dist.send(part, 0)
         return None
-    learns = isinstance(head.kappa, nn.Parameter)
     size = (head.in_features, head.num_classes)
-    made = TvMFLoss(*size, kappa=head.kappa.detach().cpu(), learn_kappa=learns, device="meta")
+    made = TvMFLoss(*size, kappa=head.kappa.cpu(), device="meta")
     made = made.to_empty(device="cpu")
     made.kappa.copy_(head.kappa)
     made.s_.copy_(head.s_)

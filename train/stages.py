@@ -1,7 +1,5 @@
 """The two stages of a run, one after the other; or the test of a model that is given."""
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,11 +111,9 @@ def train_stage2(
     before = checkpoint.fill(net, source[0], config.net, source[1])["weight"]
     net.requires_grad_(False)
     torch.manual_seed(seed_of(config.seed, 2))
-    counts, tau, kappa = session.data.counts, config.stage2_prior, config.stage2_kappa
+    counts, tau = session.data.counts, config.stage2_prior
     prior = log_prior(counts, tau) if tau else None
-    own = dataclasses.replace(config, kappa=kappa, cosine_margin=0.0, angular_margin=0.0)
-    name = "tvmf" if kappa else "cosine"
-    head = make_head(name, net.num_features, len(counts), own, prior, session.mesh)
+    head = make_head("cosine", net.num_features, len(counts), config, prior, session.mesh)
     if config.bn == "shift":
         shift_statistics(session, net)
     cached = cache_features(session, net) if config.views else None

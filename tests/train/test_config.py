@@ -48,7 +48,7 @@ def test_recipes_have_the_numbers_of_the_paper(name):
     assert (config.lr, config.weight_decay) == (0.2, 1e-4)
     assert (config.epochs, config.stage2_epochs) == (90, 30)
     assert (config.head, config.kappa, config.select) == ("tvmf", 16, "auto")
-    assert (config.scale_lr, config.prior, config.stage2_kappa) == (1, 0, 0)
+    assert (config.scale_lr, config.prior) == (1, 0)
     stage2 = (config.bn, config.sampling, config.stage2_start, config.stage2_prior)
     if own:
         assert (config.batch_size, config.scale_start, config.stage2_lr) == (0, 10, 0.05)

@@ -105,6 +105,8 @@ def test_divergence(small_net, tmp_path):
     with pytest.raises(TrainError, match=r"--lr: got 1e\+20.* loss became (nan|inf) in epoch 1"):
         train_both(configure(tmp_path / "a", lr=1e20, head="softmax"), data)
     assert not (tmp_path / "a/checkpoint.pt").exists()
+    with pytest.raises(TrainError, match=r"--stage2-lr: got 1e\+20.* loss became"):
+        train_both(configure(tmp_path / "b", stage2_lr=1e20), data)
 
 
 @pytest.mark.parametrize("minutes", [15.0, NOW])
@@ -207,16 +209,3 @@ def test_no_wait_per_step(monkeypatch, small_net, tmp_path, views, settings):
         return sum(total)
 
     assert waits(4, 2) == waits(12, 2) < waits(4, 4)
-
-
-def test_kappa_is_learnt_and_kept_above_its_bound(small_net, tmp_path, monkeypatch):
-    data = in_memory((60, 30, 8, 4))
-    result = train_both(configure(tmp_path / "a", kappa=4.0, learn_kappa=True), data)["stage1"]
-    assert result["kappa"] != 4 and math.isfinite(result["kappa"])
-    head = head_of_state(load_state(tmp_path / "a/stage1.pt")["fc_state_dict"])
-    assert head.kappa.item() == pytest.approx(result["kappa"])
-    monkeypatch.setattr(fit, "SMALLEST_KAPPA", 3.0)
-    low = train_both(configure(tmp_path / "b", kappa=-0.1, learn_kappa=True), data)["stage1"]
-    assert low["kappa"] >= 3
-    fixed = train_both(configure(tmp_path / "c", kappa=4.0), data)["stage1"]
-    assert fixed["kappa"] == 4

@@ -38,18 +38,13 @@ from tvmf_ext import TvMFLoss
 # 4 classes, of which 3 processes have 2, 2 and none. A batch of 20 leaves 8 of 28 images.
 SIZES, TESTED, VAL = (13, 8, 4, 3), (5, 3, 2, 1), (2, 2, 2, 1)
 JOBS = {  # with the parts into which one process must divide its batch
-    "margin, learnt kappa": (
-        {"cosine_margin": 0.1, "learn_kappa": True, "prior": 1.0, "stage2_start": "means"},
-        1,
-    ),
+    "prior, class means": ({"prior": 1.0, "stage2_start": "means"}, 1),
     "accumulated, uncached": (
         {
             "accumulate": 2,
             "views": 0,
             "kappa": 0.0,
-            "angular_margin": 0.3,
             "stage2_start": "stage1",
-            "stage2_kappa": 4.0,
             "stage2_prior": 1.0,
             "sampling": "sqrt",
         },
@@ -79,7 +74,7 @@ def no_group_is_left():
     distributed.finish()
 
 
-def job(out, name="margin, learnt kappa", **changes):
+def job(out, name="prior, class means", **changes):
     settings, _ = JOBS[name]
     config = configure(out, **{"batch_size": 20, "lr": 0.3} | settings | changes)
     return config, in_memory(SIZES, TESTED, VAL)
@@ -151,7 +146,7 @@ def close_files(found, wanted, tolerance=2e-5):
         plain = TvMFLoss(16, 4, kappa=heads[0].get("kappa", 0.0))
         plain.load_state_dict(heads[0])
         for name, values in heads[1].items():
-            # Terms of both signs cancel in the gradients of the scale and of kappa.
+            # Terms of both signs cancel in the gradient of the scale.
             allowed = tolerance * values.norm() * (10 if values.numel() == 1 else 1)
             assert (heads[0][name] - values).norm() <= allowed, name
         for name, values in feat(wanted / f"{stage}.pt").items():
@@ -164,7 +159,7 @@ def close_files(found, wanted, tolerance=2e-5):
     close(*(list(records(out).values()) for out in (found, wanted)), tolerance)
 
 
-def results_of_one(out, name="margin, learnt kappa"):
+def results_of_one(out, name="prior, class means"):
     """What one process that holds all classes reports, as JSON has it."""
     return json.loads(json.dumps(train_both(*job(out, name, accumulate=JOBS[name][1]))))
 
