@@ -141,7 +141,7 @@ def parse(args):
     parser = make_parser()
     options = parser.parse_args(args)
     check(options, parser)
-    for name in ("device", "dtype", "seconds"):
+    for name in ("device", "seconds"):
         if getattr(options, name) is None:
             setattr(options, name, SUITES[options.suite][name])
     if not options.variants:
@@ -180,7 +180,7 @@ def run(options, console):
                 options.seconds,
                 options.which,
                 options.device,
-                getattr(torch, options.dtype),
+                getattr(torch, options.dtype or case.get("dtype", SUITES[options.suite]["dtype"])),
                 partial(progress.update, task),
             )
             torch.set_num_threads(options.threads)

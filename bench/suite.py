@@ -10,7 +10,8 @@ UNCOMPILED = {"leave_out": ["max-autotune", "compile", "pml"]}
 
 def cases(shapes, kappa=KAPPA, **more):
     """A case for each (N, C, D). `leave_out` names variants that are not run, `threads` sets the
-    CPU's threads, and `sweep` puts the case into the plot against C instead of a document's table.
+    CPU's threads, `dtype` takes the place of the suite's, and `sweep` puts the case into the plot
+    against C instead of a document's table.
     """
     return [{"shape": list(shape), "kappa": kappa, **more} for shape in shapes]
 
@@ -34,6 +35,7 @@ SUITES = {
             *cases([(1, 8, 8)], threads=1),
             *cases([(127, 8143, 511), (33, 1003, 2047)]),
             *cases([(256, 1000, 512), (256, 8142, 2048), (1024, 8142, 512)], kappa=0.0),
+            *cases([(256, 1000, 512), (256, 8142, 2048), (256, 21841, 768)], dtype="bfloat16"),
             *cases([(64, 10**i, 512) for i in (3, 4, 5, 6)], sweep=True),
         ],
     },

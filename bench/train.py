@@ -219,7 +219,7 @@ def input_pipeline(options, folder, progress):
     split = Split(Paths.of("", names), torch.zeros(len(names), dtype=torch.int64))
     cpu = torch.device("cpu")
     readers = Readers(ImageFiles([split], "imagenet", 224), 0, cpu)
-    loader = Loader(split, "imagenet", 224, cpu, train=True, readers=readers)
+    loader = Loader(split, readers, train=True)
     positions = range(len(split))
     jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)
     theirs = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), jitter]

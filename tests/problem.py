@@ -26,7 +26,7 @@ def compute_dtype(dtype):
 
 def product_dtype(input):
     """The dtype in which the CPU multiplies: some CPUs have products of bfloat16."""
-    pairs = tvmf_ext.build_info().cpu == "avx512_bf16"
+    pairs = tvmf_ext.build_info().cpu in ("avx512_bf16", "amx_bf16")
     if input.dtype == torch.bfloat16 and pairs and os.getenv("TVMF_CPU_PRODUCT") != "library":
         return torch.bfloat16
     return compute_dtype(input.dtype)

@@ -49,7 +49,7 @@ def test_build_info_tells_what_runs():
     info = build_info()
     assert info.version == version("tvmf_ext")
     assert info.torch == torch.__version__
-    assert info.cpu in ("baseline", "avx2", "avx512", "avx512_bf16")
+    assert info.cpu in ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
     assert info.stable_abi == "2.11"
     assert info.cuda == bool(info.cuda_archs)
     assert all(re.fullmatch(r"\d+\.\d", arch) for arch in info.cuda_archs)

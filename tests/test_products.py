@@ -1,6 +1,7 @@
 """The CPU's products: the library's and our own, forced by TVMF_CPU_PRODUCT, by the error rule.
 
-Our own for AVX-512 are built once more with emulated instructions, so that they run anywhere.
+Our own for AVX-512 and AMX are built once more with emulated instructions, so that they run
+anywhere.
 """
 
 import os
@@ -23,6 +24,7 @@ from tests.problem import *
 from tvmf_ext import head, row_statistics, tvmf_cross_entropy
 head._KEEP_MIN_FEATURES = 1
 SHAPES = (1, 1, 2), (1, 8, 8), (3, 130, 17), (16, 16, 16), (33, 300, 131), (300, 701, 33)
+SHAPES += (17, 40, 1030),  # sums over features in several pieces, for pairs of bfloat16 as well
 OPTIONS = (
     dict(),
     dict(kappa="[C]", scale="softplus", bias=True, prior=True, class_weight=True, ignored=0.2,
@@ -107,20 +109,27 @@ def test_our_own_products_give_the_same_bits_on_any_number_of_threads():
     assert len(digests) == 4 and len({*digests}) == 1
 
 
-def test_another_product_is_refused():
+@pytest.mark.parametrize(
+    "variable, wanted",
+    [
+        ("TVMF_CPU_PRODUCT", "own or library"),
+        ("TVMF_CPU_CAPABILITY", "baseline, avx2, avx512, avx512_bf16 or amx_bf16"),
+    ],
+)
+def test_an_unknown_name_in_the_environment_is_refused(variable, wanted):
     process = start(
         "import torch, tvmf_ext\n"
         "x = torch.ones(1, 2)\n"
         "tvmf_ext.tvmf_cross_entropy(x, x, torch.zeros(1, dtype=torch.int64))",
         ROOT,
-        TVMF_CPU_PRODUCT="ours",
+        **{variable: "ours"},
     )
-    assert "TVMF_CPU_PRODUCT must be own or library, got ours" in process.communicate()[1]
+    assert f"{variable} must be {wanted}, got ours" in process.communicate()[1]
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """The package with emulated AVX-512, in a folder of its own."""
+    """The package with emulated AVX-512 and AMX, in a folder of its own."""
     if not shutil.which("cmake") or "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("needs cmake and AVX2")
     folder = tmp_path_factory.mktemp("emulated")
@@ -135,14 +144,21 @@ def emulated(tmp_path_factory):
     return folder
 
 
-def test_emulated_avx512_follows_the_error_rule(emulated):
-    code = checks("float32/float32", "bfloat16/bfloat16", "bfloat16/float32")
-    assert output_of(start(code, emulated, TVMF_CPU_PRODUCT="own")) == ["done"]
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16"])
+def test_emulated_products_follow_the_error_rule(emulated, name):
+    dtypes = ["bfloat16/bfloat16", "bfloat16/float32"]
+    if name == "avx512_bf16":
+        dtypes.append("float32/float32")  # AMX has no products of float32
+    forced = {"TVMF_CPU_CAPABILITY": name, "TVMF_CPU_PRODUCT": "own"}
+    code = f"import tvmf_ext; assert tvmf_ext.build_info().cpu == {name!r}\n" + checks(*dtypes)
+    assert output_of(start(code, emulated, **forced)) == ["done"]
 
 
-def test_emulated_avx512_gives_the_same_bits_on_any_number_of_threads(emulated):
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16"])
+def test_emulated_products_give_the_same_bits_on_any_number_of_threads(emulated, name):
     code = BITS.replace("THREADS", "(1, 3)")
-    digests = output_of(start(code, emulated, TVMF_CPU_PRODUCT="own"))
+    forced = {"TVMF_CPU_CAPABILITY": name, "TVMF_CPU_PRODUCT": "own"}
+    digests = output_of(start(code, emulated, **forced))
     assert len(digests) == 2 and len({*digests}) == 1
 
 

@@ -191,44 +191,40 @@ class Loader:
 
     Args:
         split: the images; those in memory are moved to the device once.
+        readers: the processes that read files, and how these are prepared.
         statistics: mean and standard deviation, each [channels], to normalise images in memory.
         skip_bad: leave out a file that cannot be read, and put its message into `bad`.
-        readers: the processes that read files.
     """
 
     def __init__(
         self,
         split: Split,
-        augment: str,
-        image_size: int,
-        device: torch.device,
+        readers: Readers,
         *,
         train: bool,
         flip: bool = False,
         statistics: tuple[Tensor, Tensor] | None = None,
         skip_bad: bool = False,
-        readers: Readers | None = None,
     ):
-        self.device, self.train, self.flip, self.skip_bad = device, train, flip, skip_bad
-        self.augment = augment
+        self.split, self.readers, self.device = split, readers, readers.device
+        self.train, self.flip, self.skip_bad = train, flip, skip_bad
+        self.augment = readers.images.augment
         self.bad: set[str] = set()
         self.in_memory = isinstance(split.images, Tensor)
         if self.in_memory:
-            self.images, self.labels = split.images.to(device), split.labels.to(device)
-            self.reach = max(1, round(image_size / 14))  # 2 pixels for MNIST's 28
+            self.images, self.labels = (t.to(self.device) for t in (split.images, split.labels))
+            self.reach = max(1, round(readers.images.size / 14))  # 2 pixels for MNIST's 28
         else:
-            statistics = [torch.tensor(s) for s in STATISTICS[augment]]
-            self.split, self.readers = split, readers
-        self.mean, self.std = (s.view(-1, 1, 1).to(device) for s in statistics)
+            statistics = [torch.tensor(s) for s in STATISTICS[self.augment]]
+        self.mean, self.std = (s.view(-1, 1, 1).to(self.device) for s in statistics)
 
     def __call__(
         self, order: Tensor, batches: list[Tensor], epoch_seed: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields images [B, channels, height, width] and labels [B] for each batch of positions in
         `order`, the images of an epoch. The position of an image decides its augmentation."""
-        if self.in_memory:
-            return self._from_memory(order, batches, epoch_seed)
-        return self._from_files(order, batches, epoch_seed)
+        source = self._from_memory if self.in_memory else self._from_files
+        return source(order, batches, epoch_seed)
 
     def _from_memory(self, order, batches, epoch_seed):
         if self.train:

@@ -53,14 +53,17 @@ def clear(out: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls `write` on a temporary file beside `path`, then puts that in the place of `path`."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: str = "") -> None:
+    """Calls `write` on a temporary file beside `path`, then puts that in the place of `path`, whose
+    old content is kept under the name `before` if there is one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if before and path.exists():
+            os.replace(path, path.with_name(before))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
         temporary.unlink(missing_ok=True)
@@ -79,15 +82,7 @@ def no_room(path: Path, error: Exception) -> TrainError:
 def save(out: Path, state: dict[str, Any]) -> None:
     """Saves the fields FIELDS; the checkpoint before this one is kept as well."""
     assert set(state) == FIELDS, set(state) ^ FIELDS
-
-    def write(file):
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-        if (out / NAME).exists():  # only now, when the new one is whole in its temporary file
-            os.replace(out / NAME, out / PREVIOUS)
-
-    write_atomically(out / NAME, write)
+    write_atomically(out / NAME, lambda file: torch.save(state, file), before=PREVIOUS)
 
 
 def read(path: Path) -> Any:

@@ -83,9 +83,7 @@ class Config:
     """Mirror small images at random; the other transforms always do so."""
     image_size: NotNegativeCount = 0
     """Side of the images in pixels. 0: small images keep their size, others get at most 224."""
-    net: Annotated[str, Field(pattern="^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$")] = (
-        "auto"
-    )
+    net: Annotated[str, Field(pattern=NETS)] = "auto"
     """convnet or gridnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image
     size."""
     pretrained: bool = False

@@ -1,10 +1,10 @@
 """Features of the frozen backbone on disk, mapped into memory: the head trains without images."""
 
-import mmap
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,9 +32,9 @@ class Cached:
             ) from None
         if not sizes:  # there are more processes than images
             return
-        with open(path, "rb") as file:  # torch.from_file takes no path that is not UTF-8
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.features = torch.frombuffer(content, dtype=features.dtype).view(sum(sizes), -1)
+        # torch.from_file takes no path that is not UTF-8.
+        content = torch.from_numpy(np.memmap(path, mode="c"))
+        self.features = content.view(features.dtype).view(sum(sizes), -1)
         self.labels, self.ends = torch.cat(labels), [0, *accumulate(sizes)]
 
     def batch(self, i: int) -> list[Tensor]:

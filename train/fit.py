@@ -138,18 +138,13 @@ class Fit:
             sharded.keep(out, session.saves)
         self.saved_at = time.monotonic()
 
-    def save_alone(self) -> None:
-        """Saves before the run ends for a reason of this process, for which others would wait."""
-        if self.session.world == 1:
-            self.save()
-
     def save_or_stop(self, due: bool) -> None:
-        """Saves if that is due in any process, and leaves if any was asked to stop."""
+        """Saves if that is due in any process, and leaves, in all of them, if any was asked to."""
         stop, due = distributed.any_of(self.session.stopping, due)
-        if stop or due:
-            self.save()
         if stop:
             raise Stopped
+        if due:
+            self.save()
 
     def check_finite(self, loss: float) -> None:
         parameters = map(distributed.own, self.model.parameters())
@@ -171,15 +166,21 @@ class Fit:
         with session.progress() as progress:
             head = config.head if self.stage == 1 else "cosine"
             bar = progress.add_task(f"{head}, stage {self.stage}", total=self.epochs, note="")
-            while self.epoch < self.epochs:
-                record = self.train_epoch(progress, bar)
-                number = self.epoch + 1
-                if number == self.epochs or number % (config.eval_every or 1) == 0:
-                    self.evaluate(record)
-                progress.update(bar, note=f"loss {record['loss']:.3f}")
-                if log:
-                    log.write(record)
-                self.end_epoch(record)
+            try:
+                while self.epoch < self.epochs:
+                    record = self.train_epoch(progress, bar)
+                    number = self.epoch + 1
+                    if number == self.epochs or number % (config.eval_every or 1) == 0:
+                        self.evaluate(record)
+                    progress.update(bar, note=f"loss {record['loss']:.3f}")
+                    if log:
+                        log.write(record)
+                    self.end_epoch(record)
+            except (Stopped, LostImages) as error:
+                # Images are lost in one process, while the others would not come to save.
+                if isinstance(error, Stopped) or session.world == 1:
+                    self.save()
+                raise
         report = self.report()
         if log:
             log.close(report)
@@ -197,11 +198,7 @@ class Fit:
         sizes, batches = self.batches()
         began, images = time.perf_counter(), sum(sizes[self.step :])
         while self.step < len(sizes):
-            try:
-                self.train_step(batches, sizes[self.step])
-            except LostImages:
-                self.save_alone()
-                raise
+            self.train_step(batches, sizes[self.step])
             progress.update(bar, completed=self.epoch + self.step / len(sizes))
             if self.step % LOOK == 0:
                 loss, count = self.totals[:2].tolist()
@@ -275,11 +272,7 @@ class Fit:
         session, number = self.session, self.epoch + 1
         if not self.cached and (self.stage == 1 or session.config.bn == "batch"):
             distributed.average_buffers(self.net)  # they differ between processes
-        try:
-            rows = session.evaluate(self.evaluated, self.net, self.head, self.cached)
-        except (Stopped, LostImages):
-            self.save_alone()
-            raise
+        rows = session.evaluate(self.evaluated, self.net, self.head, self.cached)
         record[self.evaluated] = error_report(rows)
         error = record[self.evaluated]["error1"]
         if self.select == "last":

@@ -91,18 +91,24 @@ def cosine_report(own: Tensor, other: Tensor, labels: Tensor) -> dict[str, float
     }
 
 
-def class_report(
-    predicted: Tensor, right: Tensor, labels: Tensor, num_classes: int
-) -> tuple[float, list[float | None]]:
-    """Macro-F1 over the classes that have test images, and each class's accuracy, in percent."""
+def class_figures(
+    rank: Tensor, predicted: Tensor, labels: Tensor, groups: dict[str, Tensor], num_classes: int
+) -> dict[str, Any]:
+    """Errors, overall and of the images in each of `groups`, macro-F1 over the classes that have
+    test images, and each class's accuracy, in percent."""
+    right = rank < 1
     tested = torch.bincount(labels, minlength=num_classes)
     hits = torch.bincount(labels[right], minlength=num_classes)
-    chosen = torch.bincount(predicted, minlength=num_classes)
+    chosen = torch.bincount(predicted.long(), minlength=num_classes)
     f1 = 200 * hits / (tested + chosen).clamp(min=1)
-    accuracy = (100 * hits / tested).tolist()
-    return f1[tested > 0].mean().item(), [
-        figure if images else None for figure, images in zip(accuracy, tested.tolist(), strict=True)
-    ]
+    accuracy = zip((100 * hits / tested).tolist(), tested.tolist(), strict=True)
+    return {
+        "error1": percent(~right),
+        "error5": percent(rank >= 5),
+        **{name: percent(~right[member]) for name, member in groups.items()},
+        "macro_f1": f1[tested > 0].mean().item(),
+        "class_accuracy": [figure if images else None for figure, images in accuracy],
+    }
 
 
 def histogram(cosine: Tensor) -> list[int]:
@@ -118,31 +124,19 @@ def full_report(rows: Tensor, labels: Tensor, counts: Tensor) -> dict[str, Any]:
     report = error_report(rows)
     rows, labels = rows[known], labels[known]
     _, _, rank, predicted, confidence, own, other, adjusted_rank, adjusted_predicted = rows.t()
-    right, adjusted, size = rank < 1, adjusted_rank < 1, counts[labels]
-    member = {g: (size >= low) & (size <= high) for g, (low, high) in GROUPS.items()}
-    report |= {name: percent(~right[m]) for name, m in member.items()}
-    macro_f1, accuracy = class_report(predicted.long(), right, labels, len(counts))
-    adjusted_f1, adjusted_accuracy = class_report(
-        adjusted_predicted.long(), adjusted, labels, len(counts)
-    )
-    overall = {"overall": torch.ones_like(right)}
+    size, classes = counts[labels], len(counts)
+    groups = {g: (size >= low) & (size <= high) for g, (low, high) in GROUPS.items()}
+    adjusted = class_figures(adjusted_rank, adjusted_predicted, labels, groups, classes)
+    every = {"overall": torch.ones_like(labels, dtype=torch.bool)} | groups
     return report | {
-        "macro_f1": macro_f1,
-        "ece": calibration_error(confidence, right),
-        "cosine": {
-            g: cosine_report(own[m], other[m], labels[m]) for g, m in (overall | member).items()
-        },
+        **class_figures(rank, predicted, labels, groups, classes),
+        "adjusted_error1": adjusted.pop("error1"),
+        "adjusted": adjusted,
+        "ece": calibration_error(confidence, rank < 1),
+        "cosine": {g: cosine_report(own[m], other[m], labels[m]) for g, m in every.items()},
         "cosine_histogram": {
             "edges": EDGES.tolist(),
-            "target": {g: histogram(own[m]) for g, m in member.items()},
-            "other": {g: histogram(other[m]) for g, m in member.items()},
-        },
-        "class_accuracy": accuracy,
-        "adjusted_error1": percent(~adjusted),
-        "adjusted": {
-            "error5": percent(adjusted_rank >= 5),
-            **{name: percent(~adjusted[m]) for name, m in member.items()},
-            "macro_f1": adjusted_f1,
-            "class_accuracy": adjusted_accuracy,
+            "target": {g: histogram(own[m]) for g, m in groups.items()},
+            "other": {g: histogram(other[m]) for g, m in groups.items()},
         },
     }

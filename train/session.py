@@ -22,7 +22,7 @@ from train.batches import (
 from train.config import Config
 from train.metrics import COLUMNS, image_rows
 from train.report.analysis import sample
-from train.splits import LongTailed, Split
+from train.splits import LongTailed
 from tvmf_ext.margin import log_prior
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,24 +56,12 @@ class Session:
         self.data_summary = data.summary()
         splits = (*data.splits(), ("sample", self.sample))
         files = ImageFiles([split for _, split in splits], data.augment, data.image_size)
-        self.readers = Readers(files, config.workers, self.device)
-        self.statistics = channel_statistics(images) if isinstance(images, Tensor) else None
-        self.loaders = {name: self.loader(split, name == "train") for name, split in splits}
-
-    def loader(self, split: Split, train: bool) -> Loader:
-        """Batches of a split, augmented for training or as they are tested."""
-        config, data = self.config, self.data
-        return Loader(
-            split,
-            data.augment,
-            data.image_size,
-            self.device,
-            train=train,
-            flip=config.flip,
-            statistics=self.statistics,
-            skip_bad=config.bad_images == "skip",
-            readers=self.readers,
-        )
+        readers = Readers(files, config.workers, self.device)
+        options = {"flip": config.flip, "skip_bad": config.bad_images == "skip"}
+        options["statistics"] = channel_statistics(images) if isinstance(images, Tensor) else None
+        self.loaders = {
+            name: Loader(split, readers, train=name == "train", **options) for name, split in splits
+        }
 
     def identity(self) -> dict[str, Any]:
         """What decides the result of the run: a checkpoint of another one does not fit."""

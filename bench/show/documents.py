@@ -66,7 +66,11 @@ def markdown(report):
     large = [case for case in report["cases"] if min(case["shape"][:2]) > TINY]
     plain = [case for case in large if case["kappa"] != 0 and not case.get("sweep")]
     cosine = [case for case in large if case["kappa"] == 0]
-    parts = [conditions(report), "At kappa 16:", overview(plain)]
+    parts = [conditions(report), "At kappa 16:"]
+    for dtype in dict.fromkeys(case["dtype"] for case in plain):
+        if len(parts) > 2:
+            parts.append(f"With features in {dtype}:")
+        parts.append(overview([case for case in plain if case["dtype"] == dtype]))
     for case in report["cases"]:
         if case not in large:
             others = [

@@ -87,9 +87,11 @@ def case_text(case):
     return "\n".join(["", title, "", table(rows), *lines])
 
 
-def fused_cells(case, graphs):
+def fused_cells(case, graphs, with_dtype):
     """The cells of the overview that are about the fused head, beside eager PyTorch's."""
     results = case["results"]
+    notes = ["kappa 0"] if case["kappa"] == 0 else []
+    notes += [case["dtype"]] if with_dtype else []
     fused, time = results.get("fused", {}), time_of(case, "fused")
 
     def in_graph(name):
@@ -97,7 +99,7 @@ def fused_cells(case, graphs):
         return f"{found['median']:.3g}" if found else "-"
 
     cells = {
-        "(N, C, D)": shape_of(case) + (", kappa 0" if case["kappa"] == 0 else ""),
+        "(N, C, D)": ", ".join([shape_of(case), *notes]),
         "fused": milliseconds(time) if time else "wrong" if fused.get("wrong") else "-",
     }
     if graphs:
@@ -112,12 +114,13 @@ def fused_cells(case, graphs):
 def overview(cases):
     """A row for each case: the fused head's figures, then the time of each other variant divided
     by the fused head's."""
+    with_dtype = len({case["dtype"] for case in cases}) > 1
     graphs = any("graph_ms" in result for case in cases for result in case["results"].values())
     tried = {name for case in cases for name, r in case["results"].items() if "refused" not in r}
     others = [name for name in NAMES[1:] if name in tried]
     rows, ratios = [], {name: [] for name in others}
     for case in cases:
-        row = fused_cells(case, graphs)
+        row = fused_cells(case, graphs, with_dtype)
         for name in others:
             result = case["results"].get(name, {})
             over = result.get("over_fused")

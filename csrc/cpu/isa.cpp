@@ -1,7 +1,13 @@
 #include "cpu/isa.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
+
+#include "torch/check.h"
+#ifdef TVMF_X86
+#include "cpu/amx.h"
+#endif
 
 namespace tvmf::cpu {
 
@@ -19,6 +25,10 @@ TVMF_DECLARE_ISA(avx512)
 namespace avx512_bf16 {
 extern const PanelKernels kPanels;
 }
+namespace amx_bf16 {
+void multiply(const PanelProduct& product);
+void multiply_transposed(const PanelProduct& product);
+}  // namespace amx_bf16
 #endif
 
 namespace {
@@ -34,10 +44,37 @@ struct InstructionSet {
 
 #define TVMF_KERNELS_OF(isa) &isa::kFloat, &isa::kDouble, &isa::kPanelTile, &isa::kPanels
 
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+
+// The last of kNames that the environment variable TVMF_CPU_CAPABILITY allows.
+int read_limit() {
+  const char* forced = std::getenv("TVMF_CPU_CAPABILITY");
+  const std::string limit = forced ? forced : std::end(kNames)[-1];
+  const auto* name = std::find(std::begin(kNames), std::end(kNames), limit);
+  TVMF_CHECK(name != std::end(kNames),
+             "the environment variable TVMF_CPU_CAPABILITY must be baseline, avx2, avx512, "
+             "avx512_bf16 or amx_bf16, got ",
+             limit);
+  return static_cast<int>(name - kNames);
+}
+
+#ifdef TVMF_X86
+// AMX reads the panels of AVX-512. They are put together here, because no file that is compiled for
+// a newer processor may run code when the library is loaded.
+const PanelKernels* amx_pairs() {
+  static const PanelKernels kernels = [] {
+    PanelKernels kernels = avx512_bf16::kPanels;
+    kernels.multiply = amx_bf16::multiply;
+    kernels.multiply_transposed = amx_bf16::multiply_transposed;
+    return kernels;
+  }();
+  return &kernels;
+}
+#endif
+
 InstructionSet choose() {
 #ifdef TVMF_X86
-  const char* forced = std::getenv("TVMF_CPU_CAPABILITY");
-  const std::string limit = forced ? forced : "avx512_bf16";
+  const int limit = read_limit();
 #ifdef TVMF_EMULATED
   const bool has_avx2 = true, has_avx512 = true, has_bf16 = true;
 #else
@@ -47,13 +84,13 @@ InstructionSet choose() {
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
   const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  if (has_bf16 && limit == "avx512_bf16")
-    return {"avx512_bf16", TVMF_KERNELS_OF(avx512), &avx512_bf16::kPanels};
-  if (has_avx512 && limit.starts_with("avx512"))
-    return {"avx512", TVMF_KERNELS_OF(avx512), nullptr};
-  if (has_avx2 && limit != "baseline") return {"avx2", TVMF_KERNELS_OF(avx2), nullptr};
+  if (limit >= 4 && has_bf16 && amx::available())
+    return {kNames[4], TVMF_KERNELS_OF(avx512), amx_pairs()};
+  if (limit >= 3 && has_bf16) return {kNames[3], TVMF_KERNELS_OF(avx512), &avx512_bf16::kPanels};
+  if (limit >= 2 && has_avx512) return {kNames[2], TVMF_KERNELS_OF(avx512), nullptr};
+  if (limit >= 1 && has_avx2) return {kNames[1], TVMF_KERNELS_OF(avx2), nullptr};
 #endif
-  return {"baseline", TVMF_KERNELS_OF(baseline), nullptr};
+  return {kNames[0], TVMF_KERNELS_OF(baseline), nullptr};
 }
 
 const InstructionSet& chosen() {

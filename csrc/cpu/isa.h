@@ -8,8 +8,8 @@
 
 namespace tvmf::cpu {
 
-// "baseline", "avx2", "avx512" or "avx512_bf16". The environment variable TVMF_CPU_CAPABILITY may
-// ask for less than the machine has.
+// "baseline", "avx2", "avx512", "avx512_bf16" or "amx_bf16". The environment variable
+// TVMF_CPU_CAPABILITY may ask for less than the machine has.
 const char* capability();
 
 // Instantiated for float and double.

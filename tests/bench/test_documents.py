@@ -48,12 +48,16 @@ def test_a_document_is_rewritten_between_its_markers(document, tmp_path, monkeyp
     shapes = [(16, 200, 24), (1, 8, 8), (8, 90, 24)]
     cases = [{"shape": shape, "kappa": 16.0} for shape in shapes]
     cases[-1]["sweep"] = True
-    monkeypatch.setitem(suite, "cases", [*cases, {"shape": shapes[0], "kappa": 0.0}])
+    cases.append({"shape": shapes[0], "kappa": 0.0})
+    cases.append({"shape": (20, 210, 24), "kappa": 16.0, "dtype": "bfloat16"})
+    monkeypatch.setitem(suite, "cases", cases)
     cli.main(["--suite", "cpu", "--document"])
     text = path.read_text()
     assert text.startswith("a\n<!-- bench cpu -->\n") and text.endswith("<!-- /bench cpu -->\nz\n")
     assert "old" not in text and "| (16, 200, 24) " in text and "At (1, 8, 8), on one" in text
     assert "2 ms" in text  # two ticks of the clock
+    float32, bfloat16 = text.split("With features in bfloat16:")
+    assert "| (20, 210, 24) " in bfloat16 and "(20, 210, 24)" not in float32
     assert (tmp_path / "docs/bench-cpu.png").exists()
     results = tmp_path / "bench/results/cpu.json"
     assert json.loads(results.read_text())["cases"][0]["results"]["fused"]["full_ms"]

@@ -15,6 +15,7 @@ def test_a_suite_can_be_run(name):
     assert isinstance(getattr(torch, suite["dtype"]), torch.dtype)
     for case in suite["cases"]:
         assert len(case["shape"]) == 3 and min(case["shape"]) > 0 and case["kappa"] > -0.5
+        assert isinstance(getattr(torch, case.get("dtype", suite["dtype"])), torch.dtype)
         assert set(case.get("leave_out", ())) <= set(variants.NAMES)
     keys = [key(case) for case in suite["cases"]]
     assert len(set(keys)) == len(keys)

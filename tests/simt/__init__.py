@@ -3,6 +3,7 @@
 `step` takes the arguments of `tvmf_cross_entropy` as torch tensors. simt.h describes the emulator.
 """
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -35,15 +36,20 @@ def build():
             f"building the emulator needs {', '.join(missing)}: pip install -e '.[test]'"
         )
     options = ("-G", "Ninja", "-DTVMF_SIMT=ON", f"-DPython_EXECUTABLE={sys.executable}")
-    for command in (
-        ["cmake", "-S", _ROOT, "-B", _BUILD, *options],
-        ["cmake", "--build", _BUILD],
-    ):
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | {"PATH": path}
-        )
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
+    _BUILD.mkdir(parents=True, exist_ok=True)
+    # Two processes that build in one folder would disturb each other.
+    with open(_BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["cmake", "-S", _ROOT, "-B", _BUILD, *options],
+            ["cmake", "--build", _BUILD],
+        ):
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=os.environ | {"PATH": path}
+            )
+            if done.returncode:
+                printed = f"{done.stdout}{done.stderr}"
+                raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{printed}")
 
 
 @functools.cache

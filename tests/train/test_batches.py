@@ -172,7 +172,7 @@ def test_transforms_are_the_references(tmp_path, augment, train, side):
     split = Split(Paths.of("", [path] * 4), torch.zeros(4, dtype=torch.int64))
     cpu = torch.device("cpu")
     readers = Readers(ImageFiles([split], augment, 224), 0, cpu)
-    loader = Loader(split, augment, 224, cpu, train=train, readers=readers)
+    loader = Loader(split, readers, train=train)
     (ours, _) = next(loader(torch.arange(4), [torch.arange(4)], 9))
     assert ours.dtype == torch.float32 and ours.shape == (4, 3, 224, 224)
     image, theirs = Image.open(path), reference_transforms(augment, train)
@@ -191,7 +191,7 @@ def test_jitter_has_torchvisions_distribution(tmp_path):
     split = Split(Paths.of(str(tmp_path), ["0.png"]), torch.zeros(1, dtype=torch.int64))
     cpu = torch.device("cpu")
     readers = Readers(ImageFiles([split], "imagenet", 8), 0, cpu)
-    loader = Loader(split, "imagenet", 8, cpu, train=True, readers=readers)
+    loader = Loader(split, readers, train=True)
     ours = next(loader(torch.zeros(1500, dtype=torch.int64), [torch.arange(1500)], 3))[0]
     theirs = reference_transforms("imagenet", True).transforms[2:]
     theirs = transforms.Compose(theirs)

@@ -40,8 +40,8 @@ def loader_of(split, train=True, **options):
     readers = Readers(
         ImageFiles([split], augment, size), options.pop("workers", 0), torch.device("cpu")
     )
-    options = {"statistics": statistics, "flip": True, "readers": readers} | options
-    return Loader(split, augment, size, torch.device("cpu"), train=train, **options)
+    options = {"statistics": statistics, "flip": True} | options
+    return Loader(split, readers, train=train, **options)
 
 
 @pytest.fixture(params=["memory", "files", "files, 2 workers"])
