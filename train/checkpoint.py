@@ -137,17 +137,23 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def save_model(path: Path, net: nn.Module, head: nn.Module, epoch: int, arch: str) -> None:
-    """Writes a model that the paper's code can test and go on from, too: it wants an optimizer's
-    state and, of a cosine head, no kappa."""
+def save_model(path: Path, net: nn.Module, head: nn.Module, epoch: int, config: Config) -> None:
+    """Writes a model that the paper's code can test and go on from, too: it wants the state of an
+    optimizer, whose weight decay it takes over and which has no kappa; nor has its cosine head."""
     head_state = head.state_dict()
     if not head_state.get("kappa", torch.ones(1)).any():
         del head_state["kappa"]
-    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], momentum=0.9)
+    named = [*net.named_parameters(), *head.named_parameters()]
+    optimizer = torch.optim.SGD(
+        [parameter for name, parameter in named if name != "kappa"],
+        config.lr,
+        momentum=0.9,
+        weight_decay=config.weight_decay,
+    )
     figures = [
         f"{split}_{name}" for split in ("train", "test") for name in ("err1", "err5", "loss")
     ]
-    state = {"epoch": epoch, "arch": ARCHITECTURES.get(arch, arch)}
+    state = {"epoch": epoch, "arch": ARCHITECTURES.get(config.net, config.net)}
     state |= {"feat_state_dict": net.state_dict(), "fc_state_dict": head_state}
     state |= {"optimizer": optimizer.state_dict(), "stats": {name: [] for name in figures}}
     write_atomically(path, lambda file: torch.save(state, file))

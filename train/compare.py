@@ -71,7 +71,7 @@ def main(args: list[str]) -> None:
     }
     for head, seed in runs.values():
         parse_config(flags_of(head, seed, flags))  # refuses a wrong flag before any run has begun
-    from train import report  # here, so that --help need not wait for the libraries that draw
+    from train.report.cli import main as report  # here, so that --help need not wait for it
 
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with Progress() as progress, ThreadPoolExecutor(options.jobs) as pool:
@@ -83,7 +83,7 @@ def main(args: list[str]) -> None:
                 progress.advance(bar)
         finally:
             pool.shutdown(cancel_futures=True)
-    report.main([*map(str, runs), "--out", str(options.out / "report")])
+    report([*map(str, runs), "--out", str(options.out / "report")])
 
 
 if __name__ == "__main__":

@@ -283,7 +283,7 @@ class Fit:
             self.best = (error, number)
             head = sharded.whole(self.head)
             if session.rank == 0:
-                checkpoint.save_model(self.model_file, self.net, head, number, session.config.net)
+                checkpoint.save_model(self.model_file, self.net, head, number, session.config)
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Moves on to the next epoch, and saves unless that costs more than it may lose."""

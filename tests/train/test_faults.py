@@ -202,13 +202,13 @@ def test_shell_of_another_locale(folder, tmp_path):
     assert (out / "result.json").exists()
 
 
-@pytest.mark.parametrize("module", ["train", "train.compare"])
+@pytest.mark.parametrize("module", ["train", "train.compare", "train.report"])
 def test_help_into_a_pipe_that_is_closed(module):
     code, printed, errors = shell("--help", module=module, pipe="head -c 1")
     assert code == 0 and errors == "" and printed.splitlines()[-1][-3:] in ("141", "u0", "0")
 
 
-@pytest.mark.parametrize("module", ["train", "train.compare"])
+@pytest.mark.parametrize("module", ["train", "train.compare", "train.report"])
 def test_help_and_wrong_flags_do_without_torch(module):
     for flags in (["--help"], ["--heads", "foo", "--head", "foo"]):
         command = [sys.executable, "-X", "importtime", "-m", module, *flags]

@@ -151,12 +151,14 @@ class CosLoss(nn.Linear):
             self.register_buffer("kappa", torch.tensor([float(kappa)]))
 
 
-@pytest.mark.parametrize("head, kappa", [("tvmf", 4.0), ("cosine", None)])
-def test_our_models_load_in_the_papers_code(tmp_path, head, kappa):
+@pytest.mark.parametrize(
+    "head, kappa, learn", [("tvmf", 4.0, False), ("tvmf", 4.0, True), ("cosine", None, False)]
+)
+def test_our_models_load_in_the_papers_code(tmp_path, head, kappa, learn):
     """As its `main_train.py -e --resume` and `main_finetune.py` load them."""
-    config = configure(
-        tmp_path, net="resnet10", head=head, kappa=4.0, epochs=1, prior=1.0, stage2_epochs=1
-    )
+    settings = {"net": "resnet10", "head": head, "kappa": 4.0, "learn_kappa": learn}
+    settings |= {"epochs": 1, "stage2_epochs": 1, "prior": 1.0, "weight_decay": 3e-4}
+    config = configure(tmp_path, **settings)
     data = in_memory(side=32, channels=3)
     stages.train(Session(config, data))
     for name, wanted in (("stage1.pt", kappa), ("stage2.pt", None)):
@@ -166,12 +168,14 @@ def test_our_models_load_in_the_papers_code(tmp_path, head, kappa):
         net.load_state_dict(file["feat_state_dict"])
         loss.load_state_dict(file["fc_state_dict"])
         both = nn.ModuleList([net, loss])
-        optimizer = torch.optim.SGD(both.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(both.parameters(), 0.1, momentum=0.9)
         optimizer.load_state_dict(file["optimizer"])
+        (group,) = optimizer.param_groups  # with which the paper's code goes on
+        assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (3e-4, 0.9, False)
         figures = {f"{s}_{n}" for s in ("train", "test") for n in ("err1", "err5", "loss")}
         assert set(file["stats"]) == figures
         again = head_of_state(load_state(tmp_path / name)["fc_state_dict"])
-        assert again.kappa.tolist() == [wanted or 0.0]
+        assert again.kappa.tolist() == pytest.approx([wanted or 0.0], rel=0.1 if learn else 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 
 from tests.train.report_runs import epoch, write_run, write_runs
 from train.config import TrainError
-from train.report import figures, main, table
+from train.report import figures, table
+from train.report.cli import main
 from train.report.page import make_sections, share_lists
 from train.report.runs import group_runs, load_run, typed
 

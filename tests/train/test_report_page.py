@@ -10,7 +10,8 @@ from PIL import Image
 
 from tests.train.report_runs import write_run, write_runs
 from train.config import TrainError
-from train.report import browser, main
+from train.report import browser
+from train.report.cli import main
 
 needs_chromium = pytest.mark.skipif(
     browser.find() is None,

@@ -1,3 +1,1 @@
 """What a run writes for its report (analysis.py), and the page on runs: python -m train.report."""
-
-from train.report.cli import main as main

@@ -1,12 +1,8 @@
 """python -m train.report RUN [RUN ...] [--out DIR] [--markdown] [--pictures]"""
 
-import sys
-
-from train.config import TrainError
 from train.report.cli import main
+from train.shell import one_line_errors
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main()
-    except TrainError as error:
-        sys.exit(f"error: {error}")

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 
 from train.config import TrainError
-from train.report import browser, table
-from train.report.runs import describe, group_runs, load_run
 
 ABOUT = "A report on runs of the driver: one page of curves, errors, angles, and a table over seeds"
 NOTE = """Rates are in % of the test images. Many, medium, few: error@1 of classes with more than
@@ -24,7 +22,9 @@ def main(args: list[str] | None = None) -> None:
         "--pictures", action="store_true", help="write a PNG of each section, too; needs Chromium"
     )
     options = parser.parse_args(args)
-    from train.report.page import make_page  # here, so that --help need not wait for Plotly
+    from train.report import browser, table  # here, so that --help need not wait for libraries
+    from train.report.page import make_page
+    from train.report.runs import describe, group_runs, load_run
 
     runs = [load_run(path) for path in dict.fromkeys(options.runs)]
     groups = group_runs(runs)
