@@ -152,10 +152,11 @@ class Fit:
             loss = math.nan  # as the loss of the next step would be
         (lost,) = distributed.any_of(not math.isfinite(loss))
         if lost:
+            own = self.stage == 2 and self.session.config.stage2_lr
             raise TrainError(
-                f"--lr: got {self.lr:g}, with which the loss became {loss} in epoch "
-                f"{self.epoch + 1}; wanted a smaller one or --precision fp32. The last "
-                "checkpoint was saved before that and is whole"
+                f"--{'stage2-' if own else ''}lr: got {self.lr:g}, with which the loss became "
+                f"{loss} in epoch {self.epoch + 1}; wanted a smaller one or --precision fp32. "
+                "The last checkpoint was saved before that and is whole"
             )
 
     def run(self) -> dict[str, Any]:

@@ -61,9 +61,10 @@ def make_net(name: str, channels: int, pretrained: bool = False) -> nn.Module:
         net = timm.create_model(
             name.removeprefix("timm:"), pretrained, num_classes=0, in_chans=channels
         )
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # a download fails in ways of the library that does it
         raise TrainError(
-            f"--net: got {name} ({error}), wanted a name of timm.list_models()"
+            f"--net: got {name} ({error}), wanted a name of timm.list_models(), whose weights can "
+            "be loaded with --pretrained"
         ) from None
     # MobileNetV3, VGG and others have a layer between pooling and classifier.
     net.num_features = getattr(net, "head_hidden_size", None) or net.num_features

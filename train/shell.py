@@ -2,10 +2,17 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 
 from train.config import TrainError
+
+
+def one_line(text: str) -> str:
+    """The text with the characters that would break its line or move the cursor, which a path may
+    hold, written as Python writes them."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
 
 
 @contextlib.contextmanager
@@ -19,7 +26,7 @@ def one_line_errors() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except TrainError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(one_line(f"error: {error}"))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe, such as head, has left
@@ -28,4 +35,5 @@ def one_line_errors() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        sys.exit(f"error: got {error.filename} ({error.strerror}), wanted a file that can be used")
+        got = f"{error.filename} ({error.strerror})"
+        sys.exit(one_line(f"error: got {got}, wanted a file that can be used"))

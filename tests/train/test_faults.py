@@ -202,6 +202,14 @@ def test_shell_of_another_locale(folder, tmp_path):
     assert (out / "result.json").exists()
 
 
+def test_a_path_that_would_break_the_line(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"a\rb\x1b[2J.png 0\n")
+    (tmp_path / "test.txt").write_text("c.png 0\n")
+    code, _, errors = shell("--dataset", "list", "--data", tmp_path)
+    assert code == 1 and len(errors.splitlines()) == 1
+    assert r"a\rb\x1b[2J.png, which is not there" in errors
+
+
 @pytest.mark.parametrize("module", ["train", "train.compare", "train.report"])
 def test_help_into_a_pipe_that_is_closed(module):
     code, printed, errors = shell("--help", module=module, pipe="head -c 1")

@@ -105,6 +105,8 @@ def test_divergence(small_net, tmp_path):
     with pytest.raises(TrainError, match=r"--lr: got 1e\+20.* loss became (nan|inf) in epoch 1"):
         train_both(configure(tmp_path / "a", lr=1e20, head="softmax"), data)
     assert not (tmp_path / "a/checkpoint.pt").exists()
+    with pytest.raises(TrainError, match=r"--stage2-lr: got 1e\+20.* loss became"):
+        train_both(configure(tmp_path / "b", stage2_lr=1e20), data)
 
 
 @pytest.mark.parametrize("minutes", [15.0, NOW])

@@ -104,6 +104,15 @@ def test_unknown_timm_backbone_is_named(name):
         make_net(f"timm:{name}", 3)
 
 
+def test_pretrained_weights_that_cannot_be_loaded(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("timm.create_model", fail)
+    with pytest.raises(TrainError, match=r"got timm:resnet18 \(no route .*wanted .*--pretrained"):
+        make_net("timm:resnet18", 3, pretrained=True)
+
+
 def test_softmax_head_is_linear_and_cross_entropy():
     torch.manual_seed(0)
     head, features, labels = SoftmaxHead(8, 5), torch.randn(20, 8), torch.randint(5, (20,))

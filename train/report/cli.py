@@ -8,7 +8,8 @@ from train.config import TrainError
 
 ABOUT = "A report on runs of the driver: one page of curves, errors, angles, and a table over seeds"
 NOTE = """Rates are in % of the test images. Many, medium, few: error@1 of classes with more than
-100, 20 to 100, fewer than 20 training images. ±: sample standard deviation over seeds. The best
+100, 20 to 100, fewer than 20 training images. Adjusted: error@1 after the logarithm of each class's
+frequency is subtracted from its logit. ±: sample standard deviation over seeds. The best
 mean of each stage is marked. A click on a heading sorts."""
 
 

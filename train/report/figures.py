@@ -62,7 +62,7 @@ def curve(groups: list[Group], stage: int, key: str, title: str) -> go.Figure | 
                 trace.marker.size = [11 if star else trace.marker.size for star in stars]
             fig.add_trace(trace)
     epoch_axis(fig, most)
-    if key == "lr":
+    if key in ("lr", "loss"):
         fig.update_yaxes(rangemode="tozero")
     return drawn(fig)
 
