@@ -31,6 +31,7 @@ from tvmf_ext import ShardedTvMFLoss, TvMFLoss, row_statistics
 PARTS = {"all sampled": {"sample_rate": 0.999}, "blocks": {"gradient_blocks": 2}}
 # The optimizer steps one kappa before the blocks, which need its old value.
 ONE_KAPPA = {"kappa": 3.0}
+NOT_SMOOTHED = {"label_smoothing": 0.0}  # without it the statistics have no sum
 
 
 def trained(rank, world, mesh, optimizer_name, scaled=False, **options):
@@ -151,6 +152,20 @@ def refused(mesh):
     return messages
 
 
+def not_attached(mesh):
+    """What the second call raises where no optimizer would have stepped the class vectors."""
+    messages = []
+    for options in ({"sample_rate": 0.5}, {"gradient_blocks": 2}):
+        head = ShardedTvMFLoss(FEATURES, CLASSES, mesh=mesh, **options)
+        input, target = torch.randn(3, FEATURES), torch.tensor([0, 8, 3])
+        head(input, target)
+        head(input, target).backward()
+        with pytest.raises(RuntimeError) as caught:
+            head(input, target)
+        messages.append(str(caught.value))
+    return messages
+
+
 def every_job(rank, world):
     mesh = init_device_mesh("cpu", (world,))
     found = {
@@ -161,6 +176,10 @@ def every_job(rank, world):
     for kind, options in PARTS.items():
         found["scaled", kind] = trained(rank, world, mesh, "AdamW", scaled=True, **options)
     found["one kappa"] = trained(rank, world, mesh, "SGD", gradient_blocks=2, changes=ONE_KAPPA)
+    found["not smoothed"] = trained(
+        rank, world, mesh, "SGD", gradient_blocks=2, changes=NOT_SMOOTHED
+    )
+    found["not attached"] = not_attached(mesh)
     if world == 1:
         found["means"], found["refused"] = means_of_samples(mesh), refused(mesh)
     if world == 3:
@@ -197,9 +216,16 @@ def test_steps_in_parts_are_the_steps_of_one_process(results, world, optimizer, 
 
 
 @pytest.mark.parametrize("world", [1, 3, 4])
-def test_blocks_with_one_kappa_for_all_classes(results, world):
+def test_blocks_with_one_kappa_or_without_smoothing(results, world):
     for found in results(world):
         assert_close(found["one kappa"], trained_by_one("SGD", **ONE_KAPPA))
+        assert_close(found["not smoothed"], trained_by_one("SGD", **NOT_SMOOTHED))
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_parts_without_an_optimizer_are_refused(results, world):
+    for found in results(world):
+        assert all("want attach(optimizer)" in text for text in found["not attached"])
 
 
 def test_blocks_over_two_groups_of_two_ranks(results):

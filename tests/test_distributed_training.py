@@ -1,6 +1,8 @@
 """Training with a sharded head: optimizers, clipping, checkpoints, mixed meshes, torch.compile."""
 
+import copy
 import functools
+import io
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.problem import error
 from tests.ranks import run_ranks
 from tvmf_ext import TvMFLoss, collectives
-from tvmf_ext.distributed import ShardedTvMFLoss, clip_grad_norm_
+from tvmf_ext.distributed import GradScaler, ShardedTvMFLoss, clip_grad_norm_
 
 # All worlds divide the rows. Of 9 classes 4 ranks have 3, 3, 3 and 0.
 ROWS, PIXELS, FEATURES, CLASSES = 24, 10, 8, 9
@@ -220,10 +222,63 @@ def in_bfloat16(rank, world, mesh):
     return found
 
 
+def scaled(rank, world, mesh):
+    """Steps with a GradScaler; the third gradient is infinite on the last rank alone."""
+    net, head = DistributedDataParallel(backbone()), sharded_head(mesh)
+    optimizer = OPTIMIZERS["AdamW"](groups_of(net, head))
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    for i, (input, target) in enumerate(batches(5)):
+        part = part_of(rank, world)
+        optimizer.zero_grad()
+        loss = head(net(input[part]), target[part])
+        scaler.scale(loss * (torch.inf if i == 2 and rank == world - 1 else 1)).backward()
+        if i == 4:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 512
+    return values(net, head)
+
+
+def odd_uses(mesh):
+    """Copies, no rows, and what is refused."""
+    head = sharded_head(mesh)
+    (drawn,) = collectives.gather(head._group, torch.randint(1 << 40, (1,)))
+    assert len(drawn.unique()) == 1  # the ranks' generators are alike
+    input, target = torch.randn(3, FEATURES).double(), torch.tensor([0, 8, 3])
+    wanted = head(input, target)
+    saved = io.BytesIO()
+    torch.save(head, saved)
+    saved.seek(0)
+    for twin in (copy.deepcopy(head), torch.load(saved, weights_only=False)):
+        assert torch.equal(twin(input, target), wanted)
+    with torch.device("meta"):
+        loaded = ShardedTvMFLoss(FEATURES, CLASSES, mesh=mesh, **OPTIONS)
+    loaded.load_state_dict(plain_head().state_dict(), assign=True)
+    assert torch.equal(loaded(input, target), wanted)
+    wanted.backward()
+    assert clip_grad_norm_(head.weight, 1.0) > 0
+
+    none = torch.zeros(0, FEATURES, dtype=torch.float64, requires_grad=True)
+    head(none, target[:0]).backward()
+    assert none.grad.shape == none.shape
+    assert head.logits(none).shape == (0, CLASSES) and head.topk(none, 4)[1].shape == (0, 4)
+    assert all(len(values) == 0 for values in head.row_statistics(none, target[:0]))
+    make = functools.partial(ShardedTvMFLoss, FEATURES, CLASSES, mesh=mesh)
+    wrong = ({"sample_rate": "a"}, {"gradient_blocks": 1.5}, {"sample_seed": None})
+    calls = [functools.partial(make, **options) for options in wrong]
+    found = [message(TypeError, call) for call in (lambda: head.topk(input, 2.0), *calls)]
+    wrong = (input[0], input[:, 1:], input.long())
+    calls = [functools.partial(head.logits, each) for each in wrong]
+    calls += [functools.partial(head.topk, each, 2) for each in wrong]
+    return found + [message(ValueError, call) for call in calls]
+
+
 def every_job(rank, world, folder):
     mesh = init_device_mesh("cpu", (world,))
     found = {name: trained(rank, world, mesh, name) for name in OPTIMIZERS}
     found["first weights"] = first_weights(mesh)
+    found["scaled"], found["odd uses"] = scaled(rank, world, mesh), odd_uses(mesh)
     found["bfloat16"] = in_bfloat16(rank, world, mesh)
     found["checkpoints"] = saved_and_loaded(rank, world, mesh, folder)
     if world > 1:
@@ -274,6 +329,33 @@ WORLDS = pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_five_clipped_steps_with_a_backbone_equal_one_process(results, world, optimizer):
     for found in results(world)[1]:
         assert_close(found[optimizer], trained_by_one(optimizer))
+
+
+@WORLDS
+def test_a_grad_scaler_skips_the_same_steps_everywhere(results, world):
+    net, head = backbone(), plain_head()
+    optimizer = OPTIMIZERS["AdamW"](groups_of(net, head))
+    for i, (input, target) in enumerate(batches(5)):
+        optimizer.zero_grad()
+        head(net(input), target).backward()
+        if i != 2:
+            optimizer.step()
+    for found in results(world)[1]:
+        assert_close(found["scaled"], values(net, head))
+
+
+@WORLDS
+def test_odd_uses(results, world):
+    wanted = ["k must be an int, got float", "sample_rate must be a number, got str"]
+    wanted += ["gradient_blocks must be an int, got float"]
+    wanted += ["sample_seed must be an int, got NoneType"]
+    wanted += 2 * [
+        "input must have shape [N, 8], got [8]",
+        "input must have shape [N, 8], got [3, 7]",
+        "input must be float16, bfloat16, float32 or float64, got torch.int64",
+    ]
+    for found in results(world)[1]:
+        assert found["odd uses"] == wanted
 
 
 def test_two_groups_of_two_ranks_equal_one_process(results):

@@ -5,6 +5,7 @@ A model file has the keys of the paper's code: feat_state_dict and fc_state_dict
 
 import fcntl
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -85,15 +86,18 @@ def save(out: Path, state: dict[str, Any]) -> None:
     write_atomically(out / NAME, lambda file: torch.save(state, file), before=PREVIOUS)
 
 
-def read(path: Path) -> Any:
-    """Reads a file of torch.save; raises an exception of any kind where it is damaged."""
-    if zipfile.is_zipfile(path):  # PyTorch before 1.6 wrote no archive, and no checksums
+def read(path: Path, mapped: bool = False) -> Any:
+    """Reads a file of torch.save; raises an exception of any kind where it is damaged. What is
+    mapped takes no memory before it is used."""
+    zipped = zipfile.is_zipfile(path)  # PyTorch before 1.6 wrote no archive, and no checksums
+    if zipped:
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify them
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
             if any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("an attribute in its directory")  # torch.load would skip the entry
-    return torch.load(path, map_location="cpu", weights_only=True)
+    mapped = mapped and zipped and not re.search("[\ud800-\udfff]", str(path))  # else torch fails
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def load(out: Path, wanted: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
@@ -161,7 +165,7 @@ def save_model(path: Path, net: nn.Module, head: nn.Module, epoch: int, config: 
 def load_model(path: Path, flag: str = "--model") -> tuple[dict[str, Any], dict[str, Any]]:
     """The state_dicts of backbone and head in a model file of ours or of the paper's code."""
     try:
-        state = read(path)
+        state = read(path, mapped=True)  # a process may want its own classes alone
         feat, head = state["feat_state_dict"], state["fc_state_dict"]
         for name, tensor in [*feat.items(), *head.items(), ("weight", head["weight"])]:
             if not isinstance(tensor, torch.Tensor):

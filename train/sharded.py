@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from train import distributed
 from train.batches import NO_LABEL
-from train.checkpoint import SHARDS
+from train.checkpoint import SHARDS, no_room
 from train.model import Classifier
 from tvmf_ext import ShardedTvMFLoss, TvMFLoss
 from tvmf_ext.distributed import GradScaler as GradScaler
@@ -145,7 +145,8 @@ def save(out: Path, number: int, head: nn.Module, optimizer: torch.optim.Optimiz
     try:
         dcp.save(tensors(head, optimizer), checkpoint_id=folder(out, number))
     except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+        first, _ = next(iter(error.failures.values()))  # the error of a process and its traceback
+        raise no_room(folder(out, number), first) from None
 
 
 def keep(out: Path, number: int) -> None:

@@ -141,10 +141,13 @@ class ShardedTvMFLoss(ClassShards):
         self.sample_rate, self.sample_seed, self.sample_step = sample_rate, sample_seed, 0
         self.gradient_blocks = gradient_blocks
         self._pending: Pending | None = None
+        self._attached = False
         self.reduce_dtype = reduce_dtype
         self._check_rows, self._check_labels = RowCheck(), LabelCheck()
         self._total_weight = (
-            float(num_classes) if weight is None else float(torch.as_tensor(weight).double().sum())
+            float(num_classes)
+            if weight is None
+            else float(torch.as_tensor(weight, device="cpu").double().sum())
         )
 
     def _gathered(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,6 +186,11 @@ class ShardedTvMFLoss(ClassShards):
                 for values in learnt.values():
                     values.requires_grad_()
             if torch.is_grad_enabled():
+                if self._pending is not None and self._pending.has_gradients and not self._attached:
+                    raise RuntimeError(
+                        "sample_rate below 1 and gradient_blocks above 1 want attach(optimizer), "
+                        "got a second call after a backward pass without it"
+                    )
                 self._pending = Pending(rows, learnt)
         for tensors, groups in ((shared, self._groups), (per_class, self._data_groups)):
             for name, value in tensors.items():
@@ -285,6 +293,7 @@ class ShardedTvMFLoss(ClassShards):
                 step_in_parts(optimizer, parameters, pending.parts(shard_statistics), scale)
 
         optimizer.register_step_post_hook(step_rest)
+        self._attached = True
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of the rows of all ranks; for `reduction="none"` the losses of the own rows."""

@@ -114,6 +114,11 @@ class Pending:
         anchor = torch.zeros((), requires_grad=True)
         return _Capture.apply(anchor, self._upstream, *statistics)
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a backward pass has been here."""
+        return bool(self._upstream) or any(t.grad is not None for t in self.leaves.values())
+
     def parts(self, statistics: Callable[..., tuple[Tensor, ...]]) -> Iterator[Part]:
         """The gradients of the sample, or of one block after the other."""
         if self._call is not None:

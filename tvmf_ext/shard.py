@@ -42,7 +42,8 @@ def shard_statistics(
         others, cosine, sum_, rank = ops.row_statistics(*head, with_sum, kept)
     except RuntimeError as error:
         raise explained(error) from None
-    return others, target_logits(head, cosine), cosine, sum_, rank
+    # Without it, `sum` is empty, and the operator's backward pass takes no gradient of it.
+    return others, target_logits(head, cosine), cosine, sum_ if with_sum else sum_.detach(), rank
 
 
 @torch.no_grad()
@@ -113,6 +114,10 @@ class LabelCheck:
 
     def __init__(self) -> None:
         self._earlier: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the head has had no call; an event could not be copied."""
+        return {"_earlier": None}
 
     def __call__(self, labels: Tensor, wrong: Tensor, wanted: str, ranks: int) -> None:
         if ops.is_recorded():

@@ -269,3 +269,10 @@ def test_refusals(tmp_path):
     softmax = {"weight": torch.zeros(4, 16), "bias": torch.zeros(4)}
     with pytest.raises(TrainError, match="--shard-classes: got a softmax head"):
         head_of_state(softmax, Session(config, data).mesh)
+
+
+def test_shards_that_cannot_be_written(tmp_path):
+    config, data = job(tmp_path, shard_classes=True)
+    (tmp_path / "checkpoint.1").touch()  # where the directory should be
+    with pytest.raises(TrainError, match=r"--out: got .*exists.* on writing .*checkpoint\.1"):
+        train_both(config, data)
