@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from train.config import TrainError, parse_config
+from train.report import cli
 from train.shell import one_line_errors
 
 # What a run replaces by its own choice (train.config.settle), beside "auto".
@@ -71,8 +72,6 @@ def main(args: list[str]) -> None:
     }
     for head, seed in runs.values():
         parse_config(flags_of(head, seed, flags))  # refuses a wrong flag before any run has begun
-    from train.report.cli import main as report  # here, so that --help need not wait for it
-
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with Progress() as progress, ThreadPoolExecutor(options.jobs) as pool:
         bar = progress.add_task("runs", total=len(runs))
@@ -83,7 +82,7 @@ def main(args: list[str]) -> None:
                 progress.advance(bar)
         finally:
             pool.shutdown(cancel_futures=True)
-    report([*map(str, runs), "--out", str(options.out / "report")])
+    cli.main([*map(str, runs), "--out", str(options.out / "report")])
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import subprocess
 import pytest
 
 from tests.train.runs import FLAGS, ROOT, finish, kill_in_the_middle_of_writing, launch
-from train import checkpoint, compare, report
+from train import checkpoint, compare
 from train.config import TrainError
+from train.report import cli
 
 
 def test_compare(monkeypatch, folder, tmp_path):
@@ -35,7 +36,7 @@ def test_compare(monkeypatch, folder, tmp_path):
     assert page.exists()
 
     reported, calls = [], []
-    monkeypatch.setattr(report, "main", reported.append)
+    monkeypatch.setattr(cli, "main", reported.append)
     monkeypatch.setattr(subprocess, "run", None)  # which no run needs any more
     compare.main(once)
     assert reported == [[*map(str, runs), "--out", str(tmp_path / "report")]]
