@@ -47,6 +47,18 @@ __device__ __forceinline__ float fast_exp2(float v) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
   return out;
 }
+// Approximates 1 / sqrt(v), to two units in the last place.
+__device__ __forceinline__ float fast_rsqrt(float v) {
+  float out;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+}
+// a b + c, clamped to [0, 1] by the same instruction, which turns NaN into 0.
+__device__ __forceinline__ float multiply_add_unit(float a, float b, float c) {
+  float out;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(out) : "f"(a), "f"(b), "f"(c));
+  return out;
+}
 // The address in the shared window, which the instructions below take.
 __device__ __forceinline__ uint32_t shared_address(const void* smem) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(smem));

@@ -5,7 +5,9 @@ python -m tests.cuda.test_sass    prints that table
 """
 
 import functools
+import heapq
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -29,14 +31,21 @@ CAPABILITIES = ("8.0", "9.0")  # the kernels are tuned for these; a build can ha
 DOCUMENT = Path(__file__).parents[2] / "docs" / "measurements.md"
 TILED = ("row_statistics", "class_gradient", "input_gradient")
 # Hopper's own kernels, and for each the numbers of rows of a tile that a warpgroup can have. The
-# instances named "all" also make sums and ranks, or the gradients of kappa and bias.
+# instances named "prior" have a prior in the logits; those named "all" also have biases, and make
+# sums and ranks, or the gradients of kappa and bias.
+TERMS = ("", ", prior", ", all")
 HOPPER = {
-    "statistics": (128, 256),
-    "statistics, all": (128, 256),
-    "gradient": (128, 256),
-    "gradient, all": (128, 256),
+    **{kernel + terms: (128, 256) for kernel in ("statistics", "gradient") for terms in TERMS},
     "weight_gradient": (0,),
     "feature_gradient": (0,),
+}
+# At most so many instructions an element of a tile of 64 x 256, with all that belongs to the tile
+# but its main loop: in bfloat16 and in float16, whose statistics also find the largest logit.
+EPILOGUE = {
+    "statistics": (13, 14),
+    "statistics, prior": (14.1, 15),
+    "gradient": (18.7, 18.7),
+    "gradient, prior": (19.7, 19.7),
 }
 # Bytes of stack: 240 registers do not hold everything beside 64 x 256 accumulators.
 HOPPER_STACK = {("statistics, all", 256): 160}
@@ -53,6 +62,7 @@ class Kernel:
     registers: int
     local: int  # bytes of stack and local memory
     operations: Counter  # instructions with their modifiers, as often as they stand in the code
+    epilogue: Counter = None  # those of a tile of cosines without a target, outside its main loop
 
     def count(self, pattern):
         return sum(n for name, n in self.operations.items() if re.match(pattern, name))
@@ -113,14 +123,15 @@ _MANGLED = re.compile(
 )
 _MANGLED_HOPPER = re.compile(
     r"_ZN4tvmf4sm90\w*?\d(?P<name>statistics|(?:weight_|feature_)?gradient)I"
-    r"LNS_4MathE(?P<math>\d)E(?:NS0_11CosineShapeILi(?P<tile>\d+)E\w*?EELb(?P<all>\d)E)?E+v"
+    r"LNS_4MathE(?P<math>\d)E"
+    r"(?:NS0_11CosineShapeILi(?P<tile>\d+)E\w*?EELNS0_5TermsE(?P<terms>\d)E)?E+v"
 )
 
 
 def instance(mangled):
     """(name, mix, tile) of a kernel's symbol."""
     if match := _MANGLED_HOPPER.match(mangled):
-        name = match["name"] + ", all" * (match["all"] == "1")
+        name = match["name"] + TERMS[int(match["terms"] or 0)]
         return name, _MATH[int(match["math"])] + "-fp32", int(match["tile"] or 0)
     match = _MANGLED.match(mangled)
     assert match, f"no kernel of ours: {mangled}"
@@ -155,6 +166,82 @@ def parse_sass(text):
     }
 
 
+def shortest_path(blocks, follows, start, via, end):
+    """The blocks of the way from one block to another through one of `via` that has the fewest
+    instructions, without both ends; None where there is none."""
+
+    def from_block(first):
+        best, queue = {first: (0, None)}, [(0, first)]
+        while queue:
+            length, at = heapq.heappop(queue)
+            for after in follows[at]:
+                longer = length + len(blocks[after])
+                if longer < best.get(after, (math.inf,))[0]:
+                    best[after] = longer, at
+                    heapq.heappush(queue, (longer, after))
+        return best
+
+    def way(best, to):
+        return [] if to is None else [*way(best, best[to][1]), to]
+
+    first, ways = from_block(start), []
+    for middle in via:
+        second = from_block(middle)
+        if middle in first and end in second:
+            length = first[middle][0] + second[end][0]
+            ways.append((length, (way(first, middle) + way(second, end)[1:])[1:-1]))
+    return min(ways)[1] if ways else None
+
+
+def parse_epilogue(code):
+    """The instructions that a tile of cosines executes outside its main loop.
+
+    They are the fewest between the last product of one tile and the first of the next: those of a
+    tile without a target, of which no reference is raised. Stores are never branched over.
+    """
+    line = re.compile(r"^(\.L_\w+):|^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", re.M)
+    blocks, labels = [[]], {}
+    for match in line.finditer(code):
+        if match[1]:
+            labels[match[1]] = len(blocks)
+            blocks.append([])
+        else:
+            blocks[-1].append(match[2])
+            if re.search(r"\b(BRA|EXIT|RET)\b", match[2]):
+                blocks.append([])
+    text = ["\n".join(block) for block in blocks]
+    follows = []
+    for i, block in enumerate(blocks):
+        last = block[-1] if block else ""
+        jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", last)
+        to = labels.get(jump[1]) if jump else None
+        skipped = "\n".join(text[i + 1 : to]) if to and last.startswith("@") else ""
+        over_stores = "STG" in skipped and "MUFU" not in skipped
+        follows.append([to] if to is not None and not over_stores else [])
+        if i + 1 < len(blocks) and (
+            last.startswith("@") or not re.search(r"\b(BRA|EXIT|RET)\b", last)
+        ):
+            follows[-1].append(i + 1)
+    products = [i for i, block in enumerate(text) if "HGMMA" in block]
+    exponentials = [i for i, block in enumerate(text) if "MUFU.EX2" in block]
+    if not products or not exponentials:
+        return None
+    path = shortest_path(blocks, follows, products[-1], exponentials, products[0])
+    return Counter(
+        re.sub(r"^@!?U?P\w+\s+", "", each).split()[0] for i in path or () for each in blocks[i]
+    )
+
+
+def parse_epilogues(text):
+    """The same by symbol, for the kernels of cosines."""
+    parts = re.split(r"^\.text\.(\w+):$", text, flags=re.M)
+    return {
+        symbol: parse_epilogue(code)
+        for symbol, code in zip(parts[1::2], parts[2::2], strict=True)
+        if "CosineShape" in symbol
+    }
+
+
 def find_tool(name):
     """cuobjdump or nvdisasm, of the toolkit or of Triton, which CUDA builds of torch depend on."""
     folders = [os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
@@ -175,15 +262,27 @@ def dump():
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         run(cuobjdump, "-xelf", "all", _C.__file__, cwd=folder)
         images = sorted(Path(folder).glob("*.cubin"))
-        codes = list(pool.map(lambda image: parse_sass(run(nvdisasm, "-c", str(image))), images))
+        texts = list(pool.map(lambda image: run(nvdisasm, "-c", str(image)), images))
     kernels = {}
-    for image, code in zip(images, codes, strict=True):
+    for image, text in zip(images, texts, strict=True):
+        code, epilogues = parse_sass(text), parse_epilogues(text)
         arch = re.search(r"sm_\d+[af]?", image.name)[0]
         capability = re.sub(r"sm_(\d+)(\d).*", r"\1.\2", arch)
         for symbol, operations in code.items():
-            kernel = Kernel(*instance(symbol), *usage[arch, symbol], operations)
+            epilogue = epilogues.get(symbol)
+            kernel = Kernel(*instance(symbol), *usage[arch, symbol], operations, epilogue)
             kernels.setdefault(capability, []).append(kernel)
     return kernels
+
+
+def epilogue_counts(kernel):
+    """Instructions, special functions and exponentials an element of a tile of cosines. A lane has
+    two elements of each four rows of its warpgroup."""
+    elements = kernel.tile / 2
+    named = kernel.epilogue.items()
+    special = sum(n for name, n in named if name.startswith("MUFU"))
+    exponentials = sum(n for name, n in named if name.startswith("MUFU.EX2"))
+    return kernel.epilogue.total() / elements, special / elements, exponentials / elements
 
 
 def hopper_complaints(kernel):
@@ -212,7 +311,15 @@ def hopper_complaints(kernel):
     need(count(r"UTMALDG\.2D") == count("UTMALDG") > 0, "no bulk copies of tiles")
     if kernel.tile:
         need(count(r"LDS\.128") >= 30, "rows' terms or weights not read by 16 bytes")
-    if "gradient, all" in (kernel.name, kernel.name + ", all"):
+    if kernel.name in EPILOGUE and kernel.tile == 256:
+        most = EPILOGUE[kernel.name][kernel.mix.startswith("fp16")]
+        an_element, special, exponentials = epilogue_counts(kernel)
+        need(an_element <= most, f"{an_element:.2f} instructions an element, {most} are known")
+        need(
+            exponentials == 1, f"{exponentials:.2f} exponentials an element: another path was found"
+        )
+        need(special <= 1.55, f"{special:.2f} special functions an element: no shared reciprocals")
+    if "gradient" in kernel.name and kernel.tile:
         need(count(r"STG\.E\.128") >= 12, "gradients or rounded weights not written by 16 bytes")
     if kernel.name == "weight_gradient":
         need(count(r"STG\.E\.128") >= 32, "the weights' gradient not written by 16 bytes")
@@ -281,8 +388,9 @@ def launches():
         for report in module.reports():
             name = re.search(r"(\w+)<", report.kernel)[1]
             tile = re.search(r"(?:Tile|CosineShape)<(\d+)", report.kernel)
+            terms = re.search(r"Terms\)(\d)", report.kernel)
             accumulator = re.search(r"\w+<(float|double)>", report.kernel)
-            name += ", all" * report.kernel.endswith(", true>")
+            name += TERMS[int(terms[1]) if terms else 0]
             own = mix.replace("fp16-fp32", "fp16") if name == "input_gradient" else mix
             key = name, accumulator[1] if accumulator else own, int(tile[1]) if tile else 0
             found.setdefault(key, (report.threads, report.shared_bytes))
@@ -295,9 +403,8 @@ def launches():
         add(make(1100, 520, 4, mix)[0], mix, wanted=[])
     for mix in hopper.MIXES:
         for gpu in (hopper.SMALL, hopper.LARGE):
-            for bias in (False, True):
-                problem = hopper.hopper(33, 70, 8, mix, bias=bias, label_smoothing=0.1 * bias)
-                add(problem, mix, **gpu)
+            for options in ({}, {"prior": True}, {"bias": True, "label_smoothing": 0.1}):
+                add(hopper.hopper(33, 70, 8, mix, **options), mix, **gpu)
     assert set(found) == expected()
     return found
 
@@ -364,7 +471,7 @@ def kernels_of(capability):
 @of_each
 def test_every_kernel_is_there_once(capability):
     instances = [(kernel.name, kernel.mix, kernel.tile) for kernel in kernels_of(capability)]
-    assert len(instances) == 66
+    assert len(instances) == 74
     assert set(instances) == expected()
 
 
@@ -479,6 +586,7 @@ GOOD_HOPPER = Kernel(
             "WARPGROUP.DEPBAR.LE": 3,
         }
     ),
+    Counter({"FMUL": 2100, "MUFU.EX2": 128, "MUFU.RCP": 64}),
 )
 
 
@@ -506,6 +614,47 @@ def test_what_must_not_be_is_found_on_hopper(change, text):
     assert complaints(replace(GOOD_HOPPER, local=8))
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"FMUL": 2228}, "instructions an element"),
+        ({"FMUL": 2036, "MUFU.RCP": 128}, "no shared reciprocals"),
+        ({"MUFU.EX2": 64}, "another path"),
+    ],
+    ids=str,
+)
+def test_a_longer_epilogue_is_found(change, text):
+    epilogue = Counter({**GOOD_HOPPER.epilogue, **change})
+    wrong = complaints(replace(GOOD_HOPPER, epilogue=epilogue))
+    assert len(wrong) == 1 and text in wrong[0]
+
+
+def test_the_epilogue_is_the_shortest_way_that_stores():
+    """The way passes the group without a target, and not beside the store."""
+    code = "\n".join(
+        line if line.startswith(".") else f"        /*0010*/                   {line} ;"
+        for line in (
+            ".L_x_1:",
+            "HGMMA.64x256x16.F32 R24",
+            "@P0 BRA `(.L_x_1)",
+            "@!P1 BRA `(.L_x_2)",
+            "ISETP R1",
+            "MUFU.EX2 R1",
+            "BRA `(.L_x_3)",
+            ".L_x_2:",
+            "MUFU.EX2 R1",
+            ".L_x_3:",
+            "@P2 BRA `(.L_x_4)",
+            "STG.E.128 R1",
+            ".L_x_4:",
+            "@P3 BRA `(.L_x_1)",
+            "EXIT",
+        )
+    )
+    assert parse_epilogue(code) == {"BRA": 3, "MUFU.EX2": 1, "STG.E.128": 1}
+    assert parse_epilogue("") is None
+
+
 def test_what_must_not_be_is_found_in_a_dump():
     symbol = (
         "_ZN4tvmf4sm8054_GLOBAL__N__8be7058d_17_input_gradient_cu_1fd631c1_59114input_gradientILNS_4Mat"
@@ -513,7 +662,9 @@ def test_what_must_not_be_is_found_in_a_dump():
     )
     assert instance(symbol) == ("input_gradient", "bf16-fp32", 128)
     prefix = "_ZN4tvmf4sm9049_GLOBAL__N__8825d9c4_16_backward_sm90_cu_60869e71"
-    shaped = prefix + "8gradientILNS_4MathE1ENS0_11CosineShapeILi256ELb0EEELb1EEEvNS1_14Gradient"
+    shaped = prefix + (
+        "8gradientILNS_4MathE1ENS0_11CosineShapeILi256ELb0EEELNS0_5TermsE2EEEvNS0_14GradientParamsE"
+    )
     assert instance(shaped) == ("gradient, all", "bf16-fp32", 256)
     product = prefix + "15weight_gradientILNS_4MathE0EEEvNS1_13ProductParamsE"
     assert instance(product) == ("weight_gradient", "fp16-fp32", 0)

@@ -52,10 +52,11 @@ __device__ __forceinline__ void store_four_at(const GradientRef& to, int64_t at,
   }
 }
 
-// A block adds up the partial gradients of its rows in order, and projects them. The last block
-// finishes the totals. Latency and memory bound this kernel: the loads of up to four slots of
-// row_dot and eight partial gradients (four for float64) are in flight before the first sum is
-// made.
+// A block adds up the partial gradients of its rows in order, and projects them. Where no kernel
+// has left parts of the rows' sums of t c, it makes these sums of the gradients, as <x, dx>. The
+// last block finishes the totals. Latency and memory bound this kernel: the loads of up to four
+// slots of row_dot and eight partial gradients (four for float64) are in flight before the first
+// sum is made.
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     finish_gradient(const __grid_constant__ FinishGradientParams<T> p) {
@@ -81,7 +82,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
   }
 
   T* dots_smem = static_cast<T*>(shared_memory());  // [rows, kWarps]
-  const int rows = rows_to_finish(head.N, head.D), lane = threadIdx.x % kWarp;
+  const int rows = rows_to_finish(head.N, head.D);
+  const int lane = threadIdx.x % kWarp, warp = int(threadIdx.x) / kWarp;
   const int64_t first_row = int64_t(blockIdx.x) * rows, left = head.N - first_row;
   const T* dot_column = p.sums.row_dot + first_row + threadIdx.x % rows;
   const int64_t slots = threadIdx.x % rows < left ? p.row_dots : 0;
@@ -134,29 +136,48 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
         load_runs(s, runs);
       }
     };
-    T dots[kSlots];
-    int64_t slot = int(threadIdx.x) / rows, unit = threadIdx.x;
-    load_slots(slot, dots);
-    if (unit < count) gather(unit);
-
+    const auto factor_of_sum = [&] { return outer_factor(inv_loss_scale, rnorm, p.float16); };
     T dot = 0;
-    for (;;) {
-#pragma unroll
-      for (int k = 0; k < kSlots; ++k) dot += dots[k];
-      slot += kSlots * (kThreads / rows);
-      if (slot >= slots) break;
+    int64_t unit = threadIdx.x;
+    if (p.row_dots > 0) {
+      T dots[kSlots];
+      int64_t slot = int(threadIdx.x) / rows;
       load_slots(slot, dots);
+      if (unit < count) gather(unit);
+      for (;;) {
+#pragma unroll
+        for (int k = 0; k < kSlots; ++k) dot += dots[k];
+        slot += kSlots * (kThreads / rows);
+        if (slot >= slots) break;
+        load_slots(slot, dots);
+      }
+      for (int mask = rows; mask < kWarp; mask *= 2) dot += __shfl_xor_sync(0xffffffff, dot, mask);
+      if (lane < rows) dots_smem[lane * kWarps + warp] = dot;
+    } else {
+      // A warp's units are neighbours, so that they belong to few rows.
+      if (lane < rows) dots_smem[lane * kWarps + warp] = 0;
+      for (int64_t first = 0; first < count; first += kThreads) {
+        dot = 0;
+        if (first + threadIdx.x < count) {
+          gather(first + threadIdx.x);
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i) dot += x[i] * (factor_of_sum() * sum[i]);
+        }
+        const int64_t first_unit = first + warp * kWarp, last_unit = first_unit + kWarp - 1;
+        for (int64_t r = first_unit / units; r < rows && r <= last_unit / units; ++r) {
+          const T of_row = warp_sum(row == r ? dot : T(0));
+          if (lane == r) dots_smem[r * kWarps + warp] += of_row;
+        }
+      }
+      if (count > kThreads) gather(unit);
     }
-    for (int mask = rows; mask < kWarp; mask *= 2) dot += __shfl_xor_sync(0xffffffff, dot, mask);
-    if (lane < rows) dots_smem[lane * kWarps + int(threadIdx.x) / kWarp] = dot;
     __syncthreads();
 
     while (unit < count) {
       dot = 0;
 #pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) dot += dots_smem[row * kWarps + warp];
-      const T factor = projection(dot, rnorm);
-      const T all = outer_factor(inv_loss_scale, rnorm, p.float16);
+      for (int w = 0; w < kWarps; ++w) dot += dots_smem[row * kWarps + w];
+      const T factor = projection(dot, rnorm), all = factor_of_sum();
       const int64_t at = (first_row + row) * head.D + d;
       if constexpr (kWidth == 4) {
         T values[4];

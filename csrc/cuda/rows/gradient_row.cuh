@@ -17,11 +17,11 @@ __device__ __forceinline__ void store_parts(Row* to, const Row& row) {
     reinterpret_cast<Bytes16*>(to)[i] = parts.part[i];
 }
 
-// The factor of the sums of a gradient's products: the inverse of the loss scale, and in float16
-// the scale of the unit row.
+// The factor of the sums of a gradient's products: the inverse of the loss scale, and where they
+// were made of unit rows the scale of the row.
 template <class T>
-__device__ __forceinline__ T outer_factor(T inv_loss_scale, T rnorm, bool float16) {
-  return float16 ? inv_loss_scale * T(unit_scale(float(rnorm))) : inv_loss_scale;
+__device__ __forceinline__ T outer_factor(T inv_loss_scale, T rnorm, bool unit_rows) {
+  return unit_rows ? inv_loss_scale * T(unit_scale(float(rnorm))) : inv_loss_scale;
 }
 
 // The factor of the projection, which a row or class of zeros does not have.

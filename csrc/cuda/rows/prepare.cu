@@ -1,5 +1,6 @@
 #include "cuda/class_terms.cuh"
 #include "cuda/rows/rows.cuh"
+#include "cuda/sm90/logits.cuh"
 
 namespace tvmf::rows {
 namespace {
@@ -137,7 +138,12 @@ __global__ void __launch_bounds__(kThreads, 6)
     logit = target_logit(cosine, terms).value;
     // As the tiles compute the score of a class, so that equal classes tie.
     const T rnorm = operand_rnorm<kMath, W>(rnorm_of(T(w_squares), w_scale));
-    score = similarity(cosine_of(T(product), x_rnorm, rnorm), T(terms.kappa)) + T(terms.bias);
+    T phi = 0;
+    if constexpr (sizeof(T) == 4)
+      if (p.arranged.by_rows) phi = sm90::target_phi(T(product), x_rnorm, rnorm, T(terms.kappa));
+    if (!p.arranged.by_rows)
+      phi = similarity(cosine_of(T(product), x_rnorm, rnorm), T(terms.kappa));
+    score = phi + T(terms.bias);
   }
   if (head.target_score.data) {
     score = value_at<T>(head.target_score, n);

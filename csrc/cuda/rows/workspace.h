@@ -42,7 +42,7 @@ struct ForwardWorkspace {
 
 // How many partial sums of each kind the class kernels leave for finish_gradient to add up.
 struct PartialCounts {
-  int64_t row_dots;  // of each row's sum_c t c
+  int64_t row_dots;  // of each row's sum_c t c; 0 where finish_gradient makes it of dx
   int64_t features;  // of dx
   int64_t totals;    // of the two sums over all rows and classes
 };

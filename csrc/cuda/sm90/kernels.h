@@ -18,6 +18,10 @@ struct CosineTiles {
   int blocks;  // persistent blocks that share the class tiles of a block of rows
 };
 
+// What the kernels of cosines have beside scale phi: nothing, a prior in the logits, or all that
+// there is: biases and a prior, sums, ranks, and the gradients of biases and kappa.
+enum class Terms { kPlain, kPrior, kAll };
+
 struct StatisticsParams {
   TensorMaps maps;  // weight, arranged features
   CudaHead head;
@@ -27,29 +31,23 @@ struct StatisticsParams {
   CosineTiles tiles;
 };
 
-// `all`: with ranks and sums.
-cudaError_t launch_statistics(const StatisticsParams& p, const Plan& plan, bool all,
+cudaError_t launch_statistics(const StatisticsParams& p, const Plan& plan, Terms terms,
                               cudaStream_t stream);
 
 // The chunk's gradients with respect to the cosines, as the products read them: element [c, n] is
-// t_nc r_n q_c times the loss scale, in float16 with the r_n and q_c of unit rows.
+// t_nc r_n q_c times the loss scale, with the q_c of unit rows, and in float16 the r_n too.
 struct ClassMajorGradient {
   uint16_t* data;  // [chunk.size, stride] of the features' dtype
   int64_t stride;  // N, rounded up to 8
 };
 
-// The chunk's weights in the features' dtype, in float16 as unit rows.
+// The chunk's weights in the features' dtype, as unit rows.
 struct RoundedWeights {
   uint16_t* data;  // [chunk.size, stride]
   int64_t stride;  // D, rounded up to 8
 };
 
-struct GradientOptions {
-  bool with_sum;
-  bool all;  // whether gradients of `sum`, the bias or kappa are involved
-};
-
-// Sums of each class over the rows: of t c, of g and of g dphi/dkappa.
+// Sums of each class over the rows: of t c, and of g and g dphi/dkappa times the scale.
 struct ColumnSums {
   const float* data;  // [slots, 3, chunk.size]
   int slots;
@@ -65,7 +63,7 @@ struct GradientParams {
   RoundedWeights weight;        // writes it
   GradientSums<float> sums;     // writes them, or adds to them after the first chunk
   CosineTiles tiles;
-  GradientOptions options;
+  Terms terms;
 };
 
 cudaError_t launch_gradient(const GradientParams& p, const Plan& plan, cudaStream_t stream);

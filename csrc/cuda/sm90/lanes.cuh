@@ -3,7 +3,6 @@
 // at a time.
 #pragma once
 
-#include "cuda/class_terms.cuh"
 #include "cuda/sm90/mainloop.cuh"
 
 namespace tvmf::sm90 {
@@ -62,17 +61,5 @@ __device__ __forceinline__ unsigned groups_with_target(const int* label_smem, in
 __host__ __device__ constexpr int accumulator_of(int b, int i, int h) {
   return (b * 4 + i / 2) * 4 + h * 2 + i % 2;
 }
-
-// Equals the portable cosine_of, but takes two instructions less. The portable kernels do not use
-// it, because with it they spill registers.
-__device__ __forceinline__ float cosine_of(float product, float x_rnorm, float weight_rnorm) {
-  return clamp_unit(product * x_rnorm * weight_rnorm);
-}
-
-// The terms of a lane's two classes.
-struct ClassPair {
-  ClassValues<float> terms[2];
-  float rnorm[2];
-};
 
 }  // namespace tvmf::sm90

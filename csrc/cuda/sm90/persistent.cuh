@@ -4,6 +4,7 @@
 
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/lanes.cuh"
+#include "cuda/sm90/logits.cuh"
 
 namespace tvmf::sm90 {
 

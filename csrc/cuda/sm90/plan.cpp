@@ -128,8 +128,7 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
                             .flops = product,
                             .hbm = C * D * w + tile_bytes + rounded_bytes,
                             .l2 = cosine_bytes(p, plan) + C * (N + D) * x +
-                                  chunks * blocks * N * 3 * kSectorBytes +
-                                  blocks * N * (2 * chunks - 1) * acc + C * acc * (4 * slots)};
+                                  chunks * blocks * N * 3 * kSectorBytes + C * acc * (4 * slots)};
 
   // The write of dw goes to memory, and no products go on meanwhile.
   const TileTimes weight_times{
@@ -178,8 +177,7 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
   const double arrange = 12 * N * D * x + 2 * arranged_bytes(plan) + 4 * N * kSectorBytes;
   KernelCost prepare = rows::prepare_gradient_cost(p, arrange, gpu);
   prepare.hbm = N * D * x;
-  KernelCost finish =
-      rows::finish_gradient_cost(p, sums + N * D * (x + x) + N * D / 2 + blocks * N * acc, gpu);
+  KernelCost finish = rows::finish_gradient_cost(p, sums + N * D * (x + x) + N * D / 2, gpu);
   finish.hbm = N * D * x;
   PassCost pass;
   pass.kernels = {prepare, tile_kernel(gradient, times, gpu), weight, features, finish};
@@ -287,9 +285,9 @@ Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, cons
   // depend on the classes would take the workspace over its budget, and never more than the L2
   // cache holds. A chunk is made of whole waves of tiles.
   plan.column_slots = plan.row_blocks * (plan.small_tiles ? 2 : 1);
-  const int64_t other_bytes =
-      most_splits * partial_bytes + 4 * plan.arranged_rows * plan.arranged_columns +
-      p.N * (48 + 4 * most_blocks) + plan.row_blocks * most_blocks * 128 + kMiB;
+  const int64_t other_bytes = most_splits * partial_bytes +
+                              4 * plan.arranged_rows * plan.arranged_columns + p.N * 48 +
+                              plan.row_blocks * most_blocks * 128 + kMiB;
   const int64_t cached = gpu.l2 * 9 / 10;
   const int64_t room = std::clamp(std::min(kWorkspaceBudget - other_bytes, cached),
                                   std::min(16 * kMiB, cached), 44 * kMiB);

@@ -54,17 +54,14 @@ __global__ void __launch_bounds__(kThreads, 1)
             sum += p.sums.data[(s * 3 + which) * p.chunk.size + column + h * 8];
           return sum;
         };
-        factor[h] = outer_factor(*p.inv_loss_scale, rnorm, kMath == Math::kF16);
-        projected[h] = inside ? projection(sum_of(0), rnorm) : 0.0f;
-        if constexpr (kMath == Math::kF16)
-          if (inside) projected[h] /= unit_scale(rnorm);
+        factor[h] = outer_factor(*p.inv_loss_scale, rnorm, /*unit_rows=*/true);
+        projected[h] = inside ? projection(sum_of(0), rnorm) / unit_scale(rnorm) : 0.0f;
         if (col == 0 && lane.quad == 0 && inside) {
-          const float scale = Scale<float>::of(head).value;
           const auto store = [&](const GradientRef& to, float sum) {
             store_at(to, c, p.add ? static_cast<const float*>(to.data)[c] + sum : sum);
           };
-          if (p.out.bias.data) store(p.out.bias, scale * sum_of(1));
-          if (per_class_kappa) store(p.out.kappa, scale * sum_of(2));
+          if (p.out.bias.data) store(p.out.bias, sum_of(1));
+          if (per_class_kappa) store(p.out.kappa, sum_of(2));
         }
       }
       // The loads of the projection's weights are in flight while the products are made.

@@ -85,11 +85,11 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// Clamps to [-1, 1] by two instructions, which let NaN pass.
-__device__ __forceinline__ float clamp_unit(float v) {
-  asm("min.NaN.f32 %0, %0, 0f3f800000;" : "+f"(v));
-  asm("max.NaN.f32 %0, %0, 0fbf800000;" : "+f"(v));
-  return v;
+// Multiplies both numbers of a pair of bfloat16 by a power of two.
+__device__ __forceinline__ uint32_t scale_bf16(uint32_t pair, bf16 power) {
+  uint32_t out;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(pair), "r"(power.bits * 0x10001u));
+  return out;
 }
 
 // Orders earlier writes of registers before the wgmma that read or accumulate into them.

@@ -51,6 +51,14 @@ ProductTiles product_tiles(int64_t rows, int64_t cols, int64_t depth) {
           .steps = int(ceil_div(depth, kDepth))};
 }
 
+bool given(const VectorRef& vector) { return vector.data || vector.value != 0; }
+
+// `all`: whether sums or ranks, or gradients of biases or kappa, are wanted.
+Terms terms_of(const CudaHead& head, bool all) {
+  if (all || given(head.bias)) return Terms::kAll;
+  return given(head.prior) ? Terms::kPrior : Terms::kPlain;
+}
+
 // The three launches of each chunk. Tensor maps are made once, but for those of a last chunk that
 // is smaller: the products must not read beyond its classes.
 class ChunkLauncher {
@@ -108,7 +116,7 @@ class ChunkLauncher {
                            .weight = weight_,
                            .sums = pass_.sums,
                            .tiles = cosine_tiles(plan_, chunk.count, plan_.gradient_blocks),
-                           .options = {.with_sum = problem_.with_sum, .all = all}};
+                           .terms = terms_of(head_, all)};
     return launch_gradient(p, plan_, pass_.call.stream);
   }
 
@@ -181,7 +189,8 @@ cudaError_t forward(const ForwardCall& call, const CudaProblem& problem, const P
                              .partial = pass.partial,
                              .tiles = cosine_tiles(plan, problem.C, plan.statistics_blocks)};
     if (maps.error != cudaSuccess) return maps.error;
-    error = launch_statistics(p, plan, /*all=*/call.out.others || problem.with_sum, call.stream);
+    error = launch_statistics(p, plan, terms_of(call.head, call.out.others || problem.with_sum),
+                              call.stream);
     if (error == cudaSuccess) error = pass.finish(i * blocks, all_blocks);
   }
   return error;

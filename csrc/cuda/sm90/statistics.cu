@@ -10,9 +10,11 @@ template <class Shape>
 struct StatisticsLayout {
   struct Tail {
     typename Shape::Ring ring;
-    float rnorm[Shape::kRows], target_score[Shape::kRows];
+    float half_rnorm[Shape::kRows], target_score[Shape::kRows];
     int label[Shape::kRows];
+    // Of each warp's rows: the reference of its exponentials, and the same as start_of makes it.
     float reference[kConsumerWarps][Shape::kGroupRows];
+    float start[kConsumerWarps][Shape::kGroupRows];
   };
   // The warps hand over their statistics where the stages were.
   struct Sums {
@@ -26,13 +28,14 @@ struct StatisticsLayout {
 };
 
 // A persistent block walks tiles of classes with its rows, whose statistics a lane keeps in
-// registers. kAll: with ranks and sums.
-template <Math kMath, class Shape, bool kAll>
+// registers.
+template <Math kMath, class Shape, Terms kTerms>
 __global__ void __launch_bounds__(kThreads, 1)
     statistics(const __grid_constant__ StatisticsParams p) {
 #ifdef TVMF_HOPPER
   using Smem = StatisticsLayout<Shape>;
   constexpr int kGroups = Shape::kGroupRows / 32;
+  constexpr bool kAll = kTerms == Terms::kAll, kOffset = kTerms != Terms::kPlain;
   unsigned char* smem = static_cast<unsigned char*>(shared_memory());
   auto& tail = *reinterpret_cast<typename Smem::Tail*>(smem + Shape::kStagesBytes);
   const CudaHead& head = p.head;
@@ -46,7 +49,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int n = first_row + i;
     const bool inside = n < head.N;
     const int64_t label = inside ? p.targets.label[n] : kIgnored;
-    tail.rnorm[i] = inside ? p.saved.x_rnorm[n] : 0.0f;
+    const float half_rnorm = inside ? half_rnorm_of(p.saved.x_rnorm[n]) : 0.0f;
+    tail.half_rnorm[i] = half_rnorm;
     tail.target_score[i] = inside ? p.targets.score[n] : 0.0f;
     tail.label[i] = int(label);
     // Rows without a target have no reference yet. Rows beyond the last get one so high that their
@@ -55,15 +59,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (label >= 0 || label == kElsewhere)
       reference = larger(p.saved.target_logit[n] - 0.25f, reference);
     const int first_warp = RowWarps<Shape>::first(i);
-    for (int w = 0; w < RowWarps<Shape>::kCount; ++w)
+    for (int w = 0; w < RowWarps<Shape>::kCount; ++w) {
       tail.reference[first_warp + w][i % Shape::kGroupRows] = reference;
+      tail.start[first_warp + w][i % Shape::kGroupRows] = start_of(scale, reference, half_rnorm);
+    }
   }
   tail.ring.init();
 
   const auto produce = [&] { block.copy(smem, tail.ring, p.maps, 0); };
   const auto consume = [&] {
     const int warp_row = warp_row_of<Shape>(lane);
-    float* references = tail.reference[lane.warp];
+    float *references = tail.reference[lane.warp], *starts = tail.start[lane.warp];
     typename Shape::State state;
     float acc[Shape::kAccumulators];
     float row_sum_exp[kGroups] = {}, row_sum[kGroups] = {};
@@ -72,17 +78,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     for (int tile = block.first_tile; tile < block.tiles; tile += block.stride) {
       const int first_class = warp_class_of<Shape>(tile, lane);
-      ClassPair classes;
+      const auto class_of = [&](int h) { return first_class + lane.group + h * 8; };
+      ClassValues<float> terms[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        classes.terms[h] = ClassValues<float>::of(head, first_class + lane.group + h * 8, scale);
-      float squares[2] = {}, unit[2] = {};
+      for (int h = 0; h < 2; ++h) terms[h] = ClassValues<float>::of(head, class_of(h), scale);
+      float squares[2] = {}, unit[2] = {}, rnorm[2];
       if constexpr (kMath == Math::kF16) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int c = first_class + lane.group + h * 8;
-          const float rnorm = c < head.C ? p.saved.weight_rnorm[c] : 0.0f;
-          unit[h] = unit_scale(rnorm), classes.rnorm[h] = unit_rnorm(rnorm);
+          rnorm[h] = class_of(h) < head.C ? p.saved.weight_rnorm[class_of(h)] : 0.0f;
+          unit[h] = unit_scale(rnorm[h]), rnorm[h] = unit_rnorm(rnorm[h]);
         }
       }
       Shape::template multiply<kMath>(smem, tail.ring, state, lane, block.steps, acc, unit, squares,
@@ -93,49 +98,63 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kMath != Math::kF16) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          classes.rnorm[h] = rnorm_of(quad_sum(squares[h]));
-          const int c = first_class + lane.group + h * 8;
-          if (first_row + warp_row == 0 && lane.quad == 0 && c < head.C)
-            p.saved.weight_rnorm[c] = classes.rnorm[h];
+          rnorm[h] = rnorm_of(quad_sum(squares[h]));
+          if (first_row + warp_row == 0 && lane.quad == 0 && class_of(h) < head.C)
+            p.saved.weight_rnorm[class_of(h)] = rnorm[h];
         }
       }
+      ClassForm classes[2];
+      float offset[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        classes[h] =
+            ClassForm::of(bounded_kappa(terms[h].kappa), rnorm[h], 1, scale, class_of(h) < head.C);
+        offset[h] = kLog2E * terms[h].offset;
+      }
+      const auto logit_of = [&](float quotient, int h) {
+        const float logit = fma(quotient, classes[h].slope, kLog2E * scale);
+        return kLn2 * (kOffset ? logit + offset[h] : logit);
+      };
       const unsigned targets =
           groups_with_target<kGroups>(tail.label + warp_row, first_class, lane.lane);
 
       float sum_exp[kGroups], sum[kGroups] = {};
       int rank[kGroups] = {};
       for (int attempt = 0;; ++attempt) {
+        float least[2] = {1e30f, 1e30f};  // quotient of each class, in float16
 #pragma unroll
         for (int b = 0; b < kGroups; ++b) {
           const int row = b * 32 + lane.quad * 8;  // of the warp's rows
-          float x_rnorm[8], reference[8], target_score[8], v[8], total[8];
-          load_rows(x_rnorm, tail.rnorm, warp_row + row);
-          load_rows(reference, references, row);
+          float half_rnorm[8], start[8], target_score[8], v[8], total[8];
+          load_rows(half_rnorm, tail.half_rnorm, warp_row + row);
+          load_rows(start, starts, row);
           if constexpr (kAll) load_rows(target_score, tail.target_score, warp_row + row);
           int count[2] = {};
           const auto rows = [&](auto with_target) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
+              const auto pair =
+                  PairForm::of<!kAll>(classes, half_rnorm[i], acc[accumulator_of(b, i, 0)],
+                                      acc[accumulator_of(b, i, 1)]);
               v[i] = total[i] = 0;
 #pragma unroll
               for (int h = 0; h < 2; ++h) {
-                const int c = first_class + lane.group + h * 8;
                 bool is_target = false;
                 if constexpr (decltype(with_target)::value)
-                  is_target = tail.label[warp_row + row + i] == c;
-                const auto& terms = classes.terms[h];
-                const float cosine =
-                    cosine_of(acc[accumulator_of(b, i, h)], x_rnorm[i], classes.rnorm[h]);
-                const float phi = similarity(cosine, terms.kappa);
-                const float logit = logit_of(scale, phi, terms.offset);
-                const float e = exp_of(logit - reference[i]);
+                  is_target = tail.label[warp_row + row + i] == class_of(h);
+                const float quotient = pair.v[h] * pair.inv_d[h];
+                float power = fma(quotient, classes[h].slope, start[i]);
+                if constexpr (kOffset) power += offset[h];
+                const float e = fast_exp2(power);
                 v[i] += is_target ? 0.0f : e;
                 if constexpr (kMath == Math::kF16)
-                  if (!is_target) largest_logit = fmaxf(largest_logit, logit);
+                  if (!is_target) least[h] = fminf(least[h], quotient);
                 if constexpr (kAll) {
-                  if (c < head.C && !is_target) {
-                    if (!(phi + terms.bias <= target_score[i])) count[i / 4] += 1 << i % 4 * 8;
-                    if (p.partial.with_sum) total[i] += terms.omega * logit;
+                  if (class_of(h) < head.C && !is_target) {
+                    const float score = phi_of(quotient, classes[h].kappa) + terms[h].bias;
+                    if (!(score <= target_score[i])) count[i / 4] += 1 << i % 4 * 8;
+                    if (p.partial.with_sum)
+                      total[i] = fma(terms[h].omega, logit_of(quotient, h), total[i]);
                   }
                 }
               }
@@ -152,6 +171,10 @@ __global__ void __launch_bounds__(kThreads, 1)
             rank[b] = (lane.group < 4 ? low : high) >> lane.group % 4 * 8 & 255;
           }
         }
+        if constexpr (kMath == Math::kF16) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) largest_logit = larger(largest_logit, logit_of(least[h], h));
+        }
 
         // Where exponentials overflowed, the largest logit of the row becomes its reference. This
         // happens at most once for each tile.
@@ -162,19 +185,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int b = 0; b < kGroups; ++b) {
           const int row = b * 32 + lane.quad * 8;
-          float x_rnorm[8], v[8];
-          load_rows(x_rnorm, tail.rnorm, warp_row + row);
+          float half_rnorm[8], v[8];
+          load_rows(half_rnorm, tail.half_rnorm, warp_row + row);
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
+            const auto pair = PairForm::of<!kAll>(
+                classes, half_rnorm[i], acc[accumulator_of(b, i, 0)], acc[accumulator_of(b, i, 1)]);
             v[i] = kLowest<float>;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              const auto& terms = classes.terms[h];
-              const float cosine =
-                  cosine_of(acc[accumulator_of(b, i, h)], x_rnorm[i], classes.rnorm[h]);
-              const float logit = logit_of(scale, similarity(cosine, terms.kappa), terms.offset);
-              const int c = first_class + lane.group + h * 8;
-              if (tail.label[warp_row + row + i] != c) v[i] = larger(v[i], logit);
+              const float logit = logit_of(pair.v[h] * pair.inv_d[h], h);
+              if (tail.label[warp_row + row + i] != class_of(h)) v[i] = larger(v[i], logit);
             }
           }
           const float most =
@@ -185,6 +206,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (overflow && most > before) {
             row_sum_exp[b] *= exp_of(before - most);
             reference = most;
+            starts[row + lane.group] =
+                start_of(scale, most, tail.half_rnorm[warp_row + row + lane.group]);
           }
         }
         __syncwarp();
@@ -233,11 +256,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       if constexpr (kMath == Math::kF16) {
         // The loss scale needs a tight bound on the row's logits. It becomes the reference: the
-        // block's largest logit, or the logarithm of the row's sum where that is less.
+        // block's largest logit, which is known where the scale is positive, or the logarithm of
+        // the row's sum where that is less.
         float bound = kLowest<float>;
         for (float each : sums.largest_logit) bound = larger(bound, each);
         const float lse = max + log(sum_exp);
-        bound = larger(lse < bound ? lse : bound, max - 80);
+        bound = larger(lse < bound || !(scale > 0) ? lse : bound, max - 80);
         if (sum_exp > 0) sum_exp *= exp_of(max - bound), max = bound;
       }
       const int64_t at = int64_t(block.first_tile) * head.N + n;
@@ -255,14 +279,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-cudaError_t launch_statistics(const StatisticsParams& p, const Plan& plan, bool all,
+cudaError_t launch_statistics(const StatisticsParams& p, const Plan& plan, Terms terms,
                               cudaStream_t stream) {
   const dim3 grid(unsigned(p.tiles.row_blocks * p.tiles.blocks));
   return with_cosine_shape(plan, [&](auto math, auto shape) {
-    constexpr Math kMath = decltype(math)::value;
-    using Shape = decltype(shape);
-    return launch_kernel(all ? statistics<kMath, Shape, true> : statistics<kMath, Shape, false>,
-                         grid, kThreads, StatisticsLayout<Shape>::kBytes, stream, p);
+    return with_terms(terms, [&](auto kind) {
+      constexpr Math kMath = decltype(math)::value;
+      using Shape = decltype(shape);
+      return launch_kernel(statistics<kMath, Shape, decltype(kind)::value>, grid, kThreads,
+                           StatisticsLayout<Shape>::kBytes, stream, p);
+    });
   });
 }
 

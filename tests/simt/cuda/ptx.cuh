@@ -23,6 +23,11 @@ inline uint32_t pack_f16(float low, float high) {
   return to_f16(low).bits | uint32_t(to_f16(high).bits) << 16;
 }
 inline float fast_exp2(float v) { return __builtin_exp2f(v); }
+inline float fast_rsqrt(float v) { return 1 / __builtin_sqrtf(v); }
+inline float multiply_add_unit(float a, float b, float c) {
+  const float v = __builtin_fmaf(a, b, c);
+  return v > 1 ? 1 : v > 0 ? v : 0;
+}
 
 __forceinline__ uint32_t shared_address(const void* smem) { return simt::shared_address(smem); }
 __forceinline__ void load_matrix_x4(uint32_t (&frag)[4], const void* row_smem) {

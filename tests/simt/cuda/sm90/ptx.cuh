@@ -35,7 +35,10 @@ __forceinline__ void give_registers() {}
 template <int kCount>
 __forceinline__ void hold(float (&)[kCount]) {}
 
-__forceinline__ float clamp_unit(float v) { return v > 1 ? 1 : v < -1 ? -1 : v; }
+__forceinline__ uint32_t scale_bf16(uint32_t pair, bf16 power) {
+  const float low = to_float(bf16{uint16_t(pair)}), high = to_float(bf16{uint16_t(pair >> 16)});
+  return pack_bf16(low * to_float(power), high * to_float(power));
+}
 
 __forceinline__ void wgmma_fence() { simt::meet(simt::Collective::kWgmmaFence, ~0u, {}); }
 __forceinline__ void wgmma_commit() { simt::meet(simt::Collective::kWgmmaCommit, ~0u, {}); }
