@@ -128,8 +128,7 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
                             .flops = product,
                             .hbm = C * D * w + tile_bytes + rounded_bytes,
                             .l2 = cosine_bytes(p, plan) + C * (N + D) * x +
-                                  chunks * blocks * N * 3 * kSectorBytes +
-                                  blocks * N * (2 * chunks - 1) * acc + C * acc * (4 * slots)};
+                                  chunks * blocks * N * 3 * kSectorBytes + C * acc * (4 * slots)};
 
   // The write of dw goes to memory, and no products go on meanwhile.
   const TileTimes weight_times{
@@ -178,8 +177,7 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
   const double arrange = 12 * N * D * x + 2 * arranged_bytes(plan) + 4 * N * kSectorBytes;
   KernelCost prepare = rows::prepare_gradient_cost(p, arrange, gpu);
   prepare.hbm = N * D * x;
-  KernelCost finish =
-      rows::finish_gradient_cost(p, sums + N * D * (x + x) + N * D / 2 + blocks * N * acc, gpu);
+  KernelCost finish = rows::finish_gradient_cost(p, sums + N * D * (x + x) + N * D / 2, gpu);
   finish.hbm = N * D * x;
   PassCost pass;
   pass.kernels = {prepare, tile_kernel(gradient, times, gpu), weight, features, finish};

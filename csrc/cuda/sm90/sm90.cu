@@ -116,7 +116,7 @@ class ChunkLauncher {
                            .weight = weight_,
                            .sums = pass_.sums,
                            .tiles = cosine_tiles(plan_, chunk.count, plan_.gradient_blocks),
-                            .terms = terms_of(head_, all)};
+                           .terms = terms_of(head_, all)};
     return launch_gradient(p, plan_, pass_.call.stream);
   }
 
