@@ -152,6 +152,16 @@ def refused(mesh):
     return messages
 
 
+def attached_without_weight(mesh):
+    """What attach says to an optimizer that does not have the class vectors."""
+    head = ShardedTvMFLoss(4, 7, mesh=mesh, sample_rate=0.5)
+    try:
+        head.attach(torch.optim.SGD([head.s_], lr=0.1))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def not_attached(mesh):
     """What the second call raises where no optimizer would have stepped the class vectors."""
     messages = []
@@ -180,6 +190,7 @@ def every_job(rank, world):
         rank, world, mesh, "SGD", gradient_blocks=2, changes=NOT_SMOOTHED
     )
     found["not attached"] = not_attached(mesh)
+    found["without weight"] = attached_without_weight(mesh)
     if world == 1:
         found["means"], found["refused"] = means_of_samples(mesh), refused(mesh)
     if world == 3:
@@ -226,6 +237,7 @@ def test_blocks_with_one_kappa_or_without_smoothing(results, world):
 def test_parts_without_an_optimizer_are_refused(results, world):
     for found in results(world):
         assert all("want attach(optimizer)" in text for text in found["not attached"])
+        assert "wants an optimizer with the head's weight" in found["without weight"]
 
 
 def test_blocks_over_two_groups_of_two_ranks(results):

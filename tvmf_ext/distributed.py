@@ -282,7 +282,15 @@ class ShardedTvMFLoss(ClassShards):
         Args:
             optimizer: it has these parameters, in a group apart from plain ones.
             scaler: the GradScaler that scales the loss. A step that it skips is skipped here, too.
+
+        Raises:
+            ValueError: the optimizer lacks one of these parameters, which would never be stepped.
         """
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in self.named_parameters():
+            sharded = isinstance(parameter, DTensor) and parameter.requires_grad
+            if sharded and id(parameter) not in held:
+                raise ValueError(f"attach wants an optimizer with the head's {name}, got none")
 
         def step_rest(*_: Any) -> None:
             pending, self._pending = self._pending, None
