@@ -103,7 +103,7 @@ def read(path: Path, mapped: bool = False) -> Any:
 def load(out: Path, wanted: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
     """Reads the newest whole checkpoint in OUT; refuses one of another run than `wanted` names
     (`Session.identity`)."""
-    reasons, state = [], None
+    reasons = []
     for path in (out / NAME, out / PREVIOUS):
         try:
             state = read(path)
@@ -113,9 +113,8 @@ def load(out: Path, wanted: dict[str, Any], warn: Callable[[str], None]) -> dict
         except FileNotFoundError:
             pass
         except Exception as error:  # a damaged file fails in many ways, none of them documented
-            state = None
             reasons.append(f"{path} is unreadable ({first_line(error)})")
-    if state is None:
+    else:
         found = "; ".join(reasons) or f"no checkpoint at {out / NAME}"
         raise TrainError(
             f"--resume: got {found}, wanted one that an earlier run wrote there; to start anew, "
