@@ -146,12 +146,8 @@ def save_model(path: Path, net: nn.Module, head: nn.Module, epoch: int, config: 
     head_state = head.state_dict()
     if not head_state.get("kappa", torch.ones(1)).any():
         del head_state["kappa"]
-    optimizer = torch.optim.SGD(
-        [*net.parameters(), *head.parameters()],
-        config.lr,
-        momentum=0.9,
-        weight_decay=config.weight_decay,
-    )
+    trained = [*net.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(trained, config.lr, 0.9, weight_decay=config.weight_decay)
     figures = [
         f"{split}_{name}" for split in ("train", "test") for name in ("err1", "err5", "loss")
     ]
