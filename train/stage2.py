@@ -50,7 +50,7 @@ def start_from_means(session: Session, net: nn.Module, head: nn.Module) -> None:
     epoch = session.epoch(1, session.config.epochs)
     for features, labels in session.features(net, "train", *epoch):
         if session.mesh:
-            features, labels = sharded.rows_of_all(features, labels, rows)
+            features, labels = sharded.rows_of_all(features, labels, rows, session.mesh)
         own = labels - first
         known = (own >= 0) & (own < len(sums))
         sums.index_add_(0, own[known], F.normalize(features[known].to(sums.dtype)))
