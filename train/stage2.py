@@ -27,14 +27,12 @@ def shift_statistics(session: Session, net: nn.Module) -> None:
     batches. MiSLAS (Zhong et al., CVPR 2021) updates them in every epoch; here this is done once,
     and stage 2 normalises by the result."""
     freeze(net, "batch")
-    momenta = {m: m.momentum for m in net.modules() if isinstance(m, _BatchNorm)}
-    for module in momenta:
-        module.reset_running_stats()
-        module.momentum = None  # PyTorch then takes the mean over all batches
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # PyTorch then takes the mean over all batches
     for _ in session.features(net, "train", *session.epoch(2, 0)):
         pass
-    for module, momentum in momenta.items():
-        module.momentum = momentum
     distributed.average_buffers(net)
 
 
