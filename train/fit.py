@@ -105,9 +105,8 @@ class Fit:
         else:
             sharded.load_whole(self.head, self.optimizer, saved)
         self.scaler.load_state_dict(saved["scaler"])
-        self.epoch, self.step, self.best, self.history = (
-            saved[key] for key in ("epoch", "step", "best", "history")
-        )
+        self.epoch, self.step = saved["epoch"], saved["step"]
+        self.best, self.history = saved["best"], saved["history"]
         if self.session.rank == 0:  # the checkpoint has the sums over all processes
             self.totals.copy_(saved["totals"])
         if not self.cached:
@@ -305,9 +304,8 @@ class Fit:
         report["scale"] = self.head.scale.item() if self.has_scale else None
         report["kappa"] = self.head.kappa.mean().item() if self.has_scale else None
         report["steps"] = sum(epoch["steps"] for epoch in self.history)
-        report["train_loss"], report["train_error1"] = (
-            self.history[-1][key] for key in ("loss", "error1")
-        )
+        report["train_loss"] = self.history[-1]["loss"]
+        report["train_error1"] = self.history[-1]["error1"]
         selects = self.evaluated == "val" or self.select == "test"
         report["selection_error1"] = self.best[0] if selects else None
         self.advise(report)
