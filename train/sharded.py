@@ -107,8 +107,7 @@ def whole(head: nn.Module) -> nn.Module | None:
             dist.send(part, 0)
         return None
     size = (head.in_features, head.num_classes)
-    made = TvMFLoss(*size, kappa=head.kappa.cpu(), device="meta")
-    made = made.to_empty(device="cpu")
+    made = TvMFLoss(*size, kappa=head.kappa.cpu(), device="meta").to_empty(device="cpu")
     made.kappa.copy_(head.kappa)
     made.s_.copy_(head.s_)
     made.weight[:begin] = part
