@@ -48,12 +48,13 @@ def make_optimizer(net: nn.Module, head: nn.Module, config: Config) -> torch.opt
 
 
 class Fit:
-    """The training of one stage. `epoch` and `step` say where it stands, `restore` takes it there.
+    """The training of one stage. `epoch` and `step` say where it stands.
 
     Args:
         cached: features of the frozen backbone (`stage2.cache_features`), from which the head
             then trains; None trains from images.
         results: reports of the stages before, which a checkpoint keeps.
+        saved: the checkpoint of this stage from which the training goes on; None begins anew.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Fit:
         head: nn.Module,
         cached: dict[str, Any] | None,
         results: dict[str, dict],
+        saved: dict[str, Any] | None,
     ):
         config = session.config
         self.session, self.stage, self.net, self.head = session, stage, net, head
@@ -96,6 +98,8 @@ class Fit:
         # Loss, images, errors at 1 and at 5: sums over this process's images of the epoch so far.
         self.totals = torch.zeros(4, dtype=torch.float64, device=session.device)
         self.saved_at = time.monotonic()
+        if saved:
+            self.restore(saved)
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Goes back to where a checkpoint was saved."""
