@@ -85,6 +85,11 @@ def save(out: Path, state: dict[str, Any]) -> None:
     write_atomically(out / NAME, lambda file: torch.save(state, file), before=PREVIOUS)
 
 
+def in_utf8(path: Path) -> bool:
+    """Whether a path is in UTF-8: Python keeps bytes that are not as halves of a surrogate pair."""
+    return not re.search("[\ud800-\udfff]", str(path))
+
+
 def read(path: Path, mapped: bool = False) -> Any:
     """Reads a file of torch.save; raises an exception of any kind where it is damaged. What is
     mapped takes no memory before it is used."""
@@ -95,7 +100,7 @@ def read(path: Path, mapped: bool = False) -> Any:
                 raise ValueError(f"wrong checksum of {damaged}")
             if any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("an attribute in its directory")  # torch.load would skip the entry
-    mapped = mapped and zipped and not re.search("[\ud800-\udfff]", str(path))  # else torch fails
+    mapped = mapped and zipped and in_utf8(path)  # else torch fails
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 

@@ -2,19 +2,16 @@
 
 import importlib.util
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import no_room
+from train.checkpoint import in_utf8, no_room
 from train.session import Session
 
 
 def has_tensorboard(out: Path) -> bool:
     """Whether TensorBoard is there and can write to OUT: it takes no path that is not UTF-8."""
-    return bool(importlib.util.find_spec("tensorboard")) and not re.search(
-        "[\ud800-\udfff]", str(out)
-    )
+    return bool(importlib.util.find_spec("tensorboard")) and in_utf8(out)
 
 
 class Log:
