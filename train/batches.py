@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from functools import cached_property, partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -59,11 +60,8 @@ def balanced_over_classes(labels: Tensor, batch_size: int, seed: int) -> Tensor:
     size = max(1, len(labels) // batch_size) * batch_size
     images = [cycle(members.numpy()) for members in members_of_classes(labels) if len(members)]
     classes = cycle(len(images))
-    order = []
-    while len(order) < size:
-        members = images[next(classes)]
-        order += [next(members) for _ in range(GROUP)]
-    return torch.tensor(order[:size])
+    order = (image for c in classes for image in islice(images[c], GROUP))
+    return torch.tensor(list(islice(order, size)))
 
 
 def balanced_over_square_roots(labels: Tensor, batch_size: int, seed: int) -> Tensor:

@@ -82,8 +82,12 @@ def no_room(path: Path, error: Exception) -> TrainError:
 
 def save(out: Path, state: dict[str, Any]) -> None:
     """Saves the fields FIELDS; the checkpoint before this one is kept as well."""
-    assert set(state) == FIELDS, set(state) ^ FIELDS
     write_atomically(out / NAME, lambda file: torch.save(state, file), before=PREVIOUS)
+
+
+def in_utf8(path: Path) -> bool:
+    """Whether a path is in UTF-8: Python keeps bytes that are not as halves of a surrogate pair."""
+    return not re.search("[\ud800-\udfff]", str(path))
 
 
 def read(path: Path, mapped: bool = False) -> Any:
@@ -96,14 +100,14 @@ def read(path: Path, mapped: bool = False) -> Any:
                 raise ValueError(f"wrong checksum of {damaged}")
             if any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("an attribute in its directory")  # torch.load would skip the entry
-    mapped = mapped and zipped and not re.search("[\ud800-\udfff]", str(path))  # else torch fails
+    mapped = mapped and zipped and in_utf8(path)  # else torch fails
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def load(out: Path, wanted: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
     """Reads the newest whole checkpoint in OUT; refuses one of another run than `wanted` names
     (`Session.identity`)."""
-    reasons, state = [], None
+    reasons = []
     for path in (out / NAME, out / PREVIOUS):
         try:
             state = read(path)
@@ -113,9 +117,8 @@ def load(out: Path, wanted: dict[str, Any], warn: Callable[[str], None]) -> dict
         except FileNotFoundError:
             pass
         except Exception as error:  # a damaged file fails in many ways, none of them documented
-            state = None
             reasons.append(f"{path} is unreadable ({first_line(error)})")
-    if state is None:
+    else:
         found = "; ".join(reasons) or f"no checkpoint at {out / NAME}"
         raise TrainError(
             f"--resume: got {found}, wanted one that an earlier run wrote there; to start anew, "
@@ -147,12 +150,8 @@ def save_model(path: Path, net: nn.Module, head: nn.Module, epoch: int, config: 
     head_state = head.state_dict()
     if not head_state.get("kappa", torch.ones(1)).any():
         del head_state["kappa"]
-    optimizer = torch.optim.SGD(
-        [*net.parameters(), *head.parameters()],
-        config.lr,
-        momentum=0.9,
-        weight_decay=config.weight_decay,
-    )
+    trained = [*net.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(trained, config.lr, 0.9, weight_decay=config.weight_decay)
     figures = [
         f"{split}_{name}" for split in ("train", "test") for name in ("err1", "err5", "loss")
     ]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # the link adds nothing to an error
 
 import tyro
-from pydantic import Field, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
 from pydantic.dataclasses import dataclass
 
 if sys.version_info >= (3, 11):
@@ -43,18 +43,15 @@ NO_RESULT = (
 
 Dataset = Literal[tuple(tomllib.loads(RECIPES.read_text(encoding="utf-8")))]
 Count = Annotated[int, Field(ge=1)]
-NotNegativeCount = Annotated[int, Field(ge=0)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NETS = "^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$"
-Kappa = Annotated[float, Field(gt=-0.5, allow_inf_nan=False)]
+Kappa = Annotated[float, Field(gt=-0.5)]
 
 
 class TrainError(ValueError):
     """An error that the user can put right; its message says what was got and what was wanted."""
 
 
-@dataclass(frozen=True, config={"extra": "forbid"})
+@dataclass(frozen=True, config={"extra": "forbid", "allow_inf_nan": False})
 class Config:
     """The flags of the command, with the paper's settings as defaults; train/data.py, model.py and
     fit.py give them their meaning."""
@@ -68,7 +65,7 @@ class Config:
     """Directory of the list files (or iNaturalist's JSON), where that is not DATA."""
     download: bool = False
     """Let torchvision download MNIST, Fashion-MNIST or CIFAR to DATA."""
-    imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 100.0
+    imbalance: Annotated[float, Field(ge=1)] = 100.0
     """Images of the largest class over those of the smallest, in digits and *-lt."""
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each class's training images to keep, at least one: small-scale training."""
@@ -81,7 +78,7 @@ class Config:
     auto: by image size."""
     flip: bool = False
     """Mirror small images at random; the other transforms always do so."""
-    image_size: NotNegativeCount = 0
+    image_size: NonNegativeInt = 0
     """Side of the images in pixels. 0: small images keep their size, others get at most 224."""
     net: Annotated[str, Field(pattern=NETS)] = "auto"
     """convnet or gridnet (for 28 to 64 pixels), resnet10, resnet50 or timm:NAME; auto: by image
@@ -96,16 +93,16 @@ class Config:
     """Head of stage 1."""
     kappa: Kappa = 16.0
     """Concentration of the t-vMF similarity; the other heads have none."""
-    prior: NotNegative = 0.0
+    prior: NonNegativeFloat = 0.0
     """TAU of logit adjustment in stage 1: the loss adds TAU times the logarithm of the class
     frequencies to the logits. 1 is balanced softmax."""
-    scale_start: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1 + math.log(2)
+    scale_start: Annotated[float, Field(gt=1)] = 1 + math.log(2)
     """Scale of the cosine and t-vMF heads at the start; 1 + ln 2 in the paper's code."""
-    scale_lr: NotNegative = 1.0
+    scale_lr: NonNegativeFloat = 1.0
     """Learning rate of the scale's parameter, as a multiple of the other parameters' rate."""
     epochs: Count = 90
     """Epochs of stage 1: backbone and head, every image equally often."""
-    stage2_epochs: NotNegativeCount = 30
+    stage2_epochs: NonNegativeInt = 30
     """Epochs of stage 2: a new head on the frozen backbone, by default a cosine head that sees
     every class equally often."""
     sampling: Literal["classes", "sqrt", "images"] = "classes"
@@ -114,28 +111,28 @@ class Config:
     stage2_start: Literal["fresh", "means", "stage1"] = "fresh"
     """Weights of stage 2's head at the start: random, the mean training feature of each class, or
     those of stage 1's head."""
-    stage2_prior: NotNegative = 0.0
+    stage2_prior: NonNegativeFloat = 0.0
     """TAU of logit adjustment in stage 2."""
-    batch_size: NotNegativeCount = 256
+    batch_size: NonNegativeInt = 256
     """Images in a step, over all processes. 0: so few that stage 1 has enough steps."""
-    stage2_batch_size: NotNegativeCount = 0
+    stage2_batch_size: NonNegativeInt = 0
     """The same in stage 2. 0: that of stage 1."""
-    lr: Positive = 0.2
+    lr: PositiveFloat = 0.2
     """Learning rate of the first epoch; it falls to zero as a half cosine."""
-    stage2_lr: NotNegative = 0.0
+    stage2_lr: NonNegativeFloat = 0.0
     """The same in stage 2. 0: that of stage 1."""
-    weight_decay: NotNegative = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     """Weight decay of all parameters."""
     bn: Literal["batch", "shift", "frozen"] = "batch"
     """Batch norm in stage 2: normalise by the batch and update the running statistics, as the
     paper's code does; replace these once by those of class-balanced images; or leave them alone."""
-    views: NotNegativeCount = 2
+    views: NonNegativeInt = 2
     """Epochs of stage 2 whose features are computed once and then used again and again. 0: the
     backbone runs in every epoch."""
     select: Literal["auto", "val", "last", "test"] = "auto"
     """Which epoch's model is the result: the best on val, the last, or, knowingly, the best on
     test; auto is val where there is one, else last."""
-    eval_every: NotNegativeCount = 0
+    eval_every: NonNegativeInt = 0
     """Epochs between evaluations; the last is always evaluated. 0: so many that evaluation costs at
     most a fifth of the training."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -153,9 +150,9 @@ class Config:
     its own classes alone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-    workers: NotNegativeCount = 4
+    workers: NonNegativeInt = 4
     """Processes that read image files, for each training process."""
-    checkpoint_minutes: Positive = 15.0
+    checkpoint_minutes: PositiveFloat = 15.0
     """Minutes after which a checkpoint is saved within an epoch, too."""
     recipe: str = ""
     """A table of train/recipes.toml, or a path that ends in .toml; flags override it."""

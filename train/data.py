@@ -66,15 +66,14 @@ def check(data: LongTailed, config: Config) -> None:
             )
     if not isinstance(data.train.images, Tensor):
         check_files(data, skip=config.bad_images == "skip")
-    if config.dataset in PUBLISHED:
-        got = (len(data.train.labels.unique()), len(data.train))
-        if got != PUBLISHED[config.dataset]:
-            classes, images = PUBLISHED[config.dataset]
-            raise TrainError(
-                f"--data: got {got[1]:,} training images of {got[0]:,} classes, wanted the "
-                f"{images:,} of {classes:,} of {config.dataset} as published; for a set of your "
-                "own: --dataset list"
-            )
+    got = (len(data.train.labels.unique()), len(data.train))
+    classes, images = PUBLISHED.get(config.dataset, got)
+    if got != (classes, images):
+        raise TrainError(
+            f"--data: got {got[1]:,} training images of {got[0]:,} classes, wanted the "
+            f"{images:,} of {classes:,} of {config.dataset} as published; for a set of your own: "
+            "--dataset list"
+        )
 
 
 def keys_of(split: Split, folders: set[bytes]) -> np.ndarray:

@@ -78,11 +78,9 @@ def own(values: Tensor) -> Tensor:
 
 def any_of(*flags: bool) -> list[bool]:
     """For each flag, whether it is set in any process."""
-    if not dist.is_initialized():
+    if not dist.is_initialized():  # a tensor would make every step wait
         return list(flags)
-    values = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values.bool().tolist()
+    return total(torch.tensor(flags, dtype=torch.int32)).bool().tolist()
 
 
 def union(items: set[str]) -> set[str]:

@@ -48,12 +48,13 @@ def make_optimizer(net: nn.Module, head: nn.Module, config: Config) -> torch.opt
 
 
 class Fit:
-    """The training of one stage. `epoch` and `step` say where it stands, `restore` takes it there.
+    """The training of one stage. `epoch` and `step` say where it stands.
 
     Args:
         cached: features of the frozen backbone (`stage2.cache_features`), from which the head
             then trains; None trains from images.
         results: reports of the stages before, which a checkpoint keeps.
+        saved: the checkpoint of this stage from which the training goes on; None begins anew.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Fit:
         head: nn.Module,
         cached: dict[str, Any] | None,
         results: dict[str, dict],
+        saved: dict[str, Any] | None,
     ):
         config = session.config
         self.session, self.stage, self.net, self.head = session, stage, net, head
@@ -96,6 +98,8 @@ class Fit:
         # Loss, images, errors at 1 and at 5: sums over this process's images of the epoch so far.
         self.totals = torch.zeros(4, dtype=torch.float64, device=session.device)
         self.saved_at = time.monotonic()
+        if saved:
+            self.restore(saved)
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Goes back to where a checkpoint was saved."""
@@ -105,9 +109,8 @@ class Fit:
         else:
             sharded.load_whole(self.head, self.optimizer, saved)
         self.scaler.load_state_dict(saved["scaler"])
-        self.epoch, self.step, self.best, self.history = (
-            saved[key] for key in ("epoch", "step", "best", "history")
-        )
+        self.epoch, self.step = saved["epoch"], saved["step"]
+        self.best, self.history = saved["best"], saved["history"]
         if self.session.rank == 0:  # the checkpoint has the sums over all processes
             self.totals.copy_(saved["totals"])
         if not self.cached:
@@ -305,9 +308,8 @@ class Fit:
         report["scale"] = self.head.scale.item() if self.has_scale else None
         report["kappa"] = self.head.kappa.mean().item() if self.has_scale else None
         report["steps"] = sum(epoch["steps"] for epoch in self.history)
-        report["train_loss"], report["train_error1"] = (
-            self.history[-1][key] for key in ("loss", "error1")
-        )
+        report["train_loss"] = self.history[-1]["loss"]
+        report["train_error1"] = self.history[-1]["error1"]
         selects = self.evaluated == "val" or self.select == "test"
         report["selection_error1"] = self.best[0] if selects else None
         self.advise(report)

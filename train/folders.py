@@ -75,13 +75,12 @@ def evaluation_folders(data: Path, root: Path, classes: dict[str, int]) -> dict[
         return next((path for path in found if path.is_dir() and subfolders(path)), None)
 
     val, test = first("val_dir", "val"), first("test")
-    found = {"val": val, "test": test} if test else {"test": val}
-    if found["test"] is None:
+    if not val and not test:
         raise TrainError(
             f"--data: got {data} with train alone, wanted test or val beside it, with folders of "
             "classes"
         )
-    found = {name: folder for name, folder in found.items() if folder}
+    found = {"val": val, "test": test} if val and test else {"test": test or val}
     for folder in found.values():
         if unknown := set(subfolders(folder)) - set(classes):
             raise TrainError(

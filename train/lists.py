@@ -65,13 +65,12 @@ def read_list(path: Path, root: Path) -> Split:
 
 def read_inat_json(path: Path, root: Path) -> Split:
     """iNaturalist's own annotations: images with a file_name, annotations with a category_id."""
+    text = read_bytes(path)
     try:
-        content = json.loads(read_bytes(path))
+        content = json.loads(text)
         files = {image["id"]: image["file_name"].lstrip("/") for image in content["images"]}
         names = [files[a["image_id"]] for a in content["annotations"]]
         labels = torch.tensor([int(a["category_id"]) for a in content["annotations"]])
-    except TrainError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise TrainError(
             f"{path}: got JSON without {error}, wanted iNaturalist's images and annotations"

@@ -2,19 +2,16 @@
 
 import importlib.util
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import no_room
+from train.checkpoint import in_utf8, no_room
 from train.session import Session
 
 
 def has_tensorboard(out: Path) -> bool:
     """Whether TensorBoard is there and can write to OUT: it takes no path that is not UTF-8."""
-    return bool(importlib.util.find_spec("tensorboard")) and not re.search(
-        "[\ud800-\udfff]", str(out)
-    )
+    return bool(importlib.util.find_spec("tensorboard")) and in_utf8(out)
 
 
 class Log:
@@ -42,7 +39,7 @@ class Log:
     def write_scalars(self, record: dict[str, Any]) -> None:
         step = record["epoch"] - 1
         scalars = {"LearningRate": record["lr"]}
-        for split, figures in splits_of(record).items():
+        for split, figures in ({"train": record} | evaluations_of(record)).items():
             for tag, key in (("Loss", "loss"), ("Error_1", "error1"), ("Error_5", "error5")):
                 scalars[f"{tag}/{split}"] = figures[key]
         if record["scale"] is not None:  # a softmax head has none
@@ -66,18 +63,17 @@ class Log:
         self.writer.close()
 
 
-def splits_of(record: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The figures of training, validation and test, as far as the record has them."""
-    evaluated = {name: record[name] for name in ("val", "test") if name in record}
-    return {"train": record} | evaluated
+def evaluations_of(record: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures of validation and test, as far as the record has them."""
+    return {name: record[name] for name in ("val", "test") if name in record}
 
 
 def line_of(record: dict[str, Any]) -> str:
     """The terminal's line for an epoch."""
     text = f"stage {record['stage']}, epoch {record['epoch']}/{record['epochs']}: "
     text += f"loss {record['loss']:.3f}, error@1 {record['error1']:.1f} %"
-    for split, figures in splits_of(record).items():
-        text += f", {split} {figures['error1']:.1f} %" if split != "train" else ""
+    for split, figures in evaluations_of(record).items():
+        text += f", {split} {figures['error1']:.1f} %"
     text += f", lr {record['lr']:.2g}"
     text += f", scale {record['scale']:.2f}" if record["scale"] is not None else ""
     return f"{text}, {record['images_per_s']:.0f} images/s"

@@ -103,9 +103,8 @@ def tvmf_head(
     """A t-vMF head whose loss is a sum over images, and whose classes are spread over the mesh."""
     if mesh is None:
         return TvMFLoss(num_features, num_classes, reduction="sum", **options)
-    state = torch.get_rng_state()
-    head = ShardedTvMFLoss(num_features, num_classes, mesh=mesh, reduction="sum", **options)
-    torch.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]):
+        head = ShardedTvMFLoss(num_features, num_classes, mesh=mesh, reduction="sum", **options)
     draw_as_one(head)
     return head
 

@@ -10,15 +10,7 @@ from torch import Tensor, nn
 
 from train import distributed
 from train.augment import channel_statistics
-from train.batches import (
-    SAMPLING,
-    ImageFiles,
-    Loader,
-    Readers,
-    seed_of,
-    share,
-    steps_of,
-)
+from train.batches import SAMPLING, ImageFiles, Loader, Readers, seed_of, share, steps_of
 from train.config import Config
 from train.metrics import COLUMNS, image_rows
 from train.report.analysis import sample
@@ -52,13 +44,13 @@ class Session:
         self.bad: set[str] = set()
         self.sample = sample(data.train, data.num_classes)
         self.log_prior = log_prior(data.counts).to(self.device)
-        images = data.train.images
         self.data_summary = data.summary()
         splits = (*data.splits(), ("sample", self.sample))
         files = ImageFiles([split for _, split in splits], data.augment, data.image_size)
         readers = Readers(files, config.workers, self.device)
         options = {"flip": config.flip, "skip_bad": config.bad_images == "skip"}
-        options["statistics"] = channel_statistics(images) if isinstance(images, Tensor) else None
+        if isinstance(data.train.images, Tensor):
+            options["statistics"] = channel_statistics(data.train.images)
         self.loaders = {
             name: Loader(split, readers, train=name == "train", **options) for name, split in splits
         }

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from train import distributed
@@ -45,14 +46,10 @@ def filled_up(features: Tensor, labels: Tensor, rows: int) -> tuple[Tensor, Tens
     return F.pad(features, (0, 0, 0, more)), F.pad(labels, (0, more), value=NO_LABEL)
 
 
-def rows_of_all(features: Tensor, labels: Tensor, rows: int) -> list[Tensor]:
+def rows_of_all(features: Tensor, labels: Tensor, rows: int, mesh: DeviceMesh) -> list[Tensor]:
     """Features and labels of all processes, `rows` of each."""
-    joined = []
-    for own in filled_up(features, labels, rows):
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, own)
-        joined.append(torch.cat(parts))
-    return joined
+    own = filled_up(features, labels, rows)
+    return [DTensor.from_local(values, mesh, [Shard(0)]).full_tensor() for values in own]
 
 
 def own_classes(head: nn.Module) -> tuple[Tensor, int]:
@@ -110,8 +107,7 @@ def whole(head: nn.Module) -> nn.Module | None:
             dist.send(part, 0)
         return None
     size = (head.in_features, head.num_classes)
-    made = TvMFLoss(*size, kappa=head.kappa.cpu(), device="meta")
-    made = made.to_empty(device="cpu")
+    made = TvMFLoss(*size, kappa=head.kappa.cpu(), device="meta").to_empty(device="cpu")
     made.kappa.copy_(head.kappa)
     made.s_.copy_(head.s_)
     made.weight[:begin] = part

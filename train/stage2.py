@@ -1,11 +1,11 @@
 """Stage 2's frozen backbone: its batch norm, and its features, computed once for the head."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from rich.progress import Progress
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from train import distributed, sharded
@@ -27,14 +27,12 @@ def shift_statistics(session: Session, net: nn.Module) -> None:
     batches. MiSLAS (Zhong et al., CVPR 2021) updates them in every epoch; here this is done once,
     and stage 2 normalises by the result."""
     freeze(net, "batch")
-    momenta = {m: m.momentum for m in net.modules() if isinstance(m, _BatchNorm)}
-    for module in momenta:
-        module.reset_running_stats()
-        module.momentum = None  # PyTorch then takes the mean over all batches
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # PyTorch then takes the mean over all batches
     for _ in session.features(net, "train", *session.epoch(2, 0)):
         pass
-    for module, momentum in momenta.items():
-        module.momentum = momentum
     distributed.average_buffers(net)
 
 
@@ -50,7 +48,7 @@ def start_from_means(session: Session, net: nn.Module, head: nn.Module) -> None:
     epoch = session.epoch(1, session.config.epochs)
     for features, labels in session.features(net, "train", *epoch):
         if session.mesh:
-            features, labels = sharded.rows_of_all(features, labels, rows)
+            features, labels = sharded.rows_of_all(features, labels, rows, session.mesh)
         own = labels - first
         known = (own >= 0) & (own < len(sums))
         sums.index_add_(0, own[known], F.normalize(features[known].to(sums.dtype)))
@@ -70,17 +68,12 @@ def cache_features(session: Session, net: nn.Module) -> dict[str, Any]:
     views = [f"view {view}" for view in range(min(config.views, config.stage2_epochs))]
     epochs = {name: session.epoch(2, view) for view, name in enumerate(views)}
     tested = {n: session.test_epoch(len(split)) for n, split in data.splits() if n != "train"}
-    with session.progress() as progress:
-        steps = sum(len(batches) for _, batches, _ in (epochs | tested).values())
-        bar = progress.add_task("features for stage 2", total=steps, note="")
+    with Progress(console=session.console) as progress:
 
         def cache(name: str, split: str, epoch: tuple) -> Cached:
-            def counted() -> Iterator[tuple[Tensor, Tensor]]:
-                for batch in session.features(net, split, *epoch):
-                    progress.advance(bar)
-                    yield batch
-
-            return Cached(folder / f"{name}, rank {session.rank}", counted(), session.device)
+            batches = session.features(net, split, *epoch)
+            batches = progress.track(batches, len(epoch[1]), description=f"features, {name}")
+            return Cached(folder / f"{name}, rank {session.rank}", batches, session.device)
 
         freeze(net, config.bn)
         # In the order of the epochs, which batch norm's running statistics follow.

@@ -96,10 +96,7 @@ def train_stage1(
     prior = log_prior(session.data.counts, config.prior) if config.prior else None
     classes = session.data.num_classes
     head = make_head(config.head, net.num_features, classes, config, prior, session.mesh)
-    fit = Fit(session, 1, net, head.to(session.device), None, results)
-    if saved:
-        fit.restore(saved)
-    return fit.run()
+    return Fit(session, 1, net, head.to(session.device), None, results, saved).run()
 
 
 def train_stage2(
@@ -124,10 +121,7 @@ def train_stage2(
             weight.copy_(F.normalize(before[first : first + len(weight)]))
     elif config.stage2_start != "fresh" and saved is None:  # --model may have other classes
         start_from_means(session, net, head)
-    fit = Fit(session, 2, net, head, cached, results)
-    if saved:
-        fit.restore(saved)
-    return fit.run()
+    return Fit(session, 2, net, head, cached, results, saved).run()
 
 
 def test_model(session: Session) -> dict[str, dict]:
