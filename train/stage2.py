@@ -1,11 +1,11 @@
 """Stage 2's frozen backbone: its batch norm, and its features, computed once for the head."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from train import distributed, sharded
@@ -68,12 +68,17 @@ def cache_features(session: Session, net: nn.Module) -> dict[str, Any]:
     views = [f"view {view}" for view in range(min(config.views, config.stage2_epochs))]
     epochs = {name: session.epoch(2, view) for view, name in enumerate(views)}
     tested = {n: session.test_epoch(len(split)) for n, split in data.splits() if n != "train"}
-    with Progress(console=session.console) as progress:
+    with session.progress() as progress:
+        steps = sum(len(batches) for _, batches, _ in (epochs | tested).values())
+        bar = progress.add_task("features for stage 2", total=steps, note="")
 
         def cache(name: str, split: str, epoch: tuple) -> Cached:
-            batches = session.features(net, split, *epoch)
-            batches = progress.track(batches, len(epoch[1]), description=f"features, {name}")
-            return Cached(folder / f"{name}, rank {session.rank}", batches, session.device)
+            def counted() -> Iterator[tuple[Tensor, Tensor]]:
+                for batch in session.features(net, split, *epoch):
+                    progress.advance(bar)
+                    yield batch
+
+            return Cached(folder / f"{name}, rank {session.rank}", counted(), session.device)
 
         freeze(net, config.bn)
         # In the order of the epochs, which batch norm's running statistics follow.
