@@ -153,13 +153,16 @@ def refused(mesh):
 
 
 def attached_without_weight(mesh):
-    """What attach says to an optimizer that does not have the class vectors."""
+    """What attach says to None, and to an optimizer that does not have the class vectors."""
     head = ShardedTvMFLoss(4, 7, mesh=mesh, sample_rate=0.5)
-    try:
+    said = []
+    with pytest.raises(TypeError) as error:
+        head.attach(None)
+    said.append(str(error.value))
+    with pytest.raises(ValueError) as error:
         head.attach(torch.optim.SGD([head.s_], lr=0.1))
-    except ValueError as error:
-        return str(error)
-    return ""
+    said.append(str(error.value))
+    return said
 
 
 def not_attached(mesh):
@@ -237,7 +240,9 @@ def test_blocks_with_one_kappa_or_without_smoothing(results, world):
 def test_parts_without_an_optimizer_are_refused(results, world):
     for found in results(world):
         assert all("want attach(optimizer)" in text for text in found["not attached"])
-        assert "wants an optimizer with the head's weight" in found["without weight"]
+        none, without = found["without weight"]
+        assert none == "attach wants an optimizer, got NoneType"
+        assert "wants an optimizer with the head's weight" in without
 
 
 def test_blocks_over_two_groups_of_two_ranks(results):

@@ -284,8 +284,11 @@ class ShardedTvMFLoss(ClassShards):
             scaler: the GradScaler that scales the loss. A step that it skips is skipped here, too.
 
         Raises:
+            TypeError: no optimizer.
             ValueError: the optimizer lacks one of these parameters, which would never be stepped.
         """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"attach wants an optimizer, got {type(optimizer).__name__}")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in self.named_parameters():
             sharded = isinstance(parameter, DTensor) and parameter.requires_grad
