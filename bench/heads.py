@@ -49,13 +49,13 @@ LIST = "--dataset list --stage2-epochs 5 --channels-last"
 TABLES = {
     "small": Table(
         "Fashion-MNIST, 60 images of each class",
-        3,
+        5,
         f"{FASHION} --subset 0.01 --batch-size 16 --epochs 40 --eval-every 40",
         HEADS,
     ),
     "noise": Table(
         "Fashion-MNIST, 300 images of each class, 40 % wrong labels",
-        3,
+        5,
         f"{FASHION} --subset 0.05 --label-noise 0.4 --batch-size 16 --epochs 10 --eval-every 10",
         HEADS,
     ),
