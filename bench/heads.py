@@ -70,6 +70,16 @@ TABLES = {
             "cosine, LDAM": "--head cosine --scale-start 20 --scale-lr 0 --ldam 0.5",
         },
     ),
+    "icons": Table(
+        "617 icons, 11 to 1 images of each",
+        3,
+        f"{LIST} --epochs 15 --batch-size 16 --eval-every 15",
+        {
+            BASELINE: "--head cosine",
+            "t-vMF κ=16": "--kappa 16",
+            "cosine, prior 1": "--head cosine --prior 1",
+        },
+    ),
 }
 
 
