@@ -24,7 +24,7 @@ from bench.show.tables import table
 
 BASELINE = "cosine"
 RESULTS = documents.results_path("heads")
-# Half of a 95 % interval of a mean, in standard errors, for as many seeds (Student's t).
+# Half of a 95 % interval of a mean, in standard errors, for each number of seeds (Student's t).
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 FIGURES = ("error1", "adjusted_error1", "few", "train_error1", "scale", "kappa")
 

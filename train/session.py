@@ -94,7 +94,7 @@ class Session:
     def test_epoch(self, size: int) -> tuple[Tensor, list[Tensor], int]:
         """The same for the evaluation of `size` images, each of which counts in one process."""
         mine = torch.arange(self.rank, size, self.world)
-        if self.mesh:  # which wants as many images in every process: some see the last one, too
+        if self.mesh:  # a sharded head needs the same number in each: some repeat the last image
             mine = torch.arange(self.rank, size + self.rank, self.world).clamp(max=size - 1)
         return torch.arange(size), list(mine.split(EVAL_BATCH)) if len(mine) else [], 0
 

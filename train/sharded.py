@@ -27,8 +27,8 @@ from tvmf_ext.distributed import GradScaler as GradScaler
 
 
 class ShardedClassifier(Classifier):
-    """A Classifier whose head wants as many rows in every process: they are filled up to `rows`
-    with features that no loss and no number counts."""
+    """A Classifier whose head needs the same number of rows in every process. Missing rows are
+    filled up to `rows` with features that neither the loss nor any figure counts."""
 
     def __init__(self, net: nn.Module, head: ShardedTvMFLoss, rows: int):
         super().__init__(net, head)
@@ -111,7 +111,7 @@ def whole(head: nn.Module) -> nn.Module | None:
     made.kappa.copy_(head.kappa)
     made.s_.copy_(head.s_)
     made.weight[:begin] = part
-    # The first process has as many classes as any.
+    # No process has more classes than the first.
     for rank, rows in enumerate(made.weight[begin:].split(begin) if begin < size[1] else (), 1):
         dist.recv(rows, rank)
     return made

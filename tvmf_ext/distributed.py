@@ -68,7 +68,7 @@ def _with_summed_gradients(
 class ShardedTvMFLoss(ClassShards):
     """`TvMFLoss` for more classes than one device holds.
 
-    `head(features, labels)` takes the rank's own rows, as many on every rank, and labels in
+    `head(features, labels)` takes the rank's own rows, equally many on every rank, and labels in
     `[0, C)`. It returns the loss that `TvMFLoss` has for the batch of all ranks, the same on every
     rank; for `reduction="none"` it returns the losses of the own rows. `row_statistics`, `logits`
     and `topk` are of the own rows, too.

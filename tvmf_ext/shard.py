@@ -68,7 +68,8 @@ def target_scores(input: Tensor, column: Tensor, mine: Tensor, arguments: dict[s
 
 class RowCheck:
     """Checks what the collectives cannot: the own rows and, in the first call, that all ranks have
-    as many, of the same dtype. Without labels the rows are only compared with the classes."""
+    the same number of them, in the same dtype. Without labels the rows are only compared with the
+    classes."""
 
     def __init__(self) -> None:
         self._ranks_agreed = False

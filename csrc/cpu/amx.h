@@ -9,14 +9,9 @@
 
 #include <cstdint>
 
-namespace tvmf::cpu::amx {
+#include "cpu/amx_shapes.h"
 
-// The operand of `ldtilecfg`.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
+namespace tvmf::cpu::amx {
 
 // Whether the processor has AMX with bfloat16, and Linux lets this process use it. It must be asked
 // once, because tiles make the memory larger that saves an interrupted thread.

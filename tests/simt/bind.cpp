@@ -215,19 +215,24 @@ py::dict step(const py::dict& args) {
   return out;
 }
 
+// A problem with bfloat16 features and a float32 weight.
+CudaProblem mixed_problem(int64_t N, int64_t C, int64_t D) {
+  return {.N = N,
+          .C = C,
+          .D = D,
+          .x = DType::kBFloat16,
+          .given_weight = DType::kFloat32,
+          .allow_tf32 = false,
+          .kept = 0,
+          .with_sum = false,
+          .layout = {.row_stride = D, .col_stride = 1}};
+}
+
 // Predicted seconds of each kernel, by its name, of one step with bfloat16 features and a float32
 // weight on an H200, if the epilogues of the cosines have so many instructions an element.
 std::map<std::string, double> hopper_seconds(int64_t N, int64_t C, int64_t D, double statistics,
                                              double gradient) {
-  const CudaProblem problem{.N = N,
-                            .C = C,
-                            .D = D,
-                            .x = DType::kBFloat16,
-                            .given_weight = DType::kFloat32,
-                            .allow_tf32 = false,
-                            .kept = 0,
-                            .with_sum = false,
-                            .layout = {.row_stride = D, .col_stride = 1}};
+  const CudaProblem problem = mixed_problem(N, C, D);
   const Gpu& gpu = *find_gpu("H200");
   const Cost cost = cost_of(problem, sm90::make_plan(problem, gpu), gpu, {statistics, gradient});
   std::map<std::string, double> seconds;
@@ -241,15 +246,7 @@ std::map<std::string, double> hopper_seconds(int64_t N, int64_t C, int64_t D, do
 void call_step(int64_t N, int64_t C, int64_t D, int capability) {
   Gpu gpu = *find_gpu("H200");
   gpu.capability = capability;
-  const CudaProblem problem{.N = N,
-                            .C = C,
-                            .D = D,
-                            .x = DType::kBFloat16,
-                            .given_weight = DType::kFloat32,
-                            .allow_tf32 = false,
-                            .kept = 0,
-                            .with_sum = false,
-                            .layout = {.row_stride = D, .col_stride = 1}};
+  const CudaProblem problem = mixed_problem(N, C, D);
   const CudaPlan plan = plan_cuda(problem, gpu);
   void* const nowhere = reinterpret_cast<void*>(uintptr_t(1) << 20);
   CudaHead head{};

@@ -60,8 +60,8 @@ TileTimes cosine_times(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
 }
 
 // The most tiles of cosines on a multiprocessor, where `blocks` blocks share the class tiles of
-// each block of rows. Only where there are more blocks of rows than multiprocessors, one has
-// several.
+// each block of rows. A multiprocessor has several blocks of rows only where these are more than
+// the multiprocessors.
 double most_tiles(const Plan& plan, int64_t class_tiles, int64_t blocks) {
   return double(ceil_div(class_tiles, blocks) * ceil_div(plan.row_blocks * blocks, plan.blocks));
 }

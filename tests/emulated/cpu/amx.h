@@ -9,13 +9,9 @@
 #include <cstdlib>
 #include <cstring>
 
-namespace tvmf::cpu::amx {
+#include "cpu/amx_shapes.h"
 
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
+namespace tvmf::cpu::amx {
 
 struct Tile {
   int rows = 0, row_bytes = 0;
