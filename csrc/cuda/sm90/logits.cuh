@@ -21,8 +21,8 @@ cudaError_t with_terms(Terms terms, const F& f) {
   }
 }
 
-// Above the upper bound phi no longer changes in float32. Below the lower one it differs from phi at
-// the bound by less than 1e-6, except where c is near -1. Within the bounds no term of the form
+// Above the upper bound phi no longer changes in float32. Below the lower one it differs from phi
+// at the bound by less than 1e-6, except where c is near -1. Within the bounds no term of the form
 // overflows or becomes 0.
 __device__ __forceinline__ float bounded_kappa(float kappa) {
   return kappa < -0.4999995f ? -0.4999995f : kappa > 1e18f ? 1e18f : kappa;
