@@ -21,6 +21,7 @@ from tests.cuda.test_emulated import (  # noqa: F401
     make,
     module,
 )
+from tests.cuda.test_schedule import parts_of
 from tests.test_loss import MARGINS, with_margins
 
 MIXES = ("bf16-fp32", "fp16-fp32")
@@ -122,6 +123,16 @@ def test_several_blocks_of_rows(path):
     check(problem, **path)
 
 
+@pytest.mark.parametrize(("C", "l2", "chunks"), [(1000, 2**25, 1), (1500, 1_000_000, 2)])
+def test_tiles_of_dx_with_fewer_parts_than_there_are_partial_sums(C, l2, chunks):
+    """The last block of such a tile clears the partial sums that are left."""
+    plan = check(hopper(300, C, 24, "bf16-fp32"), capability=90, sms=11, l2=l2)["plan"]
+    assert plan["chunks"] == chunks
+    schedule = simt.load().product_schedule(300, 24, min(C, plan["chunk"]), 11, 12)
+    counts = {len(parts) for parts in parts_of(schedule)}
+    assert len(counts) > 1 and max(counts) <= plan["partial_features"]
+
+
 @pytest.mark.parametrize("mix", [*MIXES, *NARROW])
 @PATHS
 @pytest.mark.parametrize("statistics", [False, True], ids=["loss", "statistics"])
@@ -134,7 +145,7 @@ def test_segments_of_rows(statistics, path, mix):
     assert (plan["segments"], plan["segment_rows"]) == (2, 256)
     launches = plan["forward_launches"] + plan["backward_launches"]
     assert len(simt.load().reports()) == launches - statistics  # without finish_loss
-    assert plan["backward_launches"] == 2 * (2 + 3 * plan["chunks"])
+    assert plan["backward_launches"] == 2 * (2 + 2 * plan["chunks"])
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -440,4 +451,4 @@ def test_command_line():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "path of sm90" in done.stdout and "weight_gradient" in done.stdout
+    assert "path of sm90" in done.stdout and "products" in done.stdout

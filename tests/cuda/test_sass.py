@@ -37,8 +37,7 @@ TERMS = ("", ", prior", ", all")
 PRIOR = ("statistics, prior", "gradient, prior")
 HOPPER = {
     **{kernel + terms: (128, 256) for kernel in ("statistics", "gradient") for terms in TERMS},
-    "weight_gradient": (0,),
-    "feature_gradient": (0,),
+    "products": (0,),
 }
 # At most so many instructions an element of a tile of 64 x 256, with all that belongs to the tile
 # but its main loop: in bfloat16 and in float16, whose statistics also find the largest logit.
@@ -112,8 +111,8 @@ def expected():
             for name, tiles in HOPPER.items()
             for mix in (*hopper.MIXES, *hopper.NARROW)
             for tile in tiles
-            # Weights of the features' dtype have no instances for a prior, and share one product.
-            if mix in hopper.MIXES or name not in (*PRIOR, "feature_gradient")
+            # Weights of the features' dtype have no instances for a prior.
+            if mix in hopper.MIXES or name not in PRIOR
         }
     )
 
@@ -125,7 +124,7 @@ _MANGLED = re.compile(
     r"(?:NS\d?_4TileILi(?P<tile>\d+)E\w*?)?|(?P<element>f|d|NS_\df16E))E+v"
 )
 _MANGLED_HOPPER = re.compile(
-    r"_ZN4tvmf4sm90\w*?\d(?P<name>statistics|(?:weight_|feature_)?gradient)I"
+    r"_ZN4tvmf4sm90\w*?\d(?P<name>statistics|gradient|products)I"
     r"LNS_4MathE(?P<math>\d)E"
     r"(?:NS0_11CosineShapeILi(?P<tile>\d+)ELb\dELb(?P<narrow>\d)EEELNS0_5TermsE(?P<terms>\d)E)?"
     r"(?P<output>f|NS_\dbf16E|NS_\df16E)?E+v"
@@ -311,7 +310,8 @@ def hopper_complaints(kernel):
     product = f"HGMMA.64x{kernel.tile or 256}x16.F32" + ".BF16" * kernel.mix.startswith("bf16")
     need(operations[product] >= 4, f"no {product}: not on tensor cores")
     need(operations[product] == count("HGMMA"), "HGMMA of another dtype or shape")
-    need(count("WARPGROUP.DEPBAR") <= 4, "wgmma are waited for one by one")
+    loops = 2 if kernel.name == "products" else 1
+    need(count("WARPGROUP.DEPBAR") <= 4 * loops, "wgmma are waited for one by one")
     need(not count("HMMA|LDSM|LDGSTS"), "instructions of older chips")
     need(count(r"UTMALDG\.2D") == count("UTMALDG") > 0, "no bulk copies of tiles")
     if kernel.tile:
@@ -326,7 +326,7 @@ def hopper_complaints(kernel):
         need(special <= 1.55, f"{special:.2f} special functions an element: no shared reciprocals")
     if "gradient" in kernel.name and kernel.tile:
         need(count(r"STG\.E\.128") >= 12, "gradients or rounded weights not written by 16 bytes")
-    if kernel.name == "weight_gradient":
+    if kernel.name == "products":
         size = 128 if kernel.mix.endswith("-fp32") else 64
         need(count(rf"STG\.E\.{size}") >= 32, "the weights' gradient not written by 4 elements")
     return wrong
@@ -398,7 +398,6 @@ def launches():
             accumulator = re.search(r"\w+<(float|double)>", report.kernel)
             name += TERMS[int(terms[1]) if terms else 0]
             own = mix.replace("fp16-fp32", "fp16") if name == "input_gradient" else mix
-            own += "-fp32" * (name == "feature_gradient" and mix in hopper.NARROW)
             key = name, accumulator[1] if accumulator else own, int(tile[1]) if tile else 0
             found.setdefault(key, (report.threads, report.shared_bytes))
 
@@ -478,7 +477,7 @@ def kernels_of(capability):
 @of_each
 def test_every_kernel_is_there_once(capability):
     instances = [(kernel.name, kernel.mix, kernel.tile) for kernel in kernels_of(capability)]
-    assert len(instances) == 92
+    assert len(instances) == 90
     assert set(instances) == expected()
 
 
@@ -673,8 +672,8 @@ def test_what_must_not_be_is_found_in_a_dump():
         "8gradientILNS_4MathE1ENS0_11CosineShapeILi256ELb0ELb0EEELNS0_5TermsE2EEEvNS0_14GradientParamsE"
     )
     assert instance(shaped) == ("gradient, all", "bf16-fp32", 256)
-    product = prefix + "15weight_gradientILNS_4MathE0EEEvNS1_13ProductParamsE"
-    assert instance(product) == ("weight_gradient", "fp16-fp32", 0)
+    product = prefix + "8productsILNS_4MathE0EfEEvNS_14ProductsParamsE"
+    assert instance(product) == ("products", "fp16-fp32", 0)
     usage = parse_usage(
         f"arch = sm_90a\n\n Function {symbol}:\n  REG:127 STACK:24 SHARED:1024 LOCAL:8 CONST\n"
     )
