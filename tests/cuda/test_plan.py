@@ -176,21 +176,23 @@ def test_tf32_is_a_matter_of_float32_features_alone():
 
 
 @pytest.mark.parametrize(
-    ("layout", "kept"),
+    ("layout", "kept", "kept_of_16_bits"),
     [
-        ((64, 1, True), False),
-        ((68, 1, True), False),
-        ((66, 1, True), True),  # rows off 16 bytes
-        ((1, 512, True), True),  # transposed
-        ((64, 1, False), True),  # first element off 16 bytes
-        ((0, 1, True), True),  # one row for all classes
+        ((64, 1, True), False, False),
+        ((68, 1, True), False, True),  # rows off 16 bytes, where elements have 2
+        ((66, 1, True), True, True),  # rows off 16 bytes
+        ((1, 512, True), True, True),  # transposed
+        ((64, 1, False), True, True),  # first element off 16 bytes
+        ((0, 1, True), True, True),  # one row for all classes
     ],
 )
-def test_a_forward_pass_keeps_products_where_the_kernels_that_serve_it_read_them(layout, kept):
+def test_a_forward_pass_keeps_products_where_the_kernels_that_serve_it_read_them(
+    layout, kept, kept_of_16_bits
+):
     keeps = torch.ops.tvmf_ext.keeps_products
     assert keeps(1000, 64, "bfloat16", "float32", *layout, "H200") == kept
+    assert keeps(1000, 64, "bfloat16", "bfloat16", *layout, "H200") == kept_of_16_bits
     assert keeps(1000, 64, "bfloat16", "float32", *layout, "A100")
-    assert keeps(1000, 64, "bfloat16", "bfloat16", *layout, "H200")
 
 
 def test_a_plan_without_backward_keeps_nothing():

@@ -187,11 +187,14 @@ py::dict step(const py::dict& args) {
   };
   const std::vector<int64_t> kappa_shape =
       head.kappa.stride ? std::vector<int64_t>{C} : std::vector<int64_t>{};
+  const auto of_class = [&](DType dtype) {
+    return plan.adds_gradients() ? DType::kFloat32 : dtype;
+  };
   const CudaGradients grads{gradient("input", "dx", x.dtype, {N, D}),
-                            gradient("linear_weight", "dw", w.dtype, {C, D}),
-                            gradient("kappa", "dkappa", head.kappa.dtype, kappa_shape),
+                            gradient("linear_weight", "dw", of_class(w.dtype), {C, D}),
+                            gradient("kappa", "dkappa", of_class(head.kappa.dtype), kappa_shape),
                             gradient("scale", "dscale", head.scale.dtype, {}),
-                            gradient("linear_bias", "dbias", head.bias.dtype, {C})};
+                            gradient("linear_bias", "dbias", of_class(head.bias.dtype), {C})};
   if (!gradients.empty()) {
     const auto from = args["upstream"].cast<py::dict>();
     CudaUpstream upstream{vector("dloss", from, "loss", 0), vector("dothers", from, "others", 0),

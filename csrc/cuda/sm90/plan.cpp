@@ -22,7 +22,7 @@ double arranged_bytes(const Plan& plan) {
 
 // Bytes that the tiles of cosines load.
 double cosine_bytes(const CudaProblem& p, const Plan& plan) {
-  return double(plan.row_blocks) * double(p.C) * double(p.D) * 4 +
+  return double(plan.row_blocks) * double(p.C) * double(p.D) * double(size_of(p.given_weight)) +
          double(plan.class_tiles) * arranged_bytes(plan);
 }
 
@@ -80,14 +80,15 @@ double over_chunks(const CudaProblem& p, const Plan& plan, const F& f) {
 
 PassCost forward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu, double instructions,
                       bool last_segment) {
-  const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, w = 4, acc = 4;
-  const double splits = double(plan.statistics_blocks);
-  // Where the weights are rounded to float16, prepare_rows reads them first: those of a class
+  const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, acc = 4;
+  const double w = double(size_of(p.given_weight)), splits = double(plan.statistics_blocks);
+  // Where float32 weights are rounded to float16, prepare_rows reads them first: those of a class
   // twice, and those of a target four times more.
-  const double first = p.x == DType::kFloat16 ? 1 : 0;
-  // To arrange the features, every sector of a row is read four times.
-  const double prepare_bytes = N * D * (x + w) + 4 * N * D * x + arranged_bytes(plan) +
-                               10 * N * kSectorBytes + first * (2 * C + 4 * N) * D * w;
+  const double first = !plan.narrow_weight && p.x == DType::kFloat16 ? 1 : 0;
+  // To arrange the features, every sector of a row is read four times, or once in order.
+  const double prepare_bytes = N * D * (x + w) + (plan.narrow_weight ? 1 : 4) * N * D * x +
+                               arranged_bytes(plan) + 10 * N * kSectorBytes +
+                               first * (2 * C + 4 * N) * D * w;
   KernelCost prepare = rows::prepare_cost(p, arranged_bytes(plan) / 16, prepare_bytes, gpu);
   prepare.hbm = first * C * D * w + N * D * x;
 
@@ -114,7 +115,8 @@ PassCost forward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu, do
 
 PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
                        double instructions) {
-  const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, w = 4, acc = 4;
+  const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, acc = 4;
+  const double w = double(size_of(p.given_weight)), dw = plan.adds_gradients() ? 4 : w;
   const double chunks = double(plan.chunks), input_splits = double(plan.input_splits);
   const double slots = double(plan.column_slots), blocks = double(plan.gradient_blocks);
   const double product = 2 * N * C * D, columns = tiles(p.D, kProductCols);
@@ -152,11 +154,11 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
       tile_kernel({.name = "weight_gradient",
                    .launches = plan.chunks,
                    .flops = product,
-                   .hbm = C * D * w + tile_bytes + rounded_bytes,
+                   .hbm = C * D * dw + tile_bytes + rounded_bytes,
                    .l2 = columns * N * C * x + tiles(p.C, kProductRows) * N * D * x +
-                         C * D * (x + w) + C * acc * (2 + slots)},
+                         C * D * (x + dw) + C * acc * (2 + slots)},
                   weight_times, gpu);
-  weight.between += C * D * w / gpu.hbm_rate;
+  weight.between += C * D * dw / gpu.hbm_rate;
 
   // Each block makes one tile a launch, over its share of the classes. It adds to the sums of the
   // chunk before, which lie in the L2 cache.
@@ -180,8 +182,9 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
   features.products *= std::ceil(feature_tiles / double(plan.blocks));
   features.between += sum_bytes / gpu.l2_rate;
 
-  // To arrange the features in both orders, every sector of a row is read twelve times.
-  const double arrange = 12 * N * D * x + 2 * arranged_bytes(plan) + 4 * N * kSectorBytes;
+  // To arrange the features in both orders, every sector of a row is read twelve times, or nine.
+  const double arrange =
+      (plan.narrow_weight ? 9 : 12) * N * D * x + 2 * arranged_bytes(plan) + 4 * N * kSectorBytes;
   KernelCost prepare = rows::prepare_gradient_cost(p, arrange, gpu);
   prepare.hbm = N * D * x;
   KernelCost finish = rows::finish_gradient_cost(p, sums + N * D * (x + x) + N * D / 2, gpu);
@@ -225,13 +228,15 @@ void add_old_gradients(PassCost& pass, const CudaProblem& p, const Plan& plan, c
 
 bool serves(const CudaProblem& p, const Gpu& gpu) {
   // Tensor copies read contiguous rows that begin on 16-byte boundaries. The gradient of the weight
-  // is float32, so the caller's weight must be too.
+  // has the caller's dtype, so no copy of the weight will do.
   const WeightLayout& layout = p.layout;
+  const int64_t run = 16 / size_of(p.given_weight);  // elements of 16 bytes
   const bool copied_by_tensor_copies = layout.aligned && layout.col_stride == 1 &&
-                                       layout.row_stride >= p.D && layout.row_stride % 4 == 0 &&
+                                       layout.row_stride >= p.D && layout.row_stride % run == 0 &&
                                        p.D % 4 == 0;
-  return gpu.capability == 90 && size_of(p.x) == 2 && p.given_weight == DType::kFloat32 &&
-         copied_by_tensor_copies && p.C < kMostClasses;
+  return gpu.capability == 90 && size_of(p.x) == 2 &&
+         (p.given_weight == DType::kFloat32 || p.given_weight == p.x) && copied_by_tensor_copies &&
+         p.C < kMostClasses;
 }
 
 ForwardWorkspace::ForwardWorkspace(const CudaProblem& problem, const Plan& plan) {
@@ -262,6 +267,7 @@ Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, cons
   plan.segments = segments;
   plan.segment_rows = segment_rows;
   plan.math = p.math();
+  plan.narrow_weight = p.given_weight == p.x;
   plan.blocks = gpu.sms;
   plan.arranged_rows = round_up(p.N, 32);
   plan.arranged_columns = round_up(p.D, kDepth);

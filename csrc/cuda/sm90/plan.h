@@ -1,6 +1,6 @@
 // The plan of Hopper's own kernels: tensor copies and wgmma, compute capability 9.0, 16-bit
-// features with a float32 weight. Tile sizes are chosen here and used by the kernels
-// (sm90/mainloop.cuh).
+// features with a weight of float32 or of their dtype. Tile sizes are chosen here and used by the
+// kernels (sm90/mainloop.cuh).
 #pragma once
 
 #include "cuda/rows/workspace.h"
@@ -20,7 +20,8 @@ struct Plan {
   static constexpr bool kKeepsProducts = false;
 
   Math math;
-  bool small_tiles;  // cosines in tiles of 64 classes instead of 128
+  bool small_tiles;    // cosines in tiles of 64 classes instead of 128
+  bool narrow_weight;  // of the features' dtype, not float32
 
   // Each pass works on one segment of rows after another, in the same workspace. Everything below
   // is of one segment. The gradients of the classes are summed over segments in their own memory.

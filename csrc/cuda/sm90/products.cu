@@ -11,7 +11,7 @@ constexpr int kProductBytes = Shape::kStagesBytes + int(sizeof(typename Shape::R
 
 // A tile of dw has 128 classes x 256 features: the gradient of all rows times the features, less
 // the projection. The cosines were made of the rounded weights, so the projection uses these too.
-template <Math kMath>
+template <Math kMath, class W>
 __global__ void __launch_bounds__(kThreads, 1)
     weight_gradient(const __grid_constant__ WeightGradientParams p) {
 #ifdef TVMF_HOPPER
@@ -85,25 +85,28 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         if (!wanted[h]) continue;
-        float* to = static_cast<float*>(p.out.weight.data) +
-                    (p.chunk.begin + column + h * 8) * head.D + first_feature;
-        struct alignas(16) Four {
-          float v[4];
+        W* to = static_cast<W*>(p.out.weight.data) + (p.chunk.begin + column + h * 8) * head.D +
+                first_feature;
+        struct alignas(4 * sizeof(W)) Four {
+          Pair<W> pair[2];
         };
 #pragma unroll
         for (int k = 0; k < kRuns; ++k) {
           if (first_feature + k * 16 >= features) continue;
-          Four out;
+          float out[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            out.v[i] = factor[h] * acc[(k * 2 + i / 2) * 4 + h * 2 + i % 2] -
-                       projected[h] * half_of<kMath>(w[h][k].pair[i / 2], i % 2);
-          if (p.add) {
-            const Four old = load_as<Four>(to + k * 16);
+            out[i] = factor[h] * acc[(k * 2 + i / 2) * 4 + h * 2 + i % 2] -
+                     projected[h] * half_of<kMath>(w[h][k].pair[i / 2], i % 2);
+          if constexpr (sizeof(W) == 4) {
+            if (p.add) {
+              const Four old = load_as<Four>(to + k * 16);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) out.v[i] += old.v[i];
+              for (int i = 0; i < 4; ++i)
+                out[i] += i % 2 ? old.pair[i / 2].high : old.pair[i / 2].low;
+            }
           }
-          store_as(to + k * 16, out);
+          store_as(to + k * 16, Four{round_pair<W>(out[0], out[1]), round_pair<W>(out[2], out[3])});
         }
       }
     }
@@ -192,8 +195,12 @@ cudaError_t launch_weight_gradient(const WeightGradientParams& p, const Plan& pl
                                    cudaStream_t stream) {
   const int64_t blocks = std::min(int64_t(p.tiles.rows) * p.tiles.cols, plan.blocks);
   return with_kind(plan, [&](auto math) {
-    return launch_kernel(weight_gradient<decltype(math)::value>, dim3(unsigned(blocks)), kThreads,
-                         kProductBytes<ProductShape<false>>, stream, p);
+    constexpr Math kMath = decltype(math)::value;
+    using X = typename MathTraits<kMath>::X;
+    return launch_kernel(
+        plan.adds_gradients() || !plan.narrow_weight ? weight_gradient<kMath, float>
+                                                     : weight_gradient<kMath, X>,
+        dim3(unsigned(blocks)), kThreads, kProductBytes<ProductShape<false>>, stream, p);
   });
 }
 

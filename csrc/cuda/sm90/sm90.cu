@@ -17,8 +17,9 @@ class MapMaker {
     return make(data, x_, rows, cols, stride, box_rows, kAtom);
   }
   TensorMap of_weight(const CudaHead& head, int box_rows) {
-    return make(head.weight.data, DType::kFloat32, head.C, head.D, head.weight.row_stride, box_rows,
-                kAtom / 2);
+    const DType dtype = head.weight.dtype;
+    return make(head.weight.data, dtype, head.C, head.D, head.weight.row_stride, box_rows,
+                int(kAtom * 2 / size_of(dtype)));
   }
   // Both operands of a kernel of cosines.
   TensorMaps of_cosines(const CudaHead& head, const rows::ArrangedRows& x, const Plan& plan) {
@@ -178,7 +179,8 @@ cudaError_t forward(const ForwardCall& call, const CudaProblem& problem, const P
                                       .columns = plan.arranged_columns,
                                       .by_rows = pass.workspace.bytes(at.arranged),
                                       .by_columns = nullptr,
-                                      .rnorm = nullptr};
+                                      .rnorm = nullptr,
+                                      .ordered = plan.narrow_weight};
     error = pass.prepare(plan.math, arranged);
     if (error != cudaSuccess) return error;
     MapMaker maps(problem.x);
@@ -213,7 +215,8 @@ cudaError_t backward(const BackwardCall& call, const CudaProblem& problem, const
                                       .columns = plan.arranged_columns,
                                       .by_rows = pass.workspace.bytes(at.arranged),
                                       .by_columns = pass.workspace.bytes(at.arranged_columns),
-                                      .rnorm = pass.float16 ? pass.saved.x_rnorm : nullptr};
+                                      .rnorm = pass.float16 ? pass.saved.x_rnorm : nullptr,
+                                      .ordered = plan.narrow_weight};
     pass.add_totals_after(i * all.partial_counts().totals);
     ChunkLauncher launcher(pass, problem, plan, at, arranged, i == 0);
     error = pass.prepare(arranged, {}, {.begin = begin, .all = problem.N});
