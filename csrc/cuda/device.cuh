@@ -20,13 +20,20 @@ __device__ __forceinline__ T value_at(const VectorRef& vector, int64_t i) {
   }
 }
 
-// Calls f with each of a vector's first `count` values. The block's threads share them, and each
+// The threads that work together: here all of the block. Their number is a multiple of 32.
+struct WholeBlock {
+  static __device__ __forceinline__ int thread() { return threadIdx.x; }
+  static __device__ __forceinline__ int threads() { return blockDim.x; }
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
+};
+
+// Calls f with each of a vector's first `count` values. The team's threads share them, and each
 // thread has four loads in flight.
-template <class T, class F>
+template <class T, class Team = WholeBlock, class F>
 __device__ __forceinline__ void for_values(const VectorRef& vector, int64_t count, const F& f) {
   const auto walk = [&](const auto* data, const auto& number) {
-    const int64_t threads = blockDim.x;
-    for (int64_t first = threadIdx.x; first < count; first += 4 * threads) {
+    const int64_t threads = Team::threads();
+    for (int64_t first = Team::thread(); first < count; first += 4 * threads) {
       std::remove_cvref_t<decltype(*data)> values[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -154,11 +161,11 @@ __device__ __forceinline__ T block_sum(T v, T* smem) {
   return total;
 }
 
-// Reduces kCount values of every thread of the block at once; all threads get the results. `smem`
+// Reduces kCount values of every thread of the team at once; all threads get the results. `smem`
 // holds kCount T for each warp.
-template <int kCount, class T, class F>
+template <class Team, int kCount, class T, class F>
 __device__ __forceinline__ void block_reduce(T (&v)[kCount], T* smem, const F& combine) {
-  const int lane = threadIdx.x % kWarp, warps = int(blockDim.x) / kWarp;
+  const int lane = Team::thread() % kWarp, warps = Team::threads() / kWarp;
   const auto over_warp = [&] {
 #pragma unroll
     for (int mask = 1; mask < kWarp; mask *= 2)
@@ -167,23 +174,33 @@ __device__ __forceinline__ void block_reduce(T (&v)[kCount], T* smem, const F& c
         v[k] = combine(v[k], __shfl_xor_sync(0xffffffff, v[k], mask));
   };
   over_warp();
-  __syncthreads();
+  Team::sync();
 #pragma unroll
   for (int k = 0; k < kCount; ++k)
-    if (lane == 0) smem[k * warps + int(threadIdx.x) / kWarp] = v[k];
-  __syncthreads();
+    if (lane == 0) smem[k * warps + Team::thread() / kWarp] = v[k];
+  Team::sync();
 #pragma unroll
   for (int k = 0; k < kCount; ++k) v[k] = lane < warps ? smem[k * warps + lane] : T(0);
   over_warp();
 }
-template <int kCount, class T>
+template <class Team = WholeBlock, int kCount, class T>
 __device__ __forceinline__ void block_sums(T (&v)[kCount], T* smem) {
-  block_reduce(v, smem, [](T a, T b) { return a + b; });
+  block_reduce<Team>(v, smem, [](T a, T b) { return a + b; });
 }
 // The values must not be negative or NaN: threads without a value count as 0.
 template <int kCount, class T>
 __device__ __forceinline__ void block_maxima(T (&v)[kCount], T* smem) {
-  block_reduce(v, smem, [](T a, T b) { return larger(a, b); });
+  block_reduce<WholeBlock>(v, smem, [](T a, T b) { return larger(a, b); });
+}
+
+// One thread of each of `blocks` blocks says that its block has written its part. True for the last
+// of them, whose block may then read the parts of all. Barriers must order the block's writes
+// before the call and its reads behind it. The counter is 0 before the launch.
+__device__ __forceinline__ bool last_to_arrive(unsigned* counter, unsigned blocks) {
+  __threadfence();
+  const bool last = atomicAdd(counter, 1u) == blocks - 1;
+  __threadfence();
+  return last;
 }
 
 }  // namespace tvmf

@@ -144,7 +144,7 @@ def test_segments_of_rows(statistics, path, mix):
     plan = check(problem, statistics=statistics, most_rows=256, **path)["plan"]
     assert (plan["segments"], plan["segment_rows"]) == (2, 256)
     launches = plan["forward_launches"] + plan["backward_launches"]
-    assert len(simt.load().reports()) == launches - statistics  # without finish_loss
+    assert len(simt.load().reports()) == launches
     assert plan["backward_launches"] == 2 * (2 + 2 * plan["chunks"])
 
 
@@ -167,6 +167,19 @@ def test_rows_in_segments_have_the_bits_of_rows_alone():
         assert rest["plan"]["segments"] == 512 // most_rows
         results.append([outputs | {"input": gradients["input"]}])
     problems.assert_same_bits(*results)
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "kernels"),
+    [(70, 300, []), (300, 2000, ["finish_rows"])],
+    ids=["of statistics", "of finish_rows"],
+)
+def test_the_last_block_makes_the_loss(rows, classes, kernels):
+    problem = hopper(rows, classes, 4, "bf16-fp32", label_smoothing=0.1, class_weight=True)
+    plan = check(problem, wanted=[], **SMALL)["plan"]
+    names = [report.kernel for report in simt.load().reports()]
+    assert plan["forward_launches"] == len(names) == 2 + len(kernels)
+    assert all(name in last for name, last in zip(kernels, names[2:], strict=True))
 
 
 def test_chunks_of_an_odd_number_of_small_tiles():

@@ -110,7 +110,10 @@ def test_launches_traffic_and_tiles_add_up(problem):
     variant = result.variant
     hopper = isinstance(variant, Sm90Plan)
     segments = variant.segments if hopper else 1
-    assert result.forward_launches - 3 * segments in ((0, 1) if segments == 1 else (1,))
+    # The last block of Hopper's small tiles merges up to 8192 partial results.
+    small = hopper and segments == 1 and variant.tile_classes == 64
+    merges = small and N * variant.statistics_blocks <= 8192
+    assert result.forward_launches == 3 * segments - merges
     latency = not hopper and variant.latency
     launches = 4 if latency else segments * (2 + (2 if hopper else 3) * variant.chunks)
     if not hopper and options["dtype"] == torch.float16:
@@ -150,7 +153,7 @@ def test_the_sizes_of_long_tailed_training_take_the_latency_plan_and_faces_the_o
     for N, C, D in ((256, 1000, 512), (256, 8142, 2048)):
         small = plan(N, C, D, **bf16)
         assert small.variant.latency and small.kept >= C
-        assert small.forward_launches <= 4 and small.backward_launches <= 4
+        assert small.forward_launches == 3 and small.backward_launches == 4
     large = plan(1024, 10**6, 512, **bf16)
     assert not large.variant.latency and large.kept == 0 and large.variant.chunks > 1
 

@@ -2,6 +2,7 @@
 within 15 %, each kernel within 25 %. No constant of the prediction belongs to one shape."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,16 @@ CASES = [
     if run["commit"] in INSTRUCTIONS
     for case in run["cases"]
 ]
+# What has since become a part of another kernel: the last block of finish_rows does the work of
+# finish_loss, and in small problems that of statistics does the work of finish_rows. The prediction
+# gives it as many waits as it had, and two in place of a launch.
+MERGED = {"finish_loss": "finish_rows", "finish_rows": "statistics"}
 BF16 = {"dtype": torch.bfloat16, "weight_dtype": torch.float32, "device": "H200"}
+
+
+def kernels_of(case):
+    """The kernels of a run, without PyTorch's own, which makes the loss's gradient."""
+    return [item for item in case["kernels"].items() if "elementwise" not in item[0]]
 
 
 def test_both_runs_have_the_four_shapes():
@@ -37,11 +47,10 @@ def test_steps_and_kernels_take_the_predicted_time(commit, case):
     predicted = simt.load().hopper_seconds(*case["shape"], chunk, *INSTRUCTIONS[commit])
     step = 1e6 * sum(predicted.values())
     assert step == pytest.approx(1e3 * case["graph_ms"]["median"], rel=0.15)
-    measured = {
-        name: kernel["launches"] * kernel["us"]
-        for name, kernel in case["kernels"].items()
-        if "elementwise" not in name  # PyTorch's own, which makes the loss's gradient
-    }
+    measured = Counter()
+    for name, kernel in kernels_of(case):
+        owner = name if name in predicted else MERGED[name]
+        measured[owner] += kernel["launches"] * kernel["us"]
     assert measured.keys() <= predicted.keys()
     # The file of 4c421ad has the nine kernels that took longest.
     assert len(predicted) - len(measured) <= (commit == "4c421ad")
@@ -54,11 +63,13 @@ def test_a_plan_has_the_launches_of_each_kernel(case):
     found = plan(*case["shape"], **BF16)
     kernels = found.forward_kernels + found.backward_kernels
     launches = {kernel.name: kernel.launches for kernel in kernels}
-    measured = {name: kernel["launches"] for name, kernel in case["kernels"].items()}
+    measured = {name: kernel["launches"] for name, kernel in kernels_of(case)}
     chunks = found.variant.chunks
     assert measured.pop("weight_gradient") == measured.pop("feature_gradient")
-    expected = {n: count for n, count in measured.items() if "elementwise" not in n}
-    assert launches == expected | {"gradient": chunks, "products": chunks}
+    gone = measured.keys() - launches.keys()
+    assert gone == {"finish_loss" if "finish_loss" in measured else "finish_rows"}
+    kept = {name: measured[name] for name in measured.keys() - gone}
+    assert launches == kept | {"gradient": chunks, "products": chunks}
 
 
 def test_a_partly_filled_wave_takes_as_long_as_a_full_one():

@@ -25,8 +25,7 @@ __forceinline__ void __syncthreads() { simt::named_barrier(0, blockDim.x); }
 __forceinline__ void __syncwarp(unsigned mask = ~0u) {
   simt::meet(simt::Collective::kSyncWarp, mask, {});
 }
-// The emulator's threads run one after another, so every access is visible at once.
-inline void __threadfence() {}
+inline void __threadfence() { simt::fence_memory(); }
 
 __forceinline__ unsigned __ballot_sync(unsigned mask, int predicate) {
   unsigned out;

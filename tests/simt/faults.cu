@@ -116,6 +116,27 @@ __global__ void count_threads(Case c) {
     ++*counter;
 }
 
+// The last block adds up what all blocks have written. The faults leave out the first fence, the
+// second one, or the barrier between the writes and the first fence (argument 0, 1 or 2).
+__global__ void last_block(Case c) {
+  const int t = threadIdx.x, fault = c.right ? -1 : c.argument, blocks = gridDim.x;
+  int* counter = reinterpret_cast<int*>(c.y);  // -1, since all bits of new memory are set
+  float* parts = c.y + 1;
+  parts[blockIdx.x * blockDim.x + t] = floats(c)[t] + blockIdx.x;
+  if (fault != 2) __syncthreads();
+  int* last = static_cast<int*>(simt::shared_memory());
+  if (t == 0) {
+    if (fault != 0) __threadfence();
+    *last = atomicAdd(counter, 1) == blocks - 2;
+    if (fault != 1) __threadfence();
+  }
+  __syncthreads();
+  if (!*last) return;
+  float sum = 0;
+  for (int block = 0; block < blocks; ++block) sum += parts[block * blockDim.x + t];
+  parts[blocks * blockDim.x + t] = sum;
+}
+
 // The fault writes one word behind the end.
 __global__ void shared_extent(Case c) {
   const int t = threadIdx.x;
@@ -286,6 +307,7 @@ void launch(const std::string& name, unsigned grid, int threads, int shared_byte
       ENTRY(async_alignment),
       ENTRY(write_across_blocks),
       ENTRY(count_threads),
+      ENTRY(last_block),
       ENTRY(shared_extent),
       ENTRY(global_extent),
       ENTRY(deadlock),

@@ -113,6 +113,9 @@ void barrier_init(uint64_t* barrier, int arrivals);
 void barrier_arrive(uint64_t* barrier, int expected_bytes);
 void barrier_wait(uint64_t* barrier, int parity);
 void tensor_copy(void* smem, const void* map, int col, int row, uint64_t* barrier);
+// __threadfence: what comes before it happens before what follows a fence of another thread, where
+// an atomic between them comes before one at the same address there.
+void fence_memory();
 // Makes the thread's earlier writes to shared memory visible to wgmma and to tensor copies.
 void fence_proxy();
 

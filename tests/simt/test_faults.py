@@ -73,6 +73,17 @@ def test_a_planted_fault_is_found_and_the_right_kernel_passes(name, seed):
     np.testing.assert_array_equal(right, run(name, seed=seed, **launch))
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fault", range(3), ids=["no release", "no acquire", "no barrier"])
+def test_a_last_block_needs_fences_and_a_barrier(fault, seed):
+    launch = {"seed": seed, "grid": 4, "threads": 64, "outputs": 1 + 5 * 64, "shared_bytes": 4}
+    right = run("last_block", **launch)
+    np.testing.assert_array_equal(right[-64:], 4 * X[:64] + 6)
+    message = race("y", "read", "write")
+    with pytest.raises(RuntimeError, match=f"^faults::.*::last_block: (?s:.*){message}"):
+        run("last_block", argument=fault, right=False, **launch)
+
+
 @pytest.mark.parametrize("size", [4, 8, 16])
 @pytest.mark.parametrize(
     ("argument", "access"),

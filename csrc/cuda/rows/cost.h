@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <string_view>
 
 #include "cuda/rows/workspace.h"
 
@@ -15,6 +14,7 @@ constexpr int kPrepareWaits = 3;       // label, its weights, the sums of a bloc
 constexpr int kFinishWaits = 5;        // of finish_rows in one block
 constexpr int kFinishBlocksWaits = 8;  // in several, where a warp's lanes share a row
 constexpr int kFinishLossWaits = 1;
+constexpr int kArriveWaits = 2;  // until a block knows that it is the last: its fence, its counter
 constexpr int kPrepareGradientWaits = 5;  // for each 512 rows, which one block makes
 constexpr int kFinishGradientWaits = 4;
 
@@ -34,18 +34,14 @@ inline KernelCost prepare_cost(const CudaProblem& p, double arranged_items, doub
   return row_kernel("prepare_rows", blocks, 7, kPrepareWaits, l2, gpu);
 }
 
-inline constexpr std::string_view kFinishLoss = "finish_loss";
-inline KernelCost finish_loss_cost(const Gpu& gpu) {
-  return row_kernel(kFinishLoss.data(), 1, 1, kFinishLossWaits, 0, gpu);
-}
-
-// finish_rows, and finish_loss where its blocks are several.
-inline void add_finish_cost(PassCost& pass, const CudaProblem& p, int64_t splits, double l2,
-                            const Gpu& gpu) {
+// The last block adds up the sums of several. Of the segments of rows the last one does so.
+inline KernelCost finish_cost(const CudaProblem& p, int64_t splits, double l2, bool last_segment,
+                              bool segments, const Gpu& gpu) {
   const int64_t blocks = ceil_div(p.N, finish_block_rows(p.N, splits));
-  const int waits = blocks > 1 ? kFinishBlocksWaits : kFinishWaits;
-  pass.kernels.push_back(row_kernel("finish_rows", double(blocks), 1, waits, l2, gpu));
-  if (blocks > 1) pass.kernels.push_back(finish_loss_cost(gpu));
+  const bool adds_up = last_segment && (blocks > 1 || segments);
+  const int waits = (blocks > 1 ? kFinishBlocksWaits : kFinishWaits) +
+                    (adds_up ? kArriveWaits + kFinishLossWaits : 0);
+  return row_kernel("finish_rows", double(blocks), 1, waits, l2, gpu);
 }
 
 // The first block makes the terms of all rows, so that more rows take longer whatever the GPU has.

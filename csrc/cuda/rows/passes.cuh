@@ -59,6 +59,7 @@ struct ForwardPass {
   RowTargets<T> targets;
   PartialStatistics<T> partial;
   double* totals;
+  unsigned* finished;
 
   // `call` has the rows from `begin` on, where it does not have all rows of the problem.
   ForwardPass(const ForwardCall& call, const CudaProblem& problem, const ForwardWorkspace& at,
@@ -75,12 +76,16 @@ struct ForwardPass {
                 .rank = workspace.at<int>(at.rank),
                 .count = splits,
                 .with_sum = problem.with_sum},
-        totals(workspace.at<double>(at.totals)) {}
+        totals(workspace.at<double>(at.totals)),
+        finished(workspace.at<unsigned>(at.finished)) {}
 
   cudaError_t prepare(Math math, const ArrangedRows& arranged) const {
-    return launch_prepare<T>(
-        {.head = call.head, .saved = saved, .targets = targets, .arranged = arranged}, math,
-        call.stream);
+    return launch_prepare<T>({.head = call.head,
+                              .saved = saved,
+                              .targets = targets,
+                              .arranged = arranged,
+                              .finished = finished},
+                             math, call.stream);
   }
   int64_t blocks_to_finish() const {
     return ceil_div(call.head.N, finish_block_rows(call.head.N, partial.count));
@@ -96,7 +101,8 @@ struct ForwardPass {
                              .block_rows = finish_block_rows(call.head.N, partial.count),
                              .first_block = first_block,
                              .all_blocks = all_blocks,
-                             .totals = totals},
+                             .totals = totals,
+                             .finished = finished},
                             call.stream);
   }
 };

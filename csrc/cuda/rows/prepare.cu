@@ -155,6 +155,7 @@ __global__ void __launch_bounds__(kThreads, 6)
   p.saved.x_rnorm[n] = x_rnorm;
   p.saved.target_cosine[n] = wrong ? T(NAN) : T(cosine);
   p.saved.target_logit[n] = wrong ? T(NAN) : T(logit);
+  if (n == 0) *p.finished = 0;
   p.targets.label[n] = y;
   p.targets.score[n] = score;
 }

@@ -1,5 +1,5 @@
 // The O(N) kernels around the products, shared by all architectures: each prepares or finishes
-// something for every row. Every function starts one kernel (finish: one or two).
+// something for every row. Every function starts one kernel.
 #pragma once
 
 #include "cuda/rows/workspace.h"
@@ -17,6 +17,7 @@ struct PrepareParams {
                           // float32 weights are rounded to float16
   RowTargets<T> targets;  // writes both
   ArrangedRows arranged;  // writes it, where it is not null
+  unsigned* finished;     // []  sets it to 0 for FinishParams
 };
 
 // Norms of the rows, and of each row's target: label, cosine, score and logit.
@@ -34,6 +35,7 @@ struct FinishParams {
   int64_t block_rows;               // rows of a block
   int64_t first_block, all_blocks;  // of the launch, and of the pass
   double* totals;                   // [all_blocks, 2]  sums of the losses and of their weights
+  unsigned* finished;               // []  counts the blocks that have written their totals
 };
 
 // Merges the partial statistics of each row in order, and makes the statistics or the loss. A

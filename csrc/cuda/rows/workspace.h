@@ -8,7 +8,7 @@
 namespace tvmf::rows {
 
 // Rows that one block of finish_rows merges. Up to 8192 partial results one block merges all of
-// them, because that takes no longer than the launch that would add up the sums of several blocks.
+// them, because that takes no longer than adding up the sums of several blocks.
 inline int64_t finish_block_rows(int64_t N, int64_t splits) { return N * splits <= 8192 ? N : 16; }
 
 // Threads of a block of finish_gradient, and its rows. Several rows share the sectors of row_dot,
@@ -21,7 +21,7 @@ TVMF_HOST_DEVICE int rows_to_finish(int64_t N, int64_t D) {
 }
 
 struct ForwardWorkspace {
-  int64_t label, target_score, max, sum_exp, sum, rank, totals;
+  int64_t label, target_score, max, sum_exp, sum, rank, totals, finished;
 
   // The classes are split into `splits` runs, each of which leaves partial statistics of every row.
   // The same memory serves `segments` segments of rows one after another, but for the totals.
@@ -36,6 +36,7 @@ struct ForwardWorkspace {
     at.sum = cursor.take(problem.with_sum ? partial * acc : 0);
     at.rank = cursor.take(partial * 4);
     at.totals = cursor.take(segments * ceil_div(N, finish_block_rows(N, splits)) * 2 * 8);
+    at.finished = cursor.take(4);
     return at;
   }
 };

@@ -126,8 +126,8 @@ PassCost forward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
                                     splits * N * (5 * acc + 12) + C * acc + N * kSectorBytes};
   PassCost pass;
   pass.kernels = {prepare, block_kernel(statistics, blocks, plan, gpu)};
-  rows::add_finish_cost(pass, p, plan.class_splits, splits * N * (3 * acc + 4) + N * (4 * acc + 8),
-                        gpu);
+  pass.kernels.push_back(rows::finish_cost(
+      p, plan.class_splits, splits * N * (3 * acc + 4) + N * (4 * acc + 8), true, false, gpu));
   return pass;
 }
 

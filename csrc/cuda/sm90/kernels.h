@@ -30,6 +30,11 @@ struct StatisticsParams {
   RowTargets<float> targets;
   PartialStatistics<float> partial;  // writes it
   CosineTiles tiles;
+  // Where the last block merges the rows, which only a kernel of small tiles can.
+  bool merges_rows;
+  unsigned* finished;  // []  counts the blocks that have written their statistics
+  LossOptions options;
+  CudaStatistics out;
 };
 
 cudaError_t launch_statistics(const StatisticsParams& p, const Plan& plan, Terms terms,

@@ -27,6 +27,13 @@ __device__ __forceinline__ void produce_and_consume(const Maps& maps, const Wgmm
   }
 }
 
+// The two warpgroups that multiply, which sum among themselves.
+struct Consumers {
+  static __device__ __forceinline__ int thread() { return threadIdx.x; }
+  static __device__ __forceinline__ int threads() { return kConsumers * kWarpgroup; }
+  static __device__ __forceinline__ void sync() { consumer_sync(); }
+};
+
 // A persistent block of a kernel of cosines: a block of rows, and every `stride`-th class tile.
 template <class Shape>
 struct CosineBlock {

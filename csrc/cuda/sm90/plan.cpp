@@ -78,7 +78,8 @@ double over_chunks(const CudaProblem& p, const Plan& plan, const F& f) {
          double(f(p.C - (plan.chunks - 1) * plan.chunk));
 }
 
-PassCost forward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu, double instructions) {
+PassCost forward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu, double instructions,
+                      bool last_segment) {
   const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, acc = 4;
   const double w = double(size_of(p.given_weight)), splits = double(plan.statistics_blocks);
   // Where float32 weights are rounded to float16, prepare_rows reads them first: those of a class
@@ -101,8 +102,14 @@ PassCost forward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu, do
       .l2 = cosine_bytes(p, plan) + splits * N * (p.with_sum ? 28 : 24) + C * acc};
   PassCost pass;
   pass.kernels = {prepare, tile_kernel(statistics, times, gpu)};
-  rows::add_finish_cost(pass, p, plan.statistics_blocks,
-                        splits * N * (p.with_sum ? 20 : 16) + N * 20, gpu);
+  const double merge_bytes = splits * N * (p.with_sum ? 20 : 16) + N * 20;
+  if (plan.merges_rows) {
+    pass.kernels.back().l2 += merge_bytes;
+    pass.kernels.back().alone += (rows::kArriveWaits + rows::kFinishWaits) * gpu.wait_seconds;
+  } else {
+    pass.kernels.push_back(rows::finish_cost(p, plan.statistics_blocks, merge_bytes, last_segment,
+                                             plan.segments > 1, gpu));
+  }
   return pass;
 }
 
@@ -198,13 +205,6 @@ void add(PassCost& to, const PassCost& cost, double times) {
   }
 }
 
-// finish_loss follows the last segment alone.
-void finish_once(PassCost& pass, const Gpu& gpu) {
-  auto& kernels = pass.kernels;
-  std::erase_if(kernels, [](const KernelCost& kernel) { return kernel.name == rows::kFinishLoss; });
-  kernels.push_back(rows::finish_loss_cost(gpu));
-}
-
 // Every segment but the first reads the weight's gradient before it writes it.
 void add_old_gradients(PassCost& pass, const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   const double bytes = double(plan.segments - 1) * double(p.C) * double(p.D) * 4;
@@ -273,6 +273,8 @@ Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, cons
   plan.class_tiles = ceil_div(p.C, classes);
   const int64_t most_blocks = std::max<int64_t>(gpu.sms / plan.row_blocks, 1);
   plan.statistics_blocks = std::min(plan.class_tiles, most_blocks);
+  plan.merges_rows = plan.small_tiles && segments == 1 &&
+                     rows::finish_block_rows(p.N, plan.statistics_blocks) == p.N;
 
   // A tile of dx has so many parts that all multiprocessors have one, and one more at either end.
   const int64_t feature_tiles = ceil_div(p.N, kProductRows) * ceil_div(p.D, kProductCols);
@@ -338,19 +340,17 @@ Memory memory_of(const CudaProblem& problem, const Plan& plan) {
 Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu,
              const EpilogueInstructions& instructions) {
   Cost cost;
-  const auto add_segments = [&](int64_t rows, int64_t count) {
+  const auto add_segments = [&](int64_t rows, int64_t count, bool last) {
     if (count == 0) return;
     const CudaProblem part = first_rows(problem, rows);
     const Plan of_part = plan.of_rows(rows);
-    add(cost.forward, forward_cost(part, of_part, gpu, instructions.statistics), double(count));
+    add(cost.forward, forward_cost(part, of_part, gpu, instructions.statistics, last),
+        double(count));
     add(cost.backward, backward_cost(part, of_part, gpu, instructions.gradient), double(count));
   };
-  add_segments(plan.segment_rows, plan.segments - 1);
-  add_segments(plan.rows_of(plan.segments - 1, problem.N), 1);
-  if (plan.segments > 1) {
-    finish_once(cost.forward, gpu);
-    add_old_gradients(cost.backward, problem, plan, gpu);
-  }
+  add_segments(plan.segment_rows, plan.segments - 1, false);
+  add_segments(plan.rows_of(plan.segments - 1, problem.N), 1, true);
+  if (plan.segments > 1) add_old_gradients(cost.backward, problem, plan, gpu);
   predict(cost.forward, gpu);
   predict(cost.backward, gpu);
   return cost;

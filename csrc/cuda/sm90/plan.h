@@ -34,7 +34,8 @@ struct Plan {
   // Cosines: row_blocks x class_tiles tiles. Persistent blocks share the class tiles of their rows.
   int64_t row_blocks, class_tiles;
   int64_t statistics_blocks, gradient_blocks;  // persistent blocks for each block of rows
-  int64_t blocks;                              // persistent blocks that run at the same time
+  bool merges_rows;  // whether the last block of statistics does the work of finish_rows
+  int64_t blocks;    // persistent blocks that run at the same time
 
   // Backward pass: `chunk` classes at a time.
   int64_t chunk, chunks;

@@ -178,11 +178,15 @@ cudaError_t forward(const ForwardCall& call, const CudaProblem& problem, const P
                              .saved = pass.saved,
                              .targets = pass.targets,
                              .partial = pass.partial,
-                             .tiles = cosine_tiles(plan, problem.C, plan.statistics_blocks)};
+                             .tiles = cosine_tiles(plan, problem.C, plan.statistics_blocks),
+                             .merges_rows = plan.merges_rows,
+                             .finished = pass.finished,
+                             .options = call.options,
+                             .out = part.out};
     if (maps.error != cudaSuccess) return maps.error;
     error = launch_statistics(p, plan, terms_of(call.head, call.out.others || problem.with_sum),
                               call.stream);
-    if (error == cudaSuccess) error = pass.finish(i * blocks, all_blocks);
+    if (error == cudaSuccess && !plan.merges_rows) error = pass.finish(i * blocks, all_blocks);
   }
   return error;
 }

@@ -1,6 +1,7 @@
 // Tiles of cosines become statistics of the rows. Exponentials are relative to a reference of each
 // row, which starts a little under the logit of the target and is raised where they overflow. Where
 // all others are more than 87 below it, their exponentials are 0, and the loss is below 1e-37.
+#include "cuda/rows/merge.cuh"
 #include "cuda/sm90/persistent.cuh"
 
 namespace tvmf::sm90 {
@@ -21,6 +22,8 @@ struct StatisticsLayout {
     float sum_exp[kConsumerWarps][Shape::kGroupRows], sum[kConsumerWarps][Shape::kGroupRows];
     int rank[kConsumerWarps][Shape::kGroupRows];
     float largest_logit[kConsumerWarps];
+    double losses[2 * kConsumerWarps];  // of merge_rows
+    int last;                           // whether the block is the last
   };
   static_assert(sizeof(Sums) <= Shape::kStagesBytes);
   static constexpr int kBytes = Shape::kStagesBytes + int(sizeof(Tail));
@@ -45,7 +48,7 @@ struct AddSquares {
 };
 
 // A persistent block walks tiles of classes with its rows, whose statistics a lane keeps in
-// registers.
+// registers. In small problems the last block merges the statistics of all, which saves a launch.
 template <Math kMath, class Shape, Terms kTerms>
 __global__ void __launch_bounds__(kThreads, 1)
     statistics(const __grid_constant__ StatisticsParams p) {
@@ -288,6 +291,18 @@ __global__ void __launch_bounds__(kThreads, 1)
       p.partial.sum_exp[at] = sum_exp;
       p.partial.rank[at] = rank;
       if (p.partial.with_sum) p.partial.sum[at] = sum;
+    }
+    if constexpr (Shape::kSplitRows) {
+      if (!p.merges_rows) return;
+      consumer_sync();
+      if (threadIdx.x == 0) sums.last = last_to_arrive(p.finished, gridDim.x);
+      consumer_sync();
+      if (!sums.last) return;
+      double totals[2] = {};
+      rows::merge_rows<float, Consumers>(p, 0, head.N, sums.losses, totals);
+      if (!rows::reduces_loss(p)) return;
+      block_sums<Consumers>(totals, sums.losses);
+      if (threadIdx.x == 0) rows::store_loss<float>(p, totals);
     }
   };
   produce_and_consume(p.maps, lane, produce, consume);

@@ -69,6 +69,8 @@ struct Fibre {
 // and its warps (whose wgmma read it), in this order. Each actor counts its own steps; the clock
 // holds the latest step of each actor that happens before a given time.
 using Clocks = std::vector<uint32_t>;
+// The clocks of several blocks of a launch, by their numbers.
+using BlockClocks = std::map<uint32_t, std::shared_ptr<const Clocks>>;
 
 // A cp.async that its thread has not waited for.
 struct AsyncCopy {
@@ -86,7 +88,10 @@ struct Thread {
   std::vector<AsyncCopy> async_copies = {};
   int committed_groups = 0;
   std::vector<uint32_t> fences = {};  // steps that ended with fence_proxy
-  const char* waits_at = nullptr;     // the kind of barrier or collective, or null
+  // Of all blocks: the steps that happen before the thread's next access, those before its last
+  // __threadfence, and those that atomics have met, which come before what follows the next one.
+  std::shared_ptr<const BlockClocks> others = {}, fenced = {}, met = {};
+  const char* waits_at = nullptr;  // the kind of barrier or collective, or null
   const void* site = nullptr;
   int waited_mbarrier = -1, waited_parity = 0;
   bool exited = false;
@@ -173,6 +178,7 @@ extern std::set<std::pair<uint32_t, uint32_t>> race_sites;
 
 void reserve_shadow();
 void release_shadow();
+void start_races();
 // Checks an access of `thread` itself.
 void check_order(const Thread& thread, uint64_t offset, int bytes, uint32_t site);
 // Checks the access `now` of a copy or a wgmma that `thread` has started. Only with `keep` is it
@@ -182,6 +188,8 @@ void check_order(const Thread& thread, const Mark& now, uint64_t offset, int byt
 // Orders everything that each member has done before everything that any member will do.
 void join_clocks(const std::vector<Thread*>& members);
 void merge(Clocks& into, const Clocks& other);
+// An atomic meets what fences came before the earlier atomics at its address.
+void order_atomic(const void* address);
 // Orders the steps in `clocks` before everything that the thread will do.
 void acquire(Thread& thread, const std::shared_ptr<const Clocks>& clocks);
 inline uint16_t actor_of_mbarrier(int mbarrier) { return blockDim.x + mbarrier; }

@@ -72,8 +72,7 @@ cudaError_t run(const void* kernel, const std::function<void()>& kernel_body, di
   order.resize(size_t(grid.x) * grid.y * grid.z);
   for (uint32_t i = 0; i < order.size(); ++i) order[i] = i;
   shuffle_order(order.data(), order.size());
-  race_sites.clear();
-  races.clear();
+  start_races();
   error.clear();
   start_memory(bytes);
   for (uint32_t i = 0; i < order.size() && !given_up(); ++i) {

@@ -128,6 +128,7 @@ void note_atomic(const void* address, int bytes, const void* site) {
   site = static_cast<const char*>(site) - 1;
   if (watched) check_alignment(address, bytes, kAtomic, site);
   note(*self, address, bytes, kAtomic, site);
+  if (watched && options.check_races) order_atomic(address);
 }
 
 }  // namespace simt

@@ -1,5 +1,6 @@
 // The race check. Every thread has a vector clock, and every two bytes of the arena remember their
-// last accesses. Barriers, mbarriers and waits order accesses; shuffles, mma and atomics do not.
+// last accesses. Barriers, mbarriers and waits order accesses, and so do two fences with atomics at
+// one address between them; shuffles, mma and atomics alone do not.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -19,6 +20,25 @@ struct Cell {
 };
 constexpr size_t kShadowBytes = kArenaBytes / 2 * sizeof(Cell);
 Cell* shadow;  // one cell for two bytes of the arena
+// By the address of an atomic: the steps before the fences that preceded the atomics there.
+std::map<const void*, std::shared_ptr<const BlockClocks>> released;
+
+void add_blocks(std::shared_ptr<const BlockClocks>& into,
+                const std::shared_ptr<const BlockClocks>& other) {
+  if (!other || into == other) return;
+  if (!into) {
+    into = other;
+    return;
+  }
+  const auto merged = std::make_shared<BlockClocks>(*into);
+  for (const auto& [number, clocks] : *other) {
+    std::shared_ptr<const Clocks>& mine = (*merged)[number];
+    const auto both = std::make_shared<Clocks>(*clocks);
+    if (mine) merge(*both, *mine);
+    mine = both;
+  }
+  into = merged;
+}
 
 std::string describe(const Mark& mark) {
   const Site& site = sites[mark.site];
@@ -54,6 +74,11 @@ void check_fence(const Thread& thread, const Mark& write, uint64_t offset, uint3
 
 void reserve_shadow() { shadow = reinterpret_cast<Cell*>(reserve(kShadowBytes)); }
 void release_shadow() { madvise(shadow, kShadowBytes, MADV_DONTNEED); }
+void start_races() {
+  race_sites.clear();
+  races.clear();
+  released.clear();
+}
 
 void check_order(const Thread& thread, const Mark& now, uint64_t offset, int bytes, bool keep) {
   const AccessKind kind = sites[now.site].kind;
@@ -61,8 +86,11 @@ void check_order(const Thread& thread, const Mark& now, uint64_t offset, int byt
   const uint32_t oldest = offset < kSharedRoom ? block : first_block;
   const uint32_t* seen = thread.seen->data();
   const auto before_now = [&](const Mark& mark) {
-    return mark.block < oldest ||
-           (mark.block == block && (mark.actor == thread.index || seen[mark.actor] >= mark.clock));
+    if (mark.block < oldest) return true;
+    if (mark.block == block) return mark.actor == thread.index || seen[mark.actor] >= mark.clock;
+    if (!thread.others) return false;
+    const auto other = thread.others->find(mark.block);
+    return other != thread.others->end() && (*other->second)[mark.actor] >= mark.clock;
   };
   const auto check = [&](const Mark& mark) {
     if (before_now(mark) || (mark.atomic && now.atomic)) return;
@@ -110,6 +138,10 @@ void join_clocks(const std::vector<Thread*>& members) {
   }
   for (Thread* t : members) (*joined)[t->index] = t->clock++;
   for (Thread* t : members) t->seen = joined;
+  std::shared_ptr<const BlockClocks> others;
+  for (Thread* t : members) add_blocks(others, t->others);
+  if (others)
+    for (Thread* t : members) t->others = others;
 }
 
 void merge(Clocks& into, const Clocks& other) {
@@ -129,6 +161,24 @@ void acquire(Thread& thread, const std::shared_ptr<const Clocks>& clocks) {
     both = merged;
   }
   thread.seen = both;
+}
+
+void order_atomic(const void* address) {
+  add_blocks(self->met, released[address]);
+  add_blocks(released[address], self->fenced);
+}
+
+void fence_memory() {
+  Thread& thread = *self;
+  if (!options.check_races) return;
+  add_blocks(thread.others, std::exchange(thread.met, {}));
+  const auto fenced = thread.others ? std::make_shared<BlockClocks>(*thread.others)
+                                    : std::make_shared<BlockClocks>();
+  if (const auto own = fenced->find(block); own != fenced->end()) acquire(thread, own->second);
+  const auto clocks = std::make_shared<Clocks>(*thread.seen);
+  (*clocks)[thread.index] = thread.clock++;
+  (*fenced)[block] = clocks;
+  thread.fenced = fenced;
 }
 
 void fence_proxy() {
