@@ -15,8 +15,11 @@ struct ClassGradient {
   using X = typename MathTraits<kMath>::X;
   using T = typename MathTraits<kMath>::Acc;
   using Params = ClassGradientParams<T>;
+  using GradientTile = sm80::GradientTile<kMath>;
+  using WeightTile = sm80::WeightTile<kMath>;
+  static_assert(GradientTile::kThreads == WeightTile::kThreads, "one block makes both");
   static constexpr int kClasses = GradientTile::kCols, kThreads = GradientTile::kThreads;
-  static constexpr int kDepth = kTileD<kMath>, kPipeline = kStages<kMath, W>;
+  static constexpr int kDepth = kTileD<kMath>;
 
   // Cosines: rows x classes.
   using LayoutX = OperandTile<X, GradientTile::kRows, kMath, false>;
@@ -24,10 +27,15 @@ struct ClassGradient {
   // Weight gradient: classes x features, summed over rows.
   using LayoutG = OperandTile<X, WeightTile::kRows, kMath, true>;
   using LayoutXt = OperandTile<X, WeightTile::kCols, kMath, true>;
-  static constexpr int kCosineStage = LayoutX::kBytes + LayoutW::kBytes;
+  using RoundedW = OperandTile<X, GradientTile::kCols, kMath, false>;
+  static constexpr int kWeightStages = kTensorCores<kMath> ? 3 : kStages<kMath, X>;
+  static constexpr int kCosineStages = kRounded<kMath, W> ? kStages<kMath, W> : kWeightStages;
+  static constexpr int kCosineStage =
+      LayoutX::kBytes + LayoutW::kBytes + (kRounded<kMath, W> ? RoundedW::kBytes : 0);
   static constexpr int kWeightStage = LayoutG::kBytes + LayoutXt::kBytes;
-  static constexpr int kStageBytes = kCosineStage > kWeightStage ? kCosineStage : kWeightStage;
-  static constexpr int kStagesBytes = kPipeline * kStageBytes;
+  static constexpr int kCosineBytes = kCosineStages * kCosineStage;
+  static constexpr int kWeightBytes = kWeightStages * kWeightStage;
+  static constexpr int kStagesBytes = kCosineBytes > kWeightBytes ? kCosineBytes : kWeightBytes;
 
   struct Tail {
     ClassTile<T, kClasses> classes;
@@ -37,7 +45,7 @@ struct ClassGradient {
   };
   // Stages, tail, and then the gradient tile of all rows where it is resident.
   static constexpr int kBytes = kStagesBytes + int(sizeof(Tail));
-  static_assert(kBytes == gradient_shared_bytes(kMath), "the plan counts on it");
+  static_assert(kBytes == gradient_shared_bytes(kMath, kRounded<kMath, W>), "the plan counts on it");
   static int shared_bytes(int64_t N, bool resident) {
     return kBytes + (resident ? int(round_up(N, GradientTile::kRows) * LayoutG::kLineBytes) : 0);
   }
@@ -48,11 +56,11 @@ struct ClassGradient {
 
 // The first class of the block, counted in the chunk.
 __device__ __forceinline__ int64_t first_column_of_block() {
-  return int64_t(blockIdx.x) * GradientTile::kCols;
+  return int64_t(blockIdx.x) * kClassTile;
 }
 
 // The sums of a lane over the rows of its gradient tiles.
-template <class T>
+template <class T, class GradientTile>
 struct LaneSums {
   T dot[GradientTile::kFragsCol][2] = {};    // sum_n t c
   T bias[GradientTile::kFragsCol][2] = {};   // sum_n g
@@ -63,9 +71,11 @@ struct LaneSums {
 // Adds the sums of lanes and then of warps, in order, and stores those of the block.
 template <class K>
 __device__ __forceinline__ void store_sums(const typename K::Params& p, unsigned char* smem,
-                                           const Lane& lane, const LaneSums<typename K::T>& lanes,
+                                           const Lane& lane,
+                                           const LaneSums<typename K::T, typename K::GradientTile>& lanes,
                                            typename K::T scale) {
   using T = typename K::T;
+  using GradientTile = typename K::GradientTile;
   auto& tail = K::tail(smem);
 #pragma unroll
   for (int j = 0; j < GradientTile::kFragsCol; ++j)
@@ -111,6 +121,7 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
   using LayoutX = typename K::LayoutX;
   using LayoutW = typename K::LayoutW;
   using LayoutG = typename K::LayoutG;
+  using GradientTile = typename K::GradientTile;
   const CudaHead& head = p.head;
   const Lane lane = Lane::of<GradientTile>();
   const T scale = Scale<T>::of(head).value;
@@ -135,7 +146,7 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
 
   T acc[GradientTile::kFragsRow][GradientTile::kFragsCol][4];
   clear(acc);
-  LaneSums<T> sums;
+  LaneSums<T, GradientTile> sums;
 
   const auto finish = [&](int tile) {
     const int64_t first_row = (first_tile + tile) * GradientTile::kRows;
@@ -215,21 +226,47 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
   } else {
     const auto x = Operand<X>::of(head.x, head.N, head.D);
     const auto weight = Operand<W>::of(head.weight, head.C, head.D);
-    const auto load = [&](int tile, int step, int stage) {
-      unsigned char* to = smem + stage * K::kStageBytes;
-      const int64_t d = int64_t(step) * K::kDepth;
-      load_operand<LayoutX, K::kThreads>(x, (first_tile + tile) * GradientTile::kRows, d, to);
-      load_operand<LayoutW, K::kThreads>(weight, first_class, d, to + LayoutX::kBytes);
+    TileLoader<LayoutX, K::kThreads> load_x(x);
+    TileLoader<LayoutW, K::kThreads> load_w(weight);
+    const auto load_a = [&](int tile, int step, int stage) {
+      load_x.load((first_tile + tile) * GradientTile::kRows, int64_t(step) * K::kDepth, step == 0,
+                  smem + stage * K::kCosineStage);
     };
-    const auto multiply = [&](int, int stage) {
-      const unsigned char* x_smem = smem + stage * K::kStageBytes;
-      const float* rnorm = nullptr;
-      if constexpr (kUnitWeights<K::kMath, W>) rnorm = tail.classes.rnorm;
-      multiply_stage<K::kMath, GradientTile, LayoutX, LayoutW>(x_smem, x_smem + LayoutX::kBytes,
-                                                               lane, acc, rnorm);
+    const auto load_b = [&](int, int step, int stage) {
+      load_w.load(first_class, int64_t(step) * K::kDepth, step == 0,
+                  smem + stage * K::kCosineStage + LayoutX::kBytes);
     };
     const int steps = int((head.D + K::kDepth - 1) / K::kDepth);
-    pipeline<K::kPipeline>(tiles, steps, load, [](int) {}, multiply, finish);
+    if constexpr (kRounded<K::kMath, W>) {
+      using RoundedW = typename K::RoundedW;
+      using OwnClasses = HalfLines<LayoutW, K::kThreads>;
+      const auto round = [&](int, int, int stage) {
+        unsigned char* w_smem = smem + stage * K::kCosineStage + LayoutX::kBytes;
+        round_lines<LayoutW, RoundedW, K::kThreads>(
+            w_smem, w_smem + LayoutW::kBytes, [&](int own, FourFloats four) {
+              if constexpr (kUnitWeights<K::kMath, W>) {
+                const int col = OwnClasses::first() + own * OwnClasses::kStep;
+                const float unit = unit_scale(tail.classes.rnorm[col]);
+                for (float& value : four.value) value *= unit;
+              }
+              return round_four<K::kMath>(four);
+            });
+      };
+      const auto multiply = [&](int, int stage) {
+        const unsigned char* x_smem = smem + stage * K::kCosineStage;
+        multiply_stage<K::kMath, GradientTile, LayoutX, RoundedW>(
+            x_smem, x_smem + LayoutX::kBytes + LayoutW::kBytes, lane, acc);
+      };
+      pipeline<K::kCosineStages>(tiles, steps, load_a, load_b, Nothing{}, round, multiply, finish);
+    } else {
+      const auto multiply = [&](int, int stage) {
+        const unsigned char* x_smem = smem + stage * K::kCosineStage;
+        multiply_stage<K::kMath, GradientTile, LayoutX, LayoutW>(x_smem, x_smem + LayoutX::kBytes,
+                                                                 lane, acc);
+      };
+      pipeline<K::kCosineStages>(tiles, steps, load_a, load_b, Nothing{}, Nothing{}, multiply,
+                                 finish);
+    }
   }
   store_sums<K>(p, smem, lane, sums, scale);
   __syncthreads();
@@ -270,6 +307,7 @@ __device__ __forceinline__ void make_weight_gradient(const typename K::Params& p
   using T = typename K::T;
   using LayoutG = typename K::LayoutG;
   using LayoutXt = typename K::LayoutXt;
+  using WeightTile = typename K::WeightTile;
   const CudaHead& head = p.head;
   const auto& tail = K::tail(smem);
   const Lane lane = Lane::of<WeightTile>();
@@ -283,14 +321,19 @@ __device__ __forceinline__ void make_weight_gradient(const typename K::Params& p
   const int tiles = int(left < per_split ? left : per_split);
   T acc[WeightTile::kFragsRow][WeightTile::kFragsCol][4];
   clear(acc);
-  const auto load = [&](int tile, int step, int stage) {
-    unsigned char* to = smem + stage * K::kStageBytes;
-    const int64_t n = int64_t(step) * K::kDepth, d = (first_tile + tile) * WeightTile::kCols;
-    if (!p.work.resident) load_operand<LayoutG, K::kThreads>(gradient, n, first_column, to);
-    load_operand<LayoutXt, K::kThreads>(x, n, d, to + LayoutG::kBytes);
+  TileLoader<LayoutG, K::kThreads> load_g(gradient);
+  TileLoader<LayoutXt, K::kThreads> load_x(x);
+  const auto load_a = [&](int, int step, int stage) {
+    if (!p.work.resident)
+      load_g.load(int64_t(step) * K::kDepth, first_column, step == 0,
+                  smem + stage * K::kWeightStage);
+  };
+  const auto load_b = [&](int tile, int step, int stage) {
+    load_x.load(int64_t(step) * K::kDepth, (first_tile + tile) * WeightTile::kCols, step == 0,
+                smem + stage * K::kWeightStage + LayoutG::kBytes);
   };
   const auto multiply = [&](int step, int stage) {
-    const unsigned char* g_smem = smem + stage * K::kStageBytes;
+    const unsigned char* g_smem = smem + stage * K::kWeightStage;
     const unsigned char* x_smem = g_smem + LayoutG::kBytes;
     if (p.work.resident) g_smem = smem + K::kBytes + step * K::kDepth * LayoutG::kLineBytes;
     multiply_stage<K::kMath, WeightTile, LayoutG, LayoutXt>(g_smem, x_smem, lane, acc);
@@ -325,13 +368,15 @@ __device__ __forceinline__ void make_weight_gradient(const typename K::Params& p
     clear(acc);
   };
   const int steps = int((head.N + K::kDepth - 1) / K::kDepth);
-  if (tiles > 0) pipeline<K::kPipeline>(tiles, steps, load, [](int) {}, multiply, finish);
+  if (tiles > 0)
+    pipeline<K::kWeightStages>(tiles, steps, load_a, load_b, Nothing{}, Nothing{}, multiply,
+                               finish);
 }
 
 // A block has 64 classes. It makes the gradient tiles of its rows, or the weight gradient from
 // those of all rows, or both in turn.
 template <Math kMath, class W>
-__global__ void __launch_bounds__(GradientTile::kThreads, kMath == Math::kF64 ? 1 : 2)
+__global__ void __launch_bounds__(GradientTile<kMath>::kThreads, kMath == Math::kF64 ? 1 : 2)
     class_gradient(const __grid_constant__ ClassGradientParams<typename MathTraits<kMath>::Acc> p) {
   using K = ClassGradient<kMath, W>;
   unsigned char* smem = static_cast<unsigned char*>(shared_memory());
@@ -352,7 +397,7 @@ cudaError_t launch_class_gradient(const ClassGradientParams<T>& p, const Plan& p
   return with_math_of<T>(plan.math, p.head.weight.dtype, [&](auto math, auto weight) {
     constexpr Math kMath = decltype(math)::value;
     using W = decltype(weight);
-    return launch_kernel(class_gradient<kMath, W>, grid, GradientTile::kThreads,
+    return launch_kernel(class_gradient<kMath, W>, grid, GradientTile<kMath>::kThreads,
                          ClassGradient<kMath, W>::shared_bytes(p.head.N, plan.resident), stream, p);
   });
 }

@@ -28,8 +28,10 @@ struct StatisticsLayout {
   using T = typename MathTraits<kMath>::Acc;
   using LayoutX = OperandTile<X, Shape::kRows, kMath, false>;
   using LayoutW = OperandTile<W, Shape::kCols, kMath, false>;
-  static constexpr int kStageBytes = LayoutX::kBytes + LayoutW::kBytes;
-  static_assert(Shape::kThreads == 2 * Shape::kCols, "two threads square a class's weights");
+  using RoundedW = OperandTile<X, Shape::kCols, kMath, false>;
+  using OwnClasses = HalfLines<LayoutW, Shape::kThreads>;  // whose weights a thread reads
+  static constexpr int kStageBytes = LayoutX::kBytes + LayoutW::kBytes +
+                                     (kRounded<kMath, W> ? RoundedW::kBytes : 0);
 
   struct Tail {
     ClassTile<T, Shape::kCols> classes;
@@ -40,21 +42,18 @@ struct StatisticsLayout {
   static constexpr int kBytes = kStagesBytes + int(sizeof(Tail));
 };
 
-// Two blocks share a multiprocessor, but for large tiles that make unit rows of float32 weights:
-// their products would spill registers, and on most chips their stages leave room for one block.
-template <Math kMath, class W, class Shape>
-constexpr int kBlocks = kUnitWeights<kMath, W> && Shape::kCols == kLargeTile ? 1 : 2;
-
 // A block has kRows rows and walks a run of class tiles. Blocks of the same run read the same
 // weights at about the same time, so that these cross the memory interface once.
 template <Math kMath, class W, class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, W, Shape>)
+__global__ void __launch_bounds__(Shape::kThreads, 2)
     row_statistics(const __grid_constant__ StatisticsParams<typename MathTraits<kMath>::Acc> p) {
   using Smem = StatisticsLayout<kMath, W, Shape>;
   using X = typename Smem::X;
   using T = typename Smem::T;
   using LayoutX = typename Smem::LayoutX;
   using LayoutW = typename Smem::LayoutW;
+  using RoundedW = typename Smem::RoundedW;
+  using OwnClasses = typename Smem::OwnClasses;
   constexpr int kRowsPerLane = 2 * Shape::kFragsRow;
   unsigned char* smem = static_cast<unsigned char*>(shared_memory());
   auto& tail = *reinterpret_cast<typename Smem::Tail*>(smem + Smem::kStagesBytes);
@@ -84,13 +83,17 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, W, Shape>)
 
   T acc[Shape::kFragsRow][Shape::kFragsCol][4];
   clear(acc);
-  T squares = 0;
+  T squares[OwnClasses::kOwn] = {};
 
-  const auto load = [&](int tile, int step, int stage) {
-    unsigned char* to = smem + stage * Smem::kStageBytes;
-    const int64_t d = step * kTileD<kMath>, c = int64_t(first_tile + tile) * Shape::kCols;
-    load_operand<LayoutX, Shape::kThreads>(x, first_row, d, to);
-    load_operand<LayoutW, Shape::kThreads>(weight, c, d, to + LayoutX::kBytes);
+  TileLoader<LayoutX, Shape::kThreads> load_x(x);
+  TileLoader<LayoutW, Shape::kThreads> load_w(weight);
+  const auto load_a = [&](int, int step, int stage) {
+    load_x.load(first_row, int64_t(step) * kTileD<kMath>, step == 0,
+                smem + stage * Smem::kStageBytes);
+  };
+  const auto load_b = [&](int tile, int step, int stage) {
+    load_w.load(int64_t(first_tile + tile) * Shape::kCols, int64_t(step) * kTileD<kMath>, step == 0,
+                smem + stage * Smem::kStageBytes + LayoutX::kBytes);
   };
   const auto start = [&](int tile) {
     const int64_t c = int64_t(first_tile + tile) * Shape::kCols;
@@ -104,11 +107,11 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, W, Shape>)
   const auto multiply = [&](int, int stage) {
     const unsigned char* x_smem = smem + stage * Smem::kStageBytes;
     const unsigned char* w_smem = x_smem + LayoutX::kBytes;
-    if constexpr (kUnitWeights<kMath, W>) {
-      multiply_stage<kMath, Shape, LayoutX, LayoutW>(x_smem, w_smem, lane, acc, tail.classes.rnorm);
+    if constexpr (kRounded<kMath, W>) {
+      multiply_stage<kMath, Shape, LayoutX, RoundedW>(x_smem, w_smem + LayoutW::kBytes, lane, acc);
     } else {
       multiply_stage<kMath, Shape, LayoutX, LayoutW>(x_smem, w_smem, lane, acc);
-      add_squares<kMath, LayoutW>(w_smem, squares);
+      add_squares<kMath, LayoutW, Shape::kThreads>(w_smem, squares);
     }
   };
   const auto finish = [&](int tile) {
@@ -119,15 +122,17 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, W, Shape>)
 
     // Finish the norms of the weights. The first row of blocks saves them for the backward pass.
     if constexpr (!kUnitWeights<kMath, W>) {
-      squares += __shfl_xor_sync(0xffffffff, squares, 1);
-      if (threadIdx.x % 2 == 0) {
-        const int col = threadIdx.x / 2;
-        const T rnorm = rnorm_of(squares);
+#pragma unroll
+      for (int own = 0; own < OwnClasses::kOwn; ++own) {
+        const T sum = squares[own] + __shfl_xor_sync(0xffffffff, squares[own], 1);
+        squares[own] = 0;
+        if (OwnClasses::side() != 0) continue;
+        const int col = OwnClasses::first() + own * OwnClasses::kStep;
+        const T rnorm = rnorm_of(sum);
         tail.classes.rnorm[col] = rnorm;
         if (blockIdx.x == 0 && first_class + col < head.C)
           p.saved.weight_rnorm[first_class + col] = rnorm;
       }
-      squares = 0;
       __syncthreads();
     }
 
@@ -189,7 +194,32 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, W, Shape>)
     clear(acc);
   };
   const int steps = int((head.D + kTileD<kMath> - 1) / kTileD<kMath>);
-  pipeline<kStages<kMath, W>>(tiles, steps, load, start, multiply, finish);
+  if constexpr (kRounded<kMath, W>) {
+    // Unit rows are rounded, or the squares of what was rounded are summed.
+    [[maybe_unused]] float unit[OwnClasses::kOwn];
+    const auto round = [&](int tile, int step, int stage) {
+      if (kUnitWeights<kMath, W> && step == 0) {
+        const int64_t first = int64_t(first_tile + tile) * Shape::kCols + OwnClasses::first();
+#pragma unroll
+        for (int own = 0; own < OwnClasses::kOwn; ++own) {
+          const int64_t c = first + own * OwnClasses::kStep;
+          unit[own] = unit_scale(c < head.C ? p.saved.weight_rnorm[c] : 0.0f);
+        }
+      }
+      unsigned char* w_smem = smem + stage * Smem::kStageBytes + LayoutX::kBytes;
+      round_lines<LayoutW, RoundedW, Shape::kThreads>(
+          w_smem, w_smem + LayoutW::kBytes, [&](int own, FourFloats four) {
+            if constexpr (kUnitWeights<kMath, W>)
+              for (float& value : four.value) value *= unit[own];
+            const FourRounded rounded = round_four<kMath>(four);
+            if constexpr (!kUnitWeights<kMath, W>) add_squares_of(rounded, squares[own]);
+            return rounded;
+          });
+    };
+    pipeline<kStages<kMath, W>>(tiles, steps, load_a, load_b, start, round, multiply, finish);
+  } else {
+    pipeline<kStages<kMath, W>>(tiles, steps, load_a, load_b, start, Nothing{}, multiply, finish);
+  }
 
   // Merge the warps that have the same rows, in order.
   __syncthreads();
