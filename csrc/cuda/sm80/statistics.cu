@@ -136,61 +136,94 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
       __syncthreads();
     }
 
+    const int64_t kept_left = p.saved.kept - first_class;
+    const int kept = kept_left < Shape::kCols ? int(kept_left) : Shape::kCols;  // in this tile
+    const auto finish_rows = [&](auto all) {
+      constexpr bool kAll = decltype(all)::value;
 #pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) {
-      const int i = r / 2, half = r % 2 * 2, row_in_tile = lane.row<Shape>(i, r % 2);
-      const int n = first_row + row_in_tile;
-      const int target = column_of(tail.rows.label[row_in_tile], first_class, Shape::kCols);
-      const T x_rnorm = tail.rows.rnorm[row_in_tile];
-      const T target_score = tail.rows.target_score[row_in_tile];
+      for (int r = 0; r < kRowsPerLane; ++r) {
+        const int i = r / 2, half = r % 2 * 2, row_in_tile = lane.row<Shape>(i, r % 2);
+        const int n = first_row + row_in_tile;
+        const int target = column_of(tail.rows.label[row_in_tile], first_class, Shape::kCols);
+        const T x_rnorm = tail.rows.rnorm[row_in_tile];
+        const T target_score = tail.rows.target_score[row_in_tile];
+        if (p.saved.kept > 0 && n < head.N) {
+          T* product = p.saved.product + int64_t(n) * p.saved.kept + first_class;
+#pragma unroll
+          for (int j = 0; j < Shape::kFragsCol; ++j)
+            if (lane.col<Shape>(j) < kept)
+              store_as(product + lane.col<Shape>(j),
+                       Pair<T>{acc[i][j][half], acc[i][j][half + 1]});
+        }
 
-      // Products become logits. That of the target becomes -inf.
-      T tile_max = kLowest<T>, sum = 0;
-      int rank = 0;
+        // Products become logits.
+        T sum = 0;
+        int rank = 0;
 #pragma unroll
-      for (int j = 0; j < Shape::kFragsCol; ++j) {
-        const int col = lane.col<Shape>(j);
-        const Pair<T> product{acc[i][j][half], acc[i][j][half + 1]};
-        if (first_class + col < p.saved.kept && n < head.N)
-          store_as(p.saved.product + int64_t(n) * p.saved.kept + first_class + col, product);
+        for (int j = 0; j < Shape::kFragsCol; ++j) {
+          const int col = lane.col<Shape>(j);
+          const auto rnorm = tail.classes.pair(tail.classes.rnorm, col);
+          const auto kappa = tail.classes.pair(tail.classes.kappa, col);
+          const auto offset = tail.classes.pair(tail.classes.offset, col);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int c = col + e;
-          const T cosine = cosine_of(e ? product.high : product.low, x_rnorm,
-                                     operand_rnorm<kMath, W>(tail.classes.rnorm[c]));
-          const T phi = similarity(cosine, tail.classes.kappa[c]);
-          const bool is_target = target == c;
-          const T logit = is_target ? -infinity<T>() : logit_of(scale, phi, tail.classes.offset[c]);
-          acc[i][j][half + e] = logit;
-          tile_max = larger(tile_max, logit);
-          const bool counts = c < classes && !is_target;
-          // Every score that is not below or equal counts as above it, NaN too.
-          rank += counts && !(phi + tail.classes.bias[c] <= target_score);
-          if (p.partial.with_sum && counts) sum += tail.classes.omega[c] * logit;
+          for (int e = 0; e < 2; ++e) {
+            const int c = col + e;
+            const T cosine = cosine_of(acc[i][j][half + e], x_rnorm,
+                                       operand_rnorm<kMath, W>(e ? rnorm.high : rnorm.low));
+            const T phi = similarity(cosine, e ? kappa.high : kappa.low);
+            const T logit = logit_of(scale, phi, e ? offset.high : offset.low);
+            acc[i][j][half + e] = logit;
+            if constexpr (kAll) {
+              const bool counts = c < classes && target != c;
+              // Every score that is not below or equal counts as above it, NaN too.
+              rank += counts && !(phi + tail.classes.bias[c] <= target_score);
+              if (p.partial.with_sum && counts) sum += tail.classes.omega[c] * logit;
+            }
+          }
+        }
+        // That of the target becomes -inf. Few rows have theirs in this tile.
+        if (target >= 0)
+#pragma unroll
+          for (int j = 0; j < Shape::kFragsCol; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              if (target == lane.col<Shape>(j) + e) acc[i][j][half + e] = -infinity<T>();
+
+        // Logits become the statistics of the tile, relative to the largest logit so far.
+        T tile_max = kLowest<T>;
+#pragma unroll
+        for (int j = 0; j < Shape::kFragsCol; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) tile_max = larger(tile_max, acc[i][j][half + e]);
+        auto& statistics = tail.statistics[lane.warp_col];
+        const T first_max = lane.quad == 0 ? statistics.max[row_in_tile] : T(0);
+        const T old_max = __shfl_sync(0xffffffff, first_max, lane.lane & ~3);
+        const T max = larger(old_max, quad_max(tile_max));
+        T sum_exp = 0;
+#pragma unroll
+        for (int j = 0; j < Shape::kFragsCol; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) sum_exp += exp_of(acc[i][j][half + e] - max);
+        sum_exp = quad_sum(sum_exp);
+        if constexpr (kAll) {
+          rank = quad_sum(rank);
+          if (p.partial.with_sum) sum = quad_sum(sum);
+        }
+        if (lane.quad == 0) {
+          statistics.max[row_in_tile] = max;
+          statistics.sum_exp[row_in_tile] =
+              statistics.sum_exp[row_in_tile] * exp_of(old_max - max) + sum_exp;
+          if constexpr (kAll) {
+            statistics.sum[row_in_tile] += sum;
+            statistics.rank[row_in_tile] += rank;
+          }
         }
       }
-
-      // Logits become the statistics of the tile, relative to the largest logit so far.
-      auto& statistics = tail.statistics[lane.warp_col];
-      const T first_max = lane.quad == 0 ? statistics.max[row_in_tile] : T(0);
-      const T old_max = __shfl_sync(0xffffffff, first_max, lane.lane & ~3);
-      const T max = larger(old_max, quad_max(tile_max));
-      T sum_exp = 0;
-#pragma unroll
-      for (int j = 0; j < Shape::kFragsCol; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) sum_exp += exp_of(acc[i][j][half + e] - max);
-      sum_exp = quad_sum(sum_exp);
-      rank = quad_sum(rank);
-      if (p.partial.with_sum) sum = quad_sum(sum);
-      if (lane.quad == 0) {
-        statistics.max[row_in_tile] = max;
-        statistics.sum_exp[row_in_tile] =
-            statistics.sum_exp[row_in_tile] * exp_of(old_max - max) + sum_exp;
-        statistics.sum[row_in_tile] += sum;
-        statistics.rank[row_in_tile] += rank;
-      }
-    }
+    };
+    if (p.partial.with_sum || p.with_rank)
+      finish_rows(std::true_type{});
+    else
+      finish_rows(std::false_type{});
     clear(acc);
   };
   const int steps = int((head.D + kTileD<kMath> - 1) / kTileD<kMath>);
