@@ -148,51 +148,108 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
   clear(acc);
   LaneSums<T, GradientTile> sums;
 
-  const auto finish = [&](int tile) {
+  // Reads the products of a tile that the forward pass kept.
+  const auto read_products = [&](int tile) {
+    const int64_t first_row = (first_tile + tile) * GradientTile::kRows;
+#pragma unroll
+    for (int r = 0; r < 2 * GradientTile::kFragsRow; ++r) {
+      const int64_t n = first_row + lane.row<GradientTile>(r / 2, r % 2);
+      if (n >= head.N) continue;
+      const T* from = p.saved.product + n * p.saved.kept + first_class;
+#pragma unroll
+      for (int j = 0; j < GradientTile::kFragsCol; ++j) {
+        const int col = lane.col<GradientTile>(j);
+        if (first_class + col >= p.saved.kept) continue;
+        const Pair<T> pair = load_as<Pair<T>>(from + col);
+        acc[r / 2][j][r % 2 * 2] = pair.low;
+        acc[r / 2][j][r % 2 * 2 + 1] = pair.high;
+      }
+    }
+  };
+  const bool stored = first && (p.out.x.data || !p.work.resident);
+  // Makes a tile of gradients of the tile of products. `all`: also what the biases and kappa need,
+  // and the part of the logits' sum.
+  const auto make_tile = [&](int tile, auto all) {
+    constexpr bool kAll = decltype(all)::value;
+    constexpr int kCols = 2 * GradientTile::kFragsCol;  // of a lane
     const int64_t first_row = (first_tile + tile) * GradientTile::kRows;
 #pragma unroll
     for (int r = 0; r < 2 * GradientTile::kFragsRow; ++r) {
       const int i = r / 2, half = r % 2 * 2;
       const int64_t n = first_row + lane.row<GradientTile>(i, r % 2);
       const bool inside = n < head.N;
-      const GradientRow<T> row =
-          inside ? load_as<GradientRow<T>>(p.rows.rows + n) : GradientRow<T>{};
-      const int target_column = column_of(inside ? row.label : kIgnored, first_class, K::kClasses);
-      T row_dot = 0;
+      // A row beyond the last has no gradient: every exponential is 0. So is that of a class beyond
+      // the last, whose offset is low.
+      GradientRow<T> row{};
+      row.max = T(1e30);
+      if (inside) row = load_as<GradientRow<T>>(p.rows.rows + n);
+      T cosine[kCols], g[kCols], t[kCols], by_scale[kCols];
+      [[maybe_unused]] T phi_by_kappa[kCols];
 #pragma unroll
       for (int j = 0; j < GradientTile::kFragsCol; ++j) {
         const int col = lane.col<GradientTile>(j);
+        const auto rnorm = tail.classes.pair(tail.classes.rnorm, col);
+        const auto kappa = tail.classes.pair(tail.classes.kappa, col);
+        const auto offset = tail.classes.pair(tail.classes.offset, col);
+        const auto prior = tail.classes.pair(tail.classes.bias, col);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int at = 2 * j + e;
+          cosine[at] = cosine_of(acc[i][j][half + e], row.rnorm,
+                                 operand_rnorm<K::kMath, W>(e ? rnorm.high : rnorm.low));
+          const auto s = similarity_with_gradient(cosine[at], e ? kappa.high : kappa.low);
+          const T logit = logit_of(scale, s.phi, e ? offset.high : offset.low);
+          const T below = logit - row.max;
+          g[at] = row.others * exp_of(below);
+          if (kAll && p.with_sum) g[at] += row.sum * tail.classes.omega[col + e];
+          t[at] = g[at] * scale * s.dphi_dcosine;
+          by_scale[at] = g[at] * (below - (e ? prior.high : prior.low));
+          if constexpr (kAll) phi_by_kappa[at] = s.dphi_dkappa;
+        }
+      }
+      // Few rows have their target among the block's classes.
+      const int target = column_of(inside ? row.label : kIgnored, first_class, K::kClasses);
+      if (target >= 0) {
+        const auto given = load_as<TargetGradient<T>>(p.rows.targets + n);
+#pragma unroll
+        for (int at = 0; at < kCols; ++at) {
+          if (target != lane.col<GradientTile>(at / 2) + at % 2) continue;
+          cosine[at] = given.cosine, t[at] = given.by_cosine;
+          g[at] = given.by_logit, by_scale[at] = 0;
+          if constexpr (kAll) phi_by_kappa[at] = given.phi_by_kappa;
+        }
+      }
+      T row_dot = 0;
+      Pair<X> pairs[GradientTile::kFragsCol];
+#pragma unroll
+      for (int j = 0; j < GradientTile::kFragsCol; ++j) {
+        const auto rnorm = tail.classes.pair(tail.classes.rnorm, lane.col<GradientTile>(j));
         T scaled[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int c = col + e;
-          const T rnorm = tail.classes.rnorm[c];
-          T cosine = cosine_of(acc[i][j][half + e], row.rnorm, operand_rnorm<K::kMath, W>(rnorm));
-          const auto s = similarity_with_gradient(cosine, tail.classes.kappa[c]);
-          const T logit = logit_of(scale, s.phi, tail.classes.offset[c]);
-          const T below = logit - row.max;
-          T g = row.others * exp_of(below);
-          if (p.with_sum) g += row.sum * tail.classes.omega[c];
-          // Rows and classes beyond the last have no gradient, whatever their terms are.
-          if (!inside || first_class + c >= head.C) g = 0;
-          T t = g * scale * s.dphi_dcosine, phi_by_kappa = s.dphi_dkappa;
-          T by_scale = g * (below - tail.classes.bias[c]);
-          if (target_column == c) {
-            const auto target = load_as<TargetGradient<T>>(p.rows.targets + n);
-            cosine = target.cosine, t = target.by_cosine;
-            g = target.by_logit, phi_by_kappa = target.phi_by_kappa, by_scale = 0;
+          const int at = 2 * j + e;
+          const T dot = t[at] * cosine[at];
+          row_dot += dot;
+          sums.dot[j][e] += dot;
+          if constexpr (kAll) {
+            sums.bias[j][e] += g[at];
+            sums.kappa[j][e] += g[at] * phi_by_kappa[at];
           }
-          row_dot += t * cosine;
-          sums.dot[j][e] += t * cosine;
-          sums.bias[j][e] += g;
-          sums.kappa[j][e] += g * phi_by_kappa;
-          sums.scale += by_scale;
-          scaled[e] = t * row.scaled_rnorm * inner_rnorm<K::kMath>(rnorm);
+          sums.scale += by_scale[at];
+          scaled[e] =
+              t[at] * row.scaled_rnorm * inner_rnorm<K::kMath>(e ? rnorm.high : rnorm.low);
         }
-        const Pair<X> pair = round_pair<X>(scaled[0], scaled[1]);
-        if (p.work.resident) store_as(smem + K::kBytes + LayoutG::offset(int(n), col), pair);
-        if (first && inside && (p.out.x.data || !p.work.resident))
-          store_as(gradient + n * p.chunk.size + first_column + col, pair);
+        pairs[j] = round_pair<X>(scaled[0], scaled[1]);
+      }
+      if (p.work.resident)
+#pragma unroll
+        for (int j = 0; j < GradientTile::kFragsCol; ++j)
+          store_as(smem + K::kBytes + LayoutG::offset(int(n), lane.col<GradientTile>(j)), pairs[j]);
+      if (stored && inside) {
+        X* to = gradient + n * p.chunk.size + first_column;
+#pragma unroll
+        for (int j = 0; j < GradientTile::kFragsCol; ++j)
+          store_as(to + lane.col<GradientTile>(j), pairs[j]);
       }
       row_dot = quad_sum(row_dot);
       if (first && inside && lane.quad == 0) {
@@ -201,72 +258,61 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
         sum = p.chunk.begin == 0 ? row_dot : sum + row_dot;
       }
     }
+  };
+  const bool kept = p.saved.kept > 0;
+  const bool all = p.with_sum || p.out.bias.data || p.out.kappa.data;
+  const auto finish = [&](int tile) {
+    if (kept) read_products(tile);
+    if (all)
+      make_tile(tile, std::true_type{});
+    else
+      make_tile(tile, std::false_type{});
     clear(acc);
   };
 
-  if (p.saved.kept > 0) {
-    // The forward pass kept the products.
-    __syncthreads();
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int64_t first_row = (first_tile + tile) * GradientTile::kRows;
-#pragma unroll
-      for (int r = 0; r < 2 * GradientTile::kFragsRow; ++r) {
-        const int64_t n = first_row + lane.row<GradientTile>(r / 2, r % 2);
-#pragma unroll
-        for (int j = 0; j < GradientTile::kFragsCol; ++j) {
-          const int64_t c = first_class + lane.col<GradientTile>(j);
-          if (n >= head.N || c >= p.saved.kept) continue;
-          const Pair<T> pair = load_as<Pair<T>>(p.saved.product + n * p.saved.kept + c);
-          acc[r / 2][j][r % 2 * 2] = pair.low;
-          acc[r / 2][j][r % 2 * 2 + 1] = pair.high;
-        }
-      }
-      finish(tile);
-    }
+  const auto x = Operand<X>::of(head.x, head.N, head.D);
+  const auto weight = Operand<W>::of(head.weight, head.C, head.D);
+  TileLoader<LayoutX, K::kThreads> load_x(x);
+  TileLoader<LayoutW, K::kThreads> load_w(weight);
+  const auto load_a = [&](int tile, int step, int stage) {
+    load_x.load((first_tile + tile) * GradientTile::kRows, int64_t(step) * K::kDepth, step == 0,
+                smem + stage * K::kCosineStage);
+  };
+  const auto load_b = [&](int, int step, int stage) {
+    load_w.load(first_class, int64_t(step) * K::kDepth, step == 0,
+                smem + stage * K::kCosineStage + LayoutX::kBytes);
+  };
+  // Products that the forward pass kept need no steps.
+  const int steps = kept ? 0 : int((head.D + K::kDepth - 1) / K::kDepth);
+  if constexpr (kRounded<K::kMath, W>) {
+    using RoundedW = typename K::RoundedW;
+    using OwnClasses = HalfLines<LayoutW, K::kThreads>;
+    const auto round = [&](int, int, int stage) {
+      unsigned char* w_smem = smem + stage * K::kCosineStage + LayoutX::kBytes;
+      round_lines<LayoutW, RoundedW, K::kThreads>(
+          w_smem, w_smem + LayoutW::kBytes, [&](int own, FourFloats four) {
+            if constexpr (kUnitWeights<K::kMath, W>) {
+              const int col = OwnClasses::first() + own * OwnClasses::kStep;
+              const float unit = unit_scale(tail.classes.rnorm[col]);
+              for (float& value : four.value) value *= unit;
+            }
+            return round_four<K::kMath>(four);
+          });
+    };
+    const auto multiply = [&](int, int stage) {
+      const unsigned char* x_smem = smem + stage * K::kCosineStage;
+      multiply_stage<K::kMath, GradientTile, LayoutX, RoundedW>(
+          x_smem, x_smem + LayoutX::kBytes + LayoutW::kBytes, lane, acc);
+    };
+    pipeline<K::kCosineStages>(tiles, steps, load_a, load_b, Nothing{}, round, multiply, finish);
   } else {
-    const auto x = Operand<X>::of(head.x, head.N, head.D);
-    const auto weight = Operand<W>::of(head.weight, head.C, head.D);
-    TileLoader<LayoutX, K::kThreads> load_x(x);
-    TileLoader<LayoutW, K::kThreads> load_w(weight);
-    const auto load_a = [&](int tile, int step, int stage) {
-      load_x.load((first_tile + tile) * GradientTile::kRows, int64_t(step) * K::kDepth, step == 0,
-                  smem + stage * K::kCosineStage);
+    const auto multiply = [&](int, int stage) {
+      const unsigned char* x_smem = smem + stage * K::kCosineStage;
+      multiply_stage<K::kMath, GradientTile, LayoutX, LayoutW>(x_smem, x_smem + LayoutX::kBytes,
+                                                               lane, acc);
     };
-    const auto load_b = [&](int, int step, int stage) {
-      load_w.load(first_class, int64_t(step) * K::kDepth, step == 0,
-                  smem + stage * K::kCosineStage + LayoutX::kBytes);
-    };
-    const int steps = int((head.D + K::kDepth - 1) / K::kDepth);
-    if constexpr (kRounded<K::kMath, W>) {
-      using RoundedW = typename K::RoundedW;
-      using OwnClasses = HalfLines<LayoutW, K::kThreads>;
-      const auto round = [&](int, int, int stage) {
-        unsigned char* w_smem = smem + stage * K::kCosineStage + LayoutX::kBytes;
-        round_lines<LayoutW, RoundedW, K::kThreads>(
-            w_smem, w_smem + LayoutW::kBytes, [&](int own, FourFloats four) {
-              if constexpr (kUnitWeights<K::kMath, W>) {
-                const int col = OwnClasses::first() + own * OwnClasses::kStep;
-                const float unit = unit_scale(tail.classes.rnorm[col]);
-                for (float& value : four.value) value *= unit;
-              }
-              return round_four<K::kMath>(four);
-            });
-      };
-      const auto multiply = [&](int, int stage) {
-        const unsigned char* x_smem = smem + stage * K::kCosineStage;
-        multiply_stage<K::kMath, GradientTile, LayoutX, RoundedW>(
-            x_smem, x_smem + LayoutX::kBytes + LayoutW::kBytes, lane, acc);
-      };
-      pipeline<K::kCosineStages>(tiles, steps, load_a, load_b, Nothing{}, round, multiply, finish);
-    } else {
-      const auto multiply = [&](int, int stage) {
-        const unsigned char* x_smem = smem + stage * K::kCosineStage;
-        multiply_stage<K::kMath, GradientTile, LayoutX, LayoutW>(x_smem, x_smem + LayoutX::kBytes,
-                                                                 lane, acc);
-      };
-      pipeline<K::kCosineStages>(tiles, steps, load_a, load_b, Nothing{}, Nothing{}, multiply,
-                                 finish);
-    }
+    pipeline<K::kCosineStages>(tiles, steps, load_a, load_b, Nothing{}, Nothing{}, multiply,
+                               finish);
   }
   store_sums<K>(p, smem, lane, sums, scale);
   __syncthreads();

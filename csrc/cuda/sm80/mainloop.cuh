@@ -387,12 +387,12 @@ __device__ __forceinline__ void pipeline(int tiles, int steps, const LoadA& load
   __syncthreads();
   Cursor a, b;
   const auto prefetch_a = [&] {
-    if (a.tile >= tiles) return;
+    if (steps == 0 || a.tile >= tiles) return;
     load_a(a.tile, a.step, a.stage);
     a.advance<kStages>(steps);
   };
   const auto prefetch_b = [&] {
-    if (b.tile >= tiles) return;
+    if (steps == 0 || b.tile >= tiles) return;
     load_b(b.tile, b.step, b.stage);
     b.advance<kStages>(steps);
   };
@@ -409,7 +409,7 @@ __device__ __forceinline__ void pipeline(int tiles, int steps, const LoadA& load
   if constexpr (kRound) {
     cp_async_wait<kStages - 1>();
     __syncthreads();
-    if (tiles > 0) round(0, 0, 0);
+    if (steps > 0 && tiles > 0) round(0, 0, 0);
   }
   int stage = 0;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -424,7 +424,7 @@ __device__ __forceinline__ void pipeline(int tiles, int steps, const LoadA& load
       if (kRound && step + 1 < steps) round(tile, step + 1, stage);
     }
     finish(tile);
-    if (kRound && tile + 1 < tiles) round(tile + 1, 0, stage);
+    if (kRound && steps > 0 && tile + 1 < tiles) round(tile + 1, 0, stage);
   }
   cp_async_wait<0>();
 }
