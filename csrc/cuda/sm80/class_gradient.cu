@@ -45,7 +45,8 @@ struct ClassGradient {
   };
   // Stages, tail, and then the gradient tile of all rows where it is resident.
   static constexpr int kBytes = kStagesBytes + int(sizeof(Tail));
-  static_assert(kBytes == gradient_shared_bytes(kMath, kRounded<kMath, W>), "the plan counts on it");
+  static_assert(kBytes == gradient_shared_bytes(kMath, kRounded<kMath, W>),
+                "the plan counts on it");
   static int shared_bytes(int64_t N, bool resident) {
     return kBytes + (resident ? int(round_up(N, GradientTile::kRows) * LayoutG::kLineBytes) : 0);
   }
@@ -70,10 +71,9 @@ struct LaneSums {
 
 // Adds the sums of lanes and then of warps, in order, and stores those of the block.
 template <class K>
-__device__ __forceinline__ void store_sums(const typename K::Params& p, unsigned char* smem,
-                                           const Lane& lane,
-                                           const LaneSums<typename K::T, typename K::GradientTile>& lanes,
-                                           typename K::T scale) {
+__device__ __forceinline__ void store_sums(
+    const typename K::Params& p, unsigned char* smem, const Lane& lane,
+    const LaneSums<typename K::T, typename K::GradientTile>& lanes, typename K::T scale) {
   using T = typename K::T;
   using GradientTile = typename K::GradientTile;
   auto& tail = K::tail(smem);
@@ -236,8 +236,7 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
             sums.kappa[j][e] += g[at] * phi_by_kappa[at];
           }
           sums.scale += by_scale[at];
-          scaled[e] =
-              t[at] * row.scaled_rnorm * inner_rnorm<K::kMath>(e ? rnorm.high : rnorm.low);
+          scaled[e] = t[at] * row.scaled_rnorm * inner_rnorm<K::kMath>(e ? rnorm.high : rnorm.low);
         }
         pairs[j] = round_pair<X>(scaled[0], scaled[1]);
       }

@@ -12,8 +12,8 @@ struct InputGradientLayout {
   using LayoutG = OperandTile<X, Shape::kRows, kMath, false>;
   using LayoutW = OperandTile<W, Shape::kCols, kMath, true>;
   using RoundedW = OperandTile<X, Shape::kCols, kMath, true>;
-  static constexpr int kStageBytes = LayoutG::kBytes + LayoutW::kBytes +
-                                     (kRounded<kMath, W> ? RoundedW::kBytes : 0);
+  static constexpr int kStageBytes =
+      LayoutG::kBytes + LayoutW::kBytes + (kRounded<kMath, W> ? RoundedW::kBytes : 0);
   static constexpr int kBytes = kStages<kMath, W> * kStageBytes;
 };
 
@@ -91,8 +91,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     if constexpr (kRounded<kMath, W>)
       pipeline<kStages<kMath, W>>(1, steps, load_a, load_b, Nothing{}, round, multiply, finish);
     else
-      pipeline<kStages<kMath, W>>(1, steps, load_a, load_b, Nothing{}, Nothing{}, multiply,
-                                  finish);
+      pipeline<kStages<kMath, W>>(1, steps, load_a, load_b, Nothing{}, Nothing{}, multiply, finish);
   } else if (p.chunk.begin == 0) {
     finish(0);
   }

@@ -98,8 +98,8 @@ class TileLoader {
       unsigned char* to = stage_smem + Layout::chunk_offset(line, chunk);
       const int64_t left = l < operand_.lines ? operand_.elements - e : 0;
       const int count = left <= 0 ? 0 : left < kPerChunk ? int(left) : kPerChunk;
-      const T* from = operand_.data +
-                      (count ? l * operand_.line_stride + e * operand_.element_stride : 0);
+      const T* from =
+          operand_.data + (count ? l * operand_.line_stride + e * operand_.element_stride : 0);
       if (operand_.vectors) {
         cp_async(to, from, count * int(sizeof(T)));
       } else {
@@ -115,7 +115,7 @@ class TileLoader {
   }
 
   const Operand<T> operand_;
-  const bool whole_;  // whether every 16 bytes lie inside or outside the operand
+  const bool whole_;         // whether every 16 bytes lie inside or outside the operand
   const T* from_ = nullptr;  // the thread's bytes of its first line in the next tile
   int lines_left_ = 0;       // of the operand, from there
   int64_t elements_left_ = 0;
@@ -134,8 +134,8 @@ struct HalfLines {
 
 // Adds the squares of the thread's halves of lines.
 template <Math kMath, class Layout, int kThreads, class Acc>
-__device__ __forceinline__ void add_squares(
-    const unsigned char* smem, Acc (&sums)[HalfLines<Layout, kThreads>::kOwn]) {
+__device__ __forceinline__ void add_squares(const unsigned char* smem,
+                                            Acc (&sums)[HalfLines<Layout, kThreads>::kOwn]) {
   using T = typename Layout::T;
   using Lines = HalfLines<Layout, kThreads>;
   constexpr int kHalf = Layout::kLineChunks / 2;
@@ -148,8 +148,7 @@ __device__ __forceinline__ void add_squares(
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
       const int chunk = Layout::kRotated ? 2 * i + side : side * kHalf + i;
-      const Part part =
-          load_as<Part>(smem + Layout::chunk_offset(line, chunk, own * Lines::kStep));
+      const Part part = load_as<Part>(smem + Layout::chunk_offset(line, chunk, own * Lines::kStep));
 #pragma unroll
       for (int k = 0; k < int(16 / sizeof(T)); ++k) {
         const Acc number = to_number<Acc>(part.element[k]);
@@ -250,8 +249,7 @@ __device__ __forceinline__ void load_fragment_a(uint32_t (&a)[4], const unsigned
 // Two fragments of 8 columns each, 16 j columns from the warp's first, of the right operand.
 template <Math kMath, class Layout>
 __device__ __forceinline__ void load_fragments_b(uint32_t (&b)[2][2], const unsigned char* smem,
-                                                 int first_col, int j, int step,
-                                                 const Lane& lane) {
+                                                 int first_col, int j, int step, const Lane& lane) {
   const int matrix = lane.lane / 8, row = lane.lane % 8;
   uint32_t frag[4];
   if constexpr (!Layout::kTransposed) {
@@ -264,9 +262,9 @@ __device__ __forceinline__ void load_fragments_b(uint32_t (&b)[2][2], const unsi
   } else {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      frag[k] = load_as<uint32_t>(smem + Layout::offset(step * 8 + lane.quad + k % 2 * 4,
-                                                        first_col + j * 16 + lane.group +
-                                                            k / 2 * 8));
+      frag[k] =
+          load_as<uint32_t>(smem + Layout::offset(step * 8 + lane.quad + k % 2 * 4,
+                                                  first_col + j * 16 + lane.group + k / 2 * 8));
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) b[k / 2][k % 2] = kMath == Math::kTf32 ? to_tf32(frag[k]) : frag[k];
@@ -373,8 +371,8 @@ struct Nothing {
 //   round(tile, step, stage)           rounds the right operand, which has arrived
 //   multiply(step, stage)              a stage's products
 //   finish(tile)                       all products are there
-// Where there is a `round`, it works a step ahead of `multiply`, and what it writes for one stage is
-// read while it writes for the other.
+// Where there is a `round`, it works a step ahead of `multiply`, and what it writes for one stage
+// is read while it writes for the other.
 template <int kStages, class LoadA, class LoadB, class Start, class Round, class Multiply,
           class Finish>
 __device__ __forceinline__ void pipeline(int tiles, int steps, const LoadA& load_a,

@@ -10,11 +10,11 @@ constexpr int64_t kLargeTile = 128, kSmallTile = 64;  // cosines and dx: tiles o
 constexpr int64_t kClassTile = 64;                    // classes of a block of class_gradient
 constexpr int64_t kGradientRows = 128;                // rows of its gradient tile
 constexpr int64_t kFeatureTile = 128;                 // features of its weight gradient's tile
-constexpr int64_t kStepBytes = 64;    // bytes of a row of features in one step of the main loop
+constexpr int64_t kStepBytes = 64;  // bytes of a row of features in one step of the main loop
 
 constexpr bool on_tensor_cores(Math math) { return math != Math::kF32 && math != Math::kF64; }
-// Warps of class_gradient that share a row, each with a partial row sum. Without tensor cores a warp
-// has half as many products, because its operands take more registers.
+// Warps of class_gradient that share a row, each with a partial row sum. Without tensor cores a
+// warp has half as many products, because its operands take more registers.
 constexpr int64_t row_parts(Math math) { return on_tensor_cores(math) ? 2 : 4; }
 
 // Bytes of shared memory of class_gradient without a resident gradient tile. `rounded`: whether it

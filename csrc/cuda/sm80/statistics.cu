@@ -30,8 +30,8 @@ struct StatisticsLayout {
   using LayoutW = OperandTile<W, Shape::kCols, kMath, false>;
   using RoundedW = OperandTile<X, Shape::kCols, kMath, false>;
   using OwnClasses = HalfLines<LayoutW, Shape::kThreads>;  // whose weights a thread reads
-  static constexpr int kStageBytes = LayoutX::kBytes + LayoutW::kBytes +
-                                     (kRounded<kMath, W> ? RoundedW::kBytes : 0);
+  static constexpr int kStageBytes =
+      LayoutX::kBytes + LayoutW::kBytes + (kRounded<kMath, W> ? RoundedW::kBytes : 0);
 
   struct Tail {
     ClassTile<T, Shape::kCols> classes;
@@ -42,10 +42,16 @@ struct StatisticsLayout {
   static constexpr int kBytes = kStagesBytes + int(sizeof(Tail));
 };
 
+// At least so many blocks share a multiprocessor: as many as have enough registers.
+template <Math kMath, class Shape>
+constexpr int kBlocks = kMath == Math::kF64 || Shape::kCols == kLargeTile ? 2
+                        : kMath == Math::kF32                             ? 3
+                                                                          : 4;
+
 // A block has kRows rows and walks a run of class tiles. Blocks of the same run read the same
 // weights at about the same time, so that these cross the memory interface once.
 template <Math kMath, class W, class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2)
+__global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, Shape>)
     row_statistics(const __grid_constant__ StatisticsParams<typename MathTraits<kMath>::Acc> p) {
   using Smem = StatisticsLayout<kMath, W, Shape>;
   using X = typename Smem::X;
@@ -152,8 +158,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 #pragma unroll
           for (int j = 0; j < Shape::kFragsCol; ++j)
             if (lane.col<Shape>(j) < kept)
-              store_as(product + lane.col<Shape>(j),
-                       Pair<T>{acc[i][j][half], acc[i][j][half + 1]});
+              store_as(product + lane.col<Shape>(j), Pair<T>{acc[i][j][half], acc[i][j][half + 1]});
         }
 
         // Products become logits.
@@ -194,7 +199,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 #pragma unroll
         for (int j = 0; j < Shape::kFragsCol; ++j)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) tile_max = larger(tile_max, acc[i][j][half + e]);
+          for (int e = 0; e < 2; ++e) tile_max = fmax(tile_max, acc[i][j][half + e]);
         auto& statistics = tail.statistics[lane.warp_col];
         const T first_max = lane.quad == 0 ? statistics.max[row_in_tile] : T(0);
         const T old_max = __shfl_sync(0xffffffff, first_max, lane.lane & ~3);

@@ -23,9 +23,9 @@ struct Tile {
   static_assert(kWarpRows % 16 == 0 && kWarpCols % 16 == 0, "warps hold pairs of fragments");
 };
 
-// 128 x 128: 64 x 64 a warp, whose 8 loads of fragments serve 32 mma, and 128 accumulators a thread;
-// two blocks a multiprocessor have up to 255 registers a thread. 64 x 64 for problems with fewer
-// large tiles than multiprocessors.
+// 128 x 128: 64 x 64 a warp, whose 8 loads of fragments serve 32 mma, and 128 accumulators a
+// thread; two blocks a multiprocessor have up to 255 registers a thread. 64 x 64 for problems with
+// fewer large tiles than multiprocessors.
 using LargeTile = Tile<kLargeTile, kLargeTile, 2, 2>;
 using SmallTile = Tile<kSmallTile, kSmallTile, 2, 2>;
 // class_gradient: 128 rows x 64 classes of cosines, then 64 classes x 128 features of gradient.
