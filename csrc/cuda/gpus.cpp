@@ -9,10 +9,10 @@ constexpr int64_t kMiB = int64_t(1) << 20;
 // TFLOP/s, for which the L2 cache must bring 10.6 TB/s, and those of its gradients 780. A load that
 // waits for another takes 0.6 us, and the smallest of the kernels 1.4 to 1.8 us with one such wait.
 // Its 60 MiB of L2 cache are the driver's figure.
-// Its rates of mma.sync are scaled from a measurement: a whole step of an earlier version reached 84
-// TFLOP/s (single products 60 to 109), which the instructions around mma.sync bounded. Today's takes
-// 2.8 times fewer of them for a product, by count. 2.3 times the rate is counted on, because half as
-// many warps share a multiprocessor.
+// Its rates of mma.sync are scaled from a measurement: a whole step of an earlier version reached
+// 84 TFLOP/s (single products 60 to 109), which the instructions around mma.sync bounded. Today's
+// takes 2.8 times fewer of them for a product, by count. 2.3 times the rate is counted on, because
+// half as many warps share a multiprocessor.
 // The rates of the other GPUs were not measured: their mma.sync rates for 16-bit and TF32 are the
 // H200's scaled by multiprocessors and clock, the H100's own rates and its L2 cache's are the
 // H200's, the rest is a guessed share of the data sheets' peaks.
