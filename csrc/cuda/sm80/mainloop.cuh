@@ -372,7 +372,7 @@ struct Nothing {
 //   multiply(step, stage)              a stage's products
 //   finish(tile)                       all products are there
 // Where there is a `round`, it works a step ahead of `multiply`, and what it writes for one stage
-// is read while it writes for the other.
+// is read while it writes for the other. With no steps, `finish` alone works on the tiles.
 template <int kStages, class LoadA, class LoadB, class Start, class Round, class Multiply,
           class Finish>
 __device__ __forceinline__ void pipeline(int tiles, int steps, const LoadA& load_a,
