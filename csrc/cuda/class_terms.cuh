@@ -123,6 +123,10 @@ template <class T, int kCols>
 struct ClassTile {
   T rnorm[kCols], kappa[kCols], bias[kCols], offset[kCols], omega[kCols];
 
+  // A term of two successive classes, of which the first is even.
+  static __device__ __forceinline__ Pair<T> pair(const T (&term)[kCols], int col) {
+    return load_as<Pair<T>>(term + col);
+  }
   __device__ __forceinline__ void set(int col, const ClassValues<T>& terms) {
     kappa[col] = terms.kappa, bias[col] = terms.bias;
     offset[col] = terms.offset, omega[col] = terms.omega;

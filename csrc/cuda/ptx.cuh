@@ -100,6 +100,14 @@ __device__ __forceinline__ void cp_async(void* smem, const void* global, int byt
                "l"(global), "r"(bytes)
                : "memory");
 }
+// The same for whole 16 bytes, which become zero where `inside` is false.
+__device__ __forceinline__ void cp_async_or_zero(void* smem, const void* global, bool inside) {
+  asm volatile(
+      "{\n.reg .pred outside;\nsetp.eq.s32 outside, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, outside;\n}" ::"r"(shared_address(smem)),
+      "l"(global), "r"(int(inside))
+      : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;"); }
 // Waits until at most kPending of the committed groups are on their way.
 template <int kPending>

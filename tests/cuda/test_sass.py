@@ -197,12 +197,9 @@ def shortest_path(blocks, follows, start, via, end):
     return min(ways)[1] if ways else None
 
 
-def parse_epilogue(code):
-    """The instructions that a tile of cosines executes outside its main loop.
-
-    They are the fewest between the last product of one tile and the first of the next: those of a
-    tile without a target, of which no reference is raised. Stores are never branched over.
-    """
+def control_flow(code):
+    """The basic blocks of a kernel's code, each a list of instructions, and for each those that may
+    follow it. A call without a return is a jump."""
     line = re.compile(r"^(\.L_\w+):|^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", re.M)
     blocks, labels = [[]], {}
     for match in line.finditer(code):
@@ -211,29 +208,44 @@ def parse_epilogue(code):
             blocks.append([])
         else:
             blocks[-1].append(match[2])
-            if re.search(r"\b(BRA|EXIT|RET)\b", match[2]):
+            if re.search(r"\b(BRA|EXIT|RET|CALL)\b", match[2]):
                 blocks.append([])
     text = ["\n".join(block) for block in blocks]
     follows = []
     for i, block in enumerate(blocks):
         last = block[-1] if block else ""
-        jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", last)
+        jump = re.search(r"\b(?:BRA|CALL)\b.*`\((\.L_\w+)\)", last)
         to = labels.get(jump[1]) if jump else None
         skipped = "\n".join(text[i + 1 : to]) if to and last.startswith("@") else ""
         over_stores = "STG" in skipped and "MUFU" not in skipped
         follows.append([to] if to is not None and not over_stores else [])
-        if i + 1 < len(blocks) and (
-            last.startswith("@") or not re.search(r"\b(BRA|EXIT|RET)\b", last)
-        ):
+        leaves = jump or re.search(r"\b(BRA|EXIT|RET)\b", last)
+        if i + 1 < len(blocks) and (last.startswith("@") or not leaves):
             follows[-1].append(i + 1)
+    return blocks, follows
+
+
+def count_operations(blocks):
+    """How often each instruction stands in basic blocks."""
+    return Counter(
+        re.sub(r"^@!?U?P\w+\s+", "", each).split()[0] for block in blocks for each in block
+    )
+
+
+def parse_epilogue(code):
+    """The instructions that a tile of cosines executes outside its main loop.
+
+    They are the fewest between the last product of one tile and the first of the next: those of a
+    tile without a target, of which no reference is raised. Stores are never branched over.
+    """
+    blocks, follows = control_flow(code)
+    text = ["\n".join(block) for block in blocks]
     products = [i for i, block in enumerate(text) if "HGMMA" in block]
     exponentials = [i for i, block in enumerate(text) if "MUFU.EX2" in block]
     if not products or not exponentials:
         return None
     path = shortest_path(blocks, follows, products[-1], exponentials, products[0])
-    return Counter(
-        re.sub(r"^@!?U?P\w+\s+", "", each).split()[0] for i in path or () for each in blocks[i]
-    )
+    return count_operations(blocks[i] for i in path or ())
 
 
 def parse_epilogues(text):
@@ -259,18 +271,26 @@ def run(*command, **options):
 
 
 @functools.cache
-def dump():
-    """The kernels of the installed library by capability."""
+def disassemble():
+    """The architecture and the code of every image in the installed library."""
     cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
-    usage = parse_usage(run(cuobjdump, "-res-usage", _C.__file__))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         run(cuobjdump, "-xelf", "all", _C.__file__, cwd=folder)
         images = sorted(Path(folder).glob("*.cubin"))
         texts = list(pool.map(lambda image: run(nvdisasm, "-c", str(image)), images))
+    return [
+        (re.search(r"sm_\d+[af]?", image.name)[0], text)
+        for image, text in zip(images, texts, strict=True)
+    ]
+
+
+@functools.cache
+def dump():
+    """The kernels of the installed library by capability."""
+    usage = parse_usage(run(find_tool("cuobjdump"), "-res-usage", _C.__file__))
     kernels = {}
-    for image, text in zip(images, texts, strict=True):
+    for arch, text in disassemble():
         code, epilogues = parse_sass(text), parse_epilogues(text)
-        arch = re.search(r"sm_\d+[af]?", image.name)[0]
         capability = re.sub(r"sm_(\d+)(\d).*", r"\1.\2", arch)
         for symbol, operations in code.items():
             epilogue = epilogues.get(symbol)
@@ -373,9 +393,7 @@ def complaints(kernel):
         need(kernel.operations[MMA[operand]] >= 16, f"no {MMA[operand]}: not on tensor cores")
         need(count(r"LDSM\.16\.M88\.4"), "no ldmatrix")
         half = torch.finfo(MIXES[mix]["dtype"]).bits == 16
-        transposed = half and (
-            kernel.name == "class_gradient" or (kernel.name == "input_gradient" and operand == mix)
-        )
+        transposed = half and kernel.name != "row_statistics"
         need(bool(count(r"LDSM\.16\.MT88\.4")) == transposed, "transposed ldmatrix, or none")
         need(not count(r"LDSM(?!\.16\.MT?88\.4)"), "ldmatrix of less than four matrices")
     else:
@@ -431,8 +449,7 @@ def table():
     by_kernel = {}
     for multiprocessor in (A100, H200):
         for kernel in dump()[multiprocessor.capability]:
-            alone = (kernel.name, kernel.mix, kernel.tile) == ("row_statistics", "fp16-fp32", 128)
-            dtype = kernel.mix if alone else re.sub("(fp|bf)16", "16-bit", kernel.mix)
+            dtype = re.sub("(fp|bf)16", "16-bit", kernel.mix)
             threads, shared = launches()[kernel.name, kernel.mix, kernel.tile]
             rows = by_kernel.setdefault((kernel.name, dtype, kernel.tile, threads, shared), {})
             if kernel.name not in HOPPER or multiprocessor is H200:
@@ -448,7 +465,7 @@ def table():
         "finish_gradient",
         *HOPPER,
     )
-    operands = ("16-bit", "16-bit-fp32", "fp16-fp32", "tf32", "fp32", "fp64", "float", "double")
+    operands = ("16-bit", "16-bit-fp32", "tf32", "fp32", "fp64", "float", "double")
     lines = []
     for (name, dtype, tile, threads, shared), rows in sorted(
         by_kernel.items(), key=lambda r: (order.index(r[0][0]), -r[0][2], operands.index(r[0][1]))
@@ -508,8 +525,7 @@ def test_code_is_what_the_sources_mean(capability):
 @needs_tools
 @pytest.mark.parametrize("multiprocessor", [A100, H200], ids=lambda m: m.name)
 def test_two_blocks_of_tiles_share_a_multiprocessor(multiprocessor):
-    """Exceptions are float64, large tiles of float16 features and a float32 weight, and on an A100
-    those of bfloat16 features and a float32 weight, because its stages are larger."""
+    """An exception is the class_gradient of float64."""
     for kernel in kernels_of(multiprocessor.capability):
         if kernel.name in HOPPER and multiprocessor is A100:
             continue
@@ -517,12 +533,7 @@ def test_two_blocks_of_tiles_share_a_multiprocessor(multiprocessor):
         assert multiprocessor.blocks(kernel.registers, threads, shared) >= 1, kernel
         if kernel.name not in TILED or (kernel.name == "class_gradient" and kernel.mix == "fp64"):
             continue
-        if (kernel.name, kernel.mix, kernel.tile) == ("row_statistics", "fp16-fp32", 128):
-            continue
-        assert multiprocessor.blocks(kernel.registers, threads, 0) >= 2, kernel
-        exempt = multiprocessor is A100 and kernel.mix.endswith("-fp32") and kernel.tile == 128
-        if not (exempt and kernel.name == "row_statistics"):
-            assert multiprocessor.blocks(kernel.registers, threads, shared) >= 2, kernel
+        assert multiprocessor.blocks(kernel.registers, threads, shared) >= 2, kernel
 
 
 @needs_cuda

@@ -15,8 +15,11 @@ struct ClassGradient {
   using X = typename MathTraits<kMath>::X;
   using T = typename MathTraits<kMath>::Acc;
   using Params = ClassGradientParams<T>;
+  using GradientTile = sm80::GradientTile<kMath>;
+  using WeightTile = sm80::WeightTile<kMath>;
+  static_assert(GradientTile::kThreads == WeightTile::kThreads, "one block makes both");
   static constexpr int kClasses = GradientTile::kCols, kThreads = GradientTile::kThreads;
-  static constexpr int kDepth = kTileD<kMath>, kPipeline = kStages<kMath, W>;
+  static constexpr int kDepth = kTileD<kMath>;
 
   // Cosines: rows x classes.
   using LayoutX = OperandTile<X, GradientTile::kRows, kMath, false>;
@@ -24,10 +27,15 @@ struct ClassGradient {
   // Weight gradient: classes x features, summed over rows.
   using LayoutG = OperandTile<X, WeightTile::kRows, kMath, true>;
   using LayoutXt = OperandTile<X, WeightTile::kCols, kMath, true>;
-  static constexpr int kCosineStage = LayoutX::kBytes + LayoutW::kBytes;
+  using RoundedW = OperandTile<X, GradientTile::kCols, kMath, false>;
+  static constexpr int kWeightStages = kTensorCores<kMath> ? 3 : kStages<kMath, X>;
+  static constexpr int kCosineStages = kRounded<kMath, W> ? kStages<kMath, W> : kWeightStages;
+  static constexpr int kCosineStage =
+      LayoutX::kBytes + LayoutW::kBytes + (kRounded<kMath, W> ? RoundedW::kBytes : 0);
   static constexpr int kWeightStage = LayoutG::kBytes + LayoutXt::kBytes;
-  static constexpr int kStageBytes = kCosineStage > kWeightStage ? kCosineStage : kWeightStage;
-  static constexpr int kStagesBytes = kPipeline * kStageBytes;
+  static constexpr int kCosineBytes = kCosineStages * kCosineStage;
+  static constexpr int kWeightBytes = kWeightStages * kWeightStage;
+  static constexpr int kStagesBytes = kCosineBytes > kWeightBytes ? kCosineBytes : kWeightBytes;
 
   struct Tail {
     ClassTile<T, kClasses> classes;
@@ -37,7 +45,8 @@ struct ClassGradient {
   };
   // Stages, tail, and then the gradient tile of all rows where it is resident.
   static constexpr int kBytes = kStagesBytes + int(sizeof(Tail));
-  static_assert(kBytes == gradient_shared_bytes(kMath), "the plan counts on it");
+  static_assert(kBytes == gradient_shared_bytes(kMath, kRounded<kMath, W>),
+                "the plan counts on it");
   static int shared_bytes(int64_t N, bool resident) {
     return kBytes + (resident ? int(round_up(N, GradientTile::kRows) * LayoutG::kLineBytes) : 0);
   }
@@ -48,11 +57,11 @@ struct ClassGradient {
 
 // The first class of the block, counted in the chunk.
 __device__ __forceinline__ int64_t first_column_of_block() {
-  return int64_t(blockIdx.x) * GradientTile::kCols;
+  return int64_t(blockIdx.x) * kClassTile;
 }
 
 // The sums of a lane over the rows of its gradient tiles.
-template <class T>
+template <class T, class GradientTile>
 struct LaneSums {
   T dot[GradientTile::kFragsCol][2] = {};    // sum_n t c
   T bias[GradientTile::kFragsCol][2] = {};   // sum_n g
@@ -62,10 +71,11 @@ struct LaneSums {
 
 // Adds the sums of lanes and then of warps, in order, and stores those of the block.
 template <class K>
-__device__ __forceinline__ void store_sums(const typename K::Params& p, unsigned char* smem,
-                                           const Lane& lane, const LaneSums<typename K::T>& lanes,
-                                           typename K::T scale) {
+__device__ __forceinline__ void store_sums(
+    const typename K::Params& p, unsigned char* smem, const Lane& lane,
+    const LaneSums<typename K::T, typename K::GradientTile>& lanes, typename K::T scale) {
   using T = typename K::T;
+  using GradientTile = typename K::GradientTile;
   auto& tail = K::tail(smem);
 #pragma unroll
   for (int j = 0; j < GradientTile::kFragsCol; ++j)
@@ -111,6 +121,7 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
   using LayoutX = typename K::LayoutX;
   using LayoutW = typename K::LayoutW;
   using LayoutG = typename K::LayoutG;
+  using GradientTile = typename K::GradientTile;
   const CudaHead& head = p.head;
   const Lane lane = Lane::of<GradientTile>();
   const T scale = Scale<T>::of(head).value;
@@ -135,53 +146,109 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
 
   T acc[GradientTile::kFragsRow][GradientTile::kFragsCol][4];
   clear(acc);
-  LaneSums<T> sums;
+  LaneSums<T, GradientTile> sums;
 
-  const auto finish = [&](int tile) {
+  // Reads the products of a tile that the forward pass kept.
+  const auto read_products = [&](int tile) {
+    const int64_t first_row = (first_tile + tile) * GradientTile::kRows;
+#pragma unroll
+    for (int r = 0; r < 2 * GradientTile::kFragsRow; ++r) {
+      const int64_t n = first_row + lane.row<GradientTile>(r / 2, r % 2);
+      if (n >= head.N) continue;
+      const T* from = p.saved.product + n * p.saved.kept + first_class;
+#pragma unroll
+      for (int j = 0; j < GradientTile::kFragsCol; ++j) {
+        const int col = lane.col<GradientTile>(j);
+        if (first_class + col >= p.saved.kept) continue;
+        const Pair<T> pair = load_as<Pair<T>>(from + col);
+        acc[r / 2][j][r % 2 * 2] = pair.low;
+        acc[r / 2][j][r % 2 * 2 + 1] = pair.high;
+      }
+    }
+  };
+  const bool stored = first && (p.out.x.data || !p.work.resident);
+  // Makes a tile of gradients of the tile of products. `all`: also what the biases and kappa need,
+  // and the part of the logits' sum.
+  const auto make_tile = [&](int tile, auto all) {
+    constexpr bool kAll = decltype(all)::value;
+    constexpr int kCols = 2 * GradientTile::kFragsCol;  // of a lane
     const int64_t first_row = (first_tile + tile) * GradientTile::kRows;
 #pragma unroll
     for (int r = 0; r < 2 * GradientTile::kFragsRow; ++r) {
       const int i = r / 2, half = r % 2 * 2;
       const int64_t n = first_row + lane.row<GradientTile>(i, r % 2);
       const bool inside = n < head.N;
-      const GradientRow<T> row =
-          inside ? load_as<GradientRow<T>>(p.rows.rows + n) : GradientRow<T>{};
-      const int target_column = column_of(inside ? row.label : kIgnored, first_class, K::kClasses);
-      T row_dot = 0;
+      // A row beyond the last has no gradient: every exponential is 0. So is that of a class beyond
+      // the last, whose offset is low.
+      GradientRow<T> row{};
+      row.max = T(1e30);
+      if (inside) row = load_as<GradientRow<T>>(p.rows.rows + n);
+      T cosine[kCols], g[kCols], t[kCols], by_scale[kCols];
+      [[maybe_unused]] T phi_by_kappa[kCols];
 #pragma unroll
       for (int j = 0; j < GradientTile::kFragsCol; ++j) {
         const int col = lane.col<GradientTile>(j);
+        const auto rnorm = tail.classes.pair(tail.classes.rnorm, col);
+        const auto kappa = tail.classes.pair(tail.classes.kappa, col);
+        const auto offset = tail.classes.pair(tail.classes.offset, col);
+        const auto prior = tail.classes.pair(tail.classes.bias, col);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int at = 2 * j + e;
+          cosine[at] = cosine_of(acc[i][j][half + e], row.rnorm,
+                                 operand_rnorm<K::kMath, W>(e ? rnorm.high : rnorm.low));
+          const auto s = similarity_with_gradient(cosine[at], e ? kappa.high : kappa.low);
+          const T logit = logit_of(scale, s.phi, e ? offset.high : offset.low);
+          const T below = logit - row.max;
+          g[at] = row.others * exp_of(below);
+          if (kAll && p.with_sum) g[at] += row.sum * tail.classes.omega[col + e];
+          t[at] = g[at] * scale * s.dphi_dcosine;
+          by_scale[at] = g[at] * (below - (e ? prior.high : prior.low));
+          if constexpr (kAll) phi_by_kappa[at] = s.dphi_dkappa;
+        }
+      }
+      // Few rows have their target among the block's classes.
+      const int target = column_of(inside ? row.label : kIgnored, first_class, K::kClasses);
+      if (target >= 0) {
+        const auto given = load_as<TargetGradient<T>>(p.rows.targets + n);
+#pragma unroll
+        for (int at = 0; at < kCols; ++at) {
+          if (target != lane.col<GradientTile>(at / 2) + at % 2) continue;
+          cosine[at] = given.cosine, t[at] = given.by_cosine;
+          g[at] = given.by_logit, by_scale[at] = 0;
+          if constexpr (kAll) phi_by_kappa[at] = given.phi_by_kappa;
+        }
+      }
+      T row_dot = 0;
+      Pair<X> pairs[GradientTile::kFragsCol];
+#pragma unroll
+      for (int j = 0; j < GradientTile::kFragsCol; ++j) {
+        const auto rnorm = tail.classes.pair(tail.classes.rnorm, lane.col<GradientTile>(j));
         T scaled[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int c = col + e;
-          const T rnorm = tail.classes.rnorm[c];
-          T cosine = cosine_of(acc[i][j][half + e], row.rnorm, operand_rnorm<K::kMath, W>(rnorm));
-          const auto s = similarity_with_gradient(cosine, tail.classes.kappa[c]);
-          const T logit = logit_of(scale, s.phi, tail.classes.offset[c]);
-          const T below = logit - row.max;
-          T g = row.others * exp_of(below);
-          if (p.with_sum) g += row.sum * tail.classes.omega[c];
-          // Rows and classes beyond the last have no gradient, whatever their terms are.
-          if (!inside || first_class + c >= head.C) g = 0;
-          T t = g * scale * s.dphi_dcosine, phi_by_kappa = s.dphi_dkappa;
-          T by_scale = g * (below - tail.classes.bias[c]);
-          if (target_column == c) {
-            const auto target = load_as<TargetGradient<T>>(p.rows.targets + n);
-            cosine = target.cosine, t = target.by_cosine;
-            g = target.by_logit, phi_by_kappa = target.phi_by_kappa, by_scale = 0;
+          const int at = 2 * j + e;
+          const T dot = t[at] * cosine[at];
+          row_dot += dot;
+          sums.dot[j][e] += dot;
+          if constexpr (kAll) {
+            sums.bias[j][e] += g[at];
+            sums.kappa[j][e] += g[at] * phi_by_kappa[at];
           }
-          row_dot += t * cosine;
-          sums.dot[j][e] += t * cosine;
-          sums.bias[j][e] += g;
-          sums.kappa[j][e] += g * phi_by_kappa;
-          sums.scale += by_scale;
-          scaled[e] = t * row.scaled_rnorm * inner_rnorm<K::kMath>(rnorm);
+          sums.scale += by_scale[at];
+          scaled[e] = t[at] * row.scaled_rnorm * inner_rnorm<K::kMath>(e ? rnorm.high : rnorm.low);
         }
-        const Pair<X> pair = round_pair<X>(scaled[0], scaled[1]);
-        if (p.work.resident) store_as(smem + K::kBytes + LayoutG::offset(int(n), col), pair);
-        if (first && inside && (p.out.x.data || !p.work.resident))
-          store_as(gradient + n * p.chunk.size + first_column + col, pair);
+        pairs[j] = round_pair<X>(scaled[0], scaled[1]);
+      }
+      if (p.work.resident)
+#pragma unroll
+        for (int j = 0; j < GradientTile::kFragsCol; ++j)
+          store_as(smem + K::kBytes + LayoutG::offset(int(n), lane.col<GradientTile>(j)), pairs[j]);
+      if (stored && inside) {
+        X* to = gradient + n * p.chunk.size + first_column;
+#pragma unroll
+        for (int j = 0; j < GradientTile::kFragsCol; ++j)
+          store_as(to + lane.col<GradientTile>(j), pairs[j]);
       }
       row_dot = quad_sum(row_dot);
       if (first && inside && lane.quad == 0) {
@@ -190,46 +257,61 @@ __device__ __forceinline__ void make_gradient_tiles(const typename K::Params& p,
         sum = p.chunk.begin == 0 ? row_dot : sum + row_dot;
       }
     }
+  };
+  const bool kept = p.saved.kept > 0;
+  const bool all = p.with_sum || p.out.bias.data || p.out.kappa.data;
+  const auto finish = [&](int tile) {
+    if (kept) read_products(tile);
+    if (all)
+      make_tile(tile, std::true_type{});
+    else
+      make_tile(tile, std::false_type{});
     clear(acc);
   };
 
-  if (p.saved.kept > 0) {
-    // The forward pass kept the products.
-    __syncthreads();
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int64_t first_row = (first_tile + tile) * GradientTile::kRows;
-#pragma unroll
-      for (int r = 0; r < 2 * GradientTile::kFragsRow; ++r) {
-        const int64_t n = first_row + lane.row<GradientTile>(r / 2, r % 2);
-#pragma unroll
-        for (int j = 0; j < GradientTile::kFragsCol; ++j) {
-          const int64_t c = first_class + lane.col<GradientTile>(j);
-          if (n >= head.N || c >= p.saved.kept) continue;
-          const Pair<T> pair = load_as<Pair<T>>(p.saved.product + n * p.saved.kept + c);
-          acc[r / 2][j][r % 2 * 2] = pair.low;
-          acc[r / 2][j][r % 2 * 2 + 1] = pair.high;
-        }
-      }
-      finish(tile);
-    }
-  } else {
-    const auto x = Operand<X>::of(head.x, head.N, head.D);
-    const auto weight = Operand<W>::of(head.weight, head.C, head.D);
-    const auto load = [&](int tile, int step, int stage) {
-      unsigned char* to = smem + stage * K::kStageBytes;
-      const int64_t d = int64_t(step) * K::kDepth;
-      load_operand<LayoutX, K::kThreads>(x, (first_tile + tile) * GradientTile::kRows, d, to);
-      load_operand<LayoutW, K::kThreads>(weight, first_class, d, to + LayoutX::kBytes);
+  const auto x = Operand<X>::of(head.x, head.N, head.D);
+  const auto weight = Operand<W>::of(head.weight, head.C, head.D);
+  TileLoader<LayoutX, K::kThreads> load_x(x);
+  TileLoader<LayoutW, K::kThreads> load_w(weight);
+  const auto load_a = [&](int tile, int step, int stage) {
+    load_x.load((first_tile + tile) * GradientTile::kRows, int64_t(step) * K::kDepth, step == 0,
+                smem + stage * K::kCosineStage);
+  };
+  const auto load_b = [&](int, int step, int stage) {
+    load_w.load(first_class, int64_t(step) * K::kDepth, step == 0,
+                smem + stage * K::kCosineStage + LayoutX::kBytes);
+  };
+  // Products that the forward pass kept need no steps.
+  const int steps = kept ? 0 : int((head.D + K::kDepth - 1) / K::kDepth);
+  if constexpr (kRounded<K::kMath, W>) {
+    using RoundedW = typename K::RoundedW;
+    using OwnClasses = HalfLines<LayoutW, K::kThreads>;
+    const auto round = [&](int, int, int stage) {
+      unsigned char* w_smem = smem + stage * K::kCosineStage + LayoutX::kBytes;
+      round_lines<LayoutW, RoundedW, K::kThreads>(
+          w_smem, w_smem + LayoutW::kBytes, [&](int own, FourFloats four) {
+            if constexpr (kUnitWeights<K::kMath, W>) {
+              const int col = OwnClasses::first() + own * OwnClasses::kStep;
+              const float unit = unit_scale(tail.classes.rnorm[col]);
+              for (float& value : four.value) value *= unit;
+            }
+            return round_four<K::kMath>(four);
+          });
     };
     const auto multiply = [&](int, int stage) {
-      const unsigned char* x_smem = smem + stage * K::kStageBytes;
-      const float* rnorm = nullptr;
-      if constexpr (kUnitWeights<K::kMath, W>) rnorm = tail.classes.rnorm;
-      multiply_stage<K::kMath, GradientTile, LayoutX, LayoutW>(x_smem, x_smem + LayoutX::kBytes,
-                                                               lane, acc, rnorm);
+      const unsigned char* x_smem = smem + stage * K::kCosineStage;
+      multiply_stage<K::kMath, GradientTile, LayoutX, RoundedW>(
+          x_smem, x_smem + LayoutX::kBytes + LayoutW::kBytes, lane, acc);
     };
-    const int steps = int((head.D + K::kDepth - 1) / K::kDepth);
-    pipeline<K::kPipeline>(tiles, steps, load, [](int) {}, multiply, finish);
+    pipeline<K::kCosineStages>(tiles, steps, load_a, load_b, Nothing{}, round, multiply, finish);
+  } else {
+    const auto multiply = [&](int, int stage) {
+      const unsigned char* x_smem = smem + stage * K::kCosineStage;
+      multiply_stage<K::kMath, GradientTile, LayoutX, LayoutW>(x_smem, x_smem + LayoutX::kBytes,
+                                                               lane, acc);
+    };
+    pipeline<K::kCosineStages>(tiles, steps, load_a, load_b, Nothing{}, Nothing{}, multiply,
+                               finish);
   }
   store_sums<K>(p, smem, lane, sums, scale);
   __syncthreads();
@@ -270,6 +352,7 @@ __device__ __forceinline__ void make_weight_gradient(const typename K::Params& p
   using T = typename K::T;
   using LayoutG = typename K::LayoutG;
   using LayoutXt = typename K::LayoutXt;
+  using WeightTile = typename K::WeightTile;
   const CudaHead& head = p.head;
   const auto& tail = K::tail(smem);
   const Lane lane = Lane::of<WeightTile>();
@@ -283,14 +366,19 @@ __device__ __forceinline__ void make_weight_gradient(const typename K::Params& p
   const int tiles = int(left < per_split ? left : per_split);
   T acc[WeightTile::kFragsRow][WeightTile::kFragsCol][4];
   clear(acc);
-  const auto load = [&](int tile, int step, int stage) {
-    unsigned char* to = smem + stage * K::kStageBytes;
-    const int64_t n = int64_t(step) * K::kDepth, d = (first_tile + tile) * WeightTile::kCols;
-    if (!p.work.resident) load_operand<LayoutG, K::kThreads>(gradient, n, first_column, to);
-    load_operand<LayoutXt, K::kThreads>(x, n, d, to + LayoutG::kBytes);
+  TileLoader<LayoutG, K::kThreads> load_g(gradient);
+  TileLoader<LayoutXt, K::kThreads> load_x(x);
+  const auto load_a = [&](int, int step, int stage) {
+    if (!p.work.resident)
+      load_g.load(int64_t(step) * K::kDepth, first_column, step == 0,
+                  smem + stage * K::kWeightStage);
+  };
+  const auto load_b = [&](int tile, int step, int stage) {
+    load_x.load(int64_t(step) * K::kDepth, (first_tile + tile) * WeightTile::kCols, step == 0,
+                smem + stage * K::kWeightStage + LayoutG::kBytes);
   };
   const auto multiply = [&](int step, int stage) {
-    const unsigned char* g_smem = smem + stage * K::kStageBytes;
+    const unsigned char* g_smem = smem + stage * K::kWeightStage;
     const unsigned char* x_smem = g_smem + LayoutG::kBytes;
     if (p.work.resident) g_smem = smem + K::kBytes + step * K::kDepth * LayoutG::kLineBytes;
     multiply_stage<K::kMath, WeightTile, LayoutG, LayoutXt>(g_smem, x_smem, lane, acc);
@@ -325,13 +413,15 @@ __device__ __forceinline__ void make_weight_gradient(const typename K::Params& p
     clear(acc);
   };
   const int steps = int((head.N + K::kDepth - 1) / K::kDepth);
-  if (tiles > 0) pipeline<K::kPipeline>(tiles, steps, load, [](int) {}, multiply, finish);
+  if (tiles > 0)
+    pipeline<K::kWeightStages>(tiles, steps, load_a, load_b, Nothing{}, Nothing{}, multiply,
+                               finish);
 }
 
 // A block has 64 classes. It makes the gradient tiles of its rows, or the weight gradient from
 // those of all rows, or both in turn.
 template <Math kMath, class W>
-__global__ void __launch_bounds__(GradientTile::kThreads, kMath == Math::kF64 ? 1 : 2)
+__global__ void __launch_bounds__(GradientTile<kMath>::kThreads, kMath == Math::kF64 ? 1 : 2)
     class_gradient(const __grid_constant__ ClassGradientParams<typename MathTraits<kMath>::Acc> p) {
   using K = ClassGradient<kMath, W>;
   unsigned char* smem = static_cast<unsigned char*>(shared_memory());
@@ -352,7 +442,7 @@ cudaError_t launch_class_gradient(const ClassGradientParams<T>& p, const Plan& p
   return with_math_of<T>(plan.math, p.head.weight.dtype, [&](auto math, auto weight) {
     constexpr Math kMath = decltype(math)::value;
     using W = decltype(weight);
-    return launch_kernel(class_gradient<kMath, W>, grid, GradientTile::kThreads,
+    return launch_kernel(class_gradient<kMath, W>, grid, GradientTile<kMath>::kThreads,
                          ClassGradient<kMath, W>::shared_bytes(p.head.N, plan.resident), stream, p);
   });
 }

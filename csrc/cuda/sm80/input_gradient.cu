@@ -11,7 +11,9 @@ struct InputGradientLayout {
   using X = typename MathTraits<kMath>::X;
   using LayoutG = OperandTile<X, Shape::kRows, kMath, false>;
   using LayoutW = OperandTile<W, Shape::kCols, kMath, true>;
-  static constexpr int kStageBytes = LayoutG::kBytes + LayoutW::kBytes;
+  using RoundedW = OperandTile<X, Shape::kCols, kMath, true>;
+  static constexpr int kStageBytes =
+      LayoutG::kBytes + LayoutW::kBytes + (kRounded<kMath, W> ? RoundedW::kBytes : 0);
   static constexpr int kBytes = kStages<kMath, W> * kStageBytes;
 };
 
@@ -38,15 +40,29 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 
   T acc[Shape::kFragsRow][Shape::kFragsCol][4];
   clear(acc);
-  const auto load = [&](int, int step, int stage) {
-    unsigned char* to = smem + stage * Smem::kStageBytes;
-    const int c = (first_step + step) * kDepth;
-    load_operand<LayoutG, Shape::kThreads>(grad, first_row, c, to);
-    load_operand<LayoutW, Shape::kThreads>(weight, c, first_feature, to + LayoutG::kBytes);
+  TileLoader<LayoutG, Shape::kThreads> load_g(grad);
+  TileLoader<LayoutW, Shape::kThreads> load_w(weight);
+  const auto load_a = [&](int, int step, int stage) {
+    load_g.load(first_row, int64_t(first_step + step) * kDepth, step == 0,
+                smem + stage * Smem::kStageBytes);
+  };
+  const auto load_b = [&](int, int step, int stage) {
+    load_w.load(int64_t(first_step + step) * kDepth, first_feature, step == 0,
+                smem + stage * Smem::kStageBytes + LayoutG::kBytes);
+  };
+  const auto round = [&](int, int, int stage) {
+    unsigned char* w_smem = smem + stage * Smem::kStageBytes + LayoutG::kBytes;
+    round_columns<kMath, LayoutW, typename Smem::RoundedW, Shape::kThreads>(
+        w_smem, w_smem + LayoutW::kBytes);
   };
   const auto multiply = [&](int, int stage) {
     const unsigned char* g_smem = smem + stage * Smem::kStageBytes;
-    multiply_stage<kMath, Shape, LayoutG, LayoutW>(g_smem, g_smem + LayoutG::kBytes, lane, acc);
+    const unsigned char* w_smem = g_smem + LayoutG::kBytes;
+    if constexpr (kRounded<kMath, W>)
+      multiply_stage<kMath, Shape, LayoutG, typename Smem::RoundedW>(
+          g_smem, w_smem + LayoutW::kBytes, lane, acc);
+    else
+      multiply_stage<kMath, Shape, LayoutG, LayoutW>(g_smem, w_smem, lane, acc);
   };
   const auto finish = [&](int) {
     T* dx = p.dx.data + blockIdx.z * p.N * p.D;
@@ -72,7 +88,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     }
   };
   if (steps > 0) {
-    pipeline<kStages<kMath, W>>(1, steps, load, [](int) {}, multiply, finish);
+    if constexpr (kRounded<kMath, W>)
+      pipeline<kStages<kMath, W>>(1, steps, load_a, load_b, Nothing{}, round, multiply, finish);
+    else
+      pipeline<kStages<kMath, W>>(1, steps, load_a, load_b, Nothing{}, Nothing{}, multiply, finish);
   } else if (p.chunk.begin == 0) {
     finish(0);
   }

@@ -14,6 +14,7 @@ struct StatisticsParams {
   RowTargets<T> targets;
   PartialStatistics<T> partial;  // writes it
   int64_t tiles_per_split;
+  bool with_rank;  // whether ranks are wanted; they are 0 otherwise
 };
 
 template <class T>

@@ -41,53 +41,174 @@ __device__ __forceinline__ void clear(Acc (&acc)[kI][kJ][4]) {
       for (int e = 0; e < 4; ++e) acc[i][j][e] = 0;
 }
 
-// Starts the copy of one operand's tile into a stage.
-template <class Layout, int kThreads, class T>
-__device__ __forceinline__ void load_operand(const Operand<T>& operand, int64_t first_line,
-                                             int64_t first_element, unsigned char* stage_smem) {
-  constexpr int kPerChunk = 16 / sizeof(T);
-  for (int i = threadIdx.x; i < Layout::kLines * Layout::kLineChunks; i += kThreads) {
-    const int line = i / Layout::kLineChunks, chunk = i % Layout::kLineChunks;
-    const int64_t l = first_line + line, e = first_element + chunk * kPerChunk;
-    unsigned char* to = stage_smem + Layout::chunk_offset(line, chunk);
-    const int64_t left = l < operand.lines ? operand.elements - e : 0;
-    const int count = left <= 0 ? 0 : left < kPerChunk ? int(left) : kPerChunk;
-    const T* from =
-        operand.data + (count ? l * operand.line_stride + e * operand.element_stride : 0);
-    if (operand.vectors) {
-      cp_async(to, from, count * int(sizeof(T)));
-    } else {
-      struct alignas(16) Part {
-        T element[kPerChunk];
-      } part;
+// Starts the copies of one operand's tiles into stages, one step of the main loop after another. A
+// thread copies the same 16 bytes of several lines, so that one pointer leads to all of them.
+template <class Layout, int kThreads>
+class TileLoader {
+ public:
+  using T = typename Layout::T;
+
+  explicit __device__ __forceinline__ TileLoader(const Operand<T>& operand)
+      : operand_(operand), whole_(operand.vectors && operand.elements % kPerChunk == 0) {}
+
+  // Copies the tile at this line and element. Where it is not `first`, it must be the one that
+  // follows the last along what is summed over.
+  __device__ __forceinline__ void load(int64_t line, int64_t element, bool first,
+                                       unsigned char* stage_smem) {
+    if (!whole_) return gather(line, element, stage_smem);
+    const int own_line = threadIdx.x / Layout::kLineChunks;
+    const int chunk = threadIdx.x % Layout::kLineChunks;
+    if (first) {
+      const int64_t l = line + own_line, e = element + chunk * kPerChunk;
+      from_ = operand_.data + l * operand_.line_stride + e;
+      const int64_t most = Layout::kTransposed ? int64_t(INT32_MAX) : Layout::kLines;
+      lines_left_ = int(operand_.lines - l < most ? operand_.lines - l : most);
+      elements_left_ = operand_.elements - e;
+    }
+    const T* from = from_;
 #pragma unroll
-      for (int k = 0; k < kPerChunk; ++k)
-        part.element[k] = k < count ? from[k * operand.element_stride] : T{};
-      store_as(to, part);
+    for (int i = 0; i < kCopies; ++i) {
+      cp_async_or_zero(stage_smem + Layout::chunk_offset(own_line, chunk, i * kLineStep), from,
+                       elements_left_ > 0 && lines_left_ > i * kLineStep);
+      from += kLineStep * operand_.line_stride;
+    }
+    if constexpr (Layout::kTransposed) {
+      from_ += Layout::kDepth * operand_.line_stride;
+      lines_left_ -= Layout::kDepth;
+    } else {
+      from_ += Layout::kDepth;
+      elements_left_ -= Layout::kDepth;
     }
   }
-}
 
-// Adds to `sum` the squares of every other 16 bytes of a line: two threads have a line together.
-template <Math kMath, class Layout, class Acc>
-__device__ __forceinline__ void add_squares(const unsigned char* smem, Acc& sum) {
-  using T = typename Layout::T;
+ private:
+  static constexpr int kPerChunk = 16 / sizeof(T);
+  static constexpr int kLineStep = kThreads / Layout::kLineChunks;
+  static constexpr int kCopies = Layout::kLines / kLineStep;
+  static_assert(kLineStep * Layout::kLineChunks == kThreads);
+  static_assert(kCopies * kLineStep == Layout::kLines, "every thread copies as much");
+
+  // The same for an operand of any strides, alignment and extent.
+  __device__ __forceinline__ void gather(int64_t first_line, int64_t first_element,
+                                         unsigned char* stage_smem) const {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Layout::kLines * Layout::kLineChunks; i += kThreads) {
+      const int line = i / Layout::kLineChunks, chunk = i % Layout::kLineChunks;
+      const int64_t l = first_line + line, e = first_element + chunk * kPerChunk;
+      unsigned char* to = stage_smem + Layout::chunk_offset(line, chunk);
+      const int64_t left = l < operand_.lines ? operand_.elements - e : 0;
+      const int count = left <= 0 ? 0 : left < kPerChunk ? int(left) : kPerChunk;
+      const T* from =
+          operand_.data + (count ? l * operand_.line_stride + e * operand_.element_stride : 0);
+      if (operand_.vectors) {
+        cp_async(to, from, count * int(sizeof(T)));
+      } else {
+        struct alignas(16) Part {
+          T element[kPerChunk];
+        } part;
+#pragma unroll
+        for (int k = 0; k < kPerChunk; ++k)
+          part.element[k] = k < count ? from[k * operand_.element_stride] : T{};
+        store_as(to, part);
+      }
+    }
+  }
+
+  const Operand<T> operand_;
+  const bool whole_;         // whether every 16 bytes lie inside or outside the operand
+  const T* from_ = nullptr;  // the thread's bytes of its first line in the next tile
+  int lines_left_ = 0;       // of the operand, from there
+  int64_t elements_left_ = 0;
+};
+
+// Lines of an operand's tile, each of which two threads have together: a thread has half of kOwn
+// lines, which are kStep apart.
+template <class Layout, int kThreads>
+struct HalfLines {
   static_assert(!Layout::kTransposed);
+  static constexpr int kStep = kThreads / 2, kOwn = Layout::kLines / kStep;
+  static_assert(kOwn * kStep == Layout::kLines);
+  static __device__ __forceinline__ int first() { return threadIdx.x / 2; }
+  static __device__ __forceinline__ int side() { return threadIdx.x % 2; }
+};
+
+// Adds the squares of the thread's halves of lines.
+template <Math kMath, class Layout, int kThreads, class Acc>
+__device__ __forceinline__ void add_squares(const unsigned char* smem,
+                                            Acc (&sums)[HalfLines<Layout, kThreads>::kOwn]) {
+  using T = typename Layout::T;
+  using Lines = HalfLines<Layout, kThreads>;
   constexpr int kHalf = Layout::kLineChunks / 2;
   struct alignas(16) Part {
     T element[16 / sizeof(T)];
   };
-  const int line = threadIdx.x / 2, side = threadIdx.x % 2;
+  const int line = Lines::first(), side = Lines::side();
 #pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    const int chunk = Layout::kRotated ? 2 * i + side : side * kHalf + i;
-    const Part part = load_as<Part>(smem + Layout::chunk_offset(line, chunk));
+  for (int own = 0; own < Lines::kOwn; ++own)
 #pragma unroll
-    for (int k = 0; k < int(16 / sizeof(T)); ++k) {
-      const Acc number = to_number<Acc>(part.element[k]);
-      const Acc value = sizeof(T) == 2 ? number : as_operand<kMath>(number);
-      sum = fma(value, value, sum);
+    for (int i = 0; i < kHalf; ++i) {
+      const int chunk = Layout::kRotated ? 2 * i + side : side * kHalf + i;
+      const Part part = load_as<Part>(smem + Layout::chunk_offset(line, chunk, own * Lines::kStep));
+#pragma unroll
+      for (int k = 0; k < int(16 / sizeof(T)); ++k) {
+        const Acc number = to_number<Acc>(part.element[k]);
+        const Acc value = sizeof(T) == 2 ? number : as_operand<kMath>(number);
+        sums[own] = fma(value, value, sums[own]);
+      }
     }
+}
+
+struct alignas(16) FourFloats {
+  float value[4];
+};
+struct alignas(8) FourRounded {
+  uint32_t pair[2];
+};
+template <Math kMath>
+__device__ __forceinline__ FourRounded round_four(const FourFloats& from) {
+  return {{pack<kMath>(from.value[0], from.value[1]), pack<kMath>(from.value[2], from.value[3])}};
+}
+// Adds the squares of four numbers in bfloat16.
+__device__ __forceinline__ void add_squares_of(const FourRounded& four, float& sum) {
+#pragma unroll
+  for (const uint32_t pair : four.pair) {
+    const float low = bits_as<float>(pair << 16), high = bits_as<float>(pair & 0xffff0000);
+    sum = fma(low, low, sum);
+    sum = fma(high, high, sum);
+  }
+}
+
+// Rounds a tile of float32 whose lines run along what is summed over. `visit(own, four)` returns
+// what is stored of each four numbers of the thread's line `own`.
+template <class From, class To, int kThreads, class Visit>
+__device__ __forceinline__ void round_lines(const unsigned char* from_smem, unsigned char* to_smem,
+                                            const Visit& visit) {
+  using Lines = HalfLines<From, kThreads>;
+  static_assert(From::kRotated && To::kLineBytes == 64, "without bank conflicts");
+  const int line = Lines::first(), side = Lines::side();
+#pragma unroll
+  for (int own = 0; own < Lines::kOwn; ++own)
+#pragma unroll
+    for (int chunk = 0; chunk < To::kLineChunks; ++chunk) {
+      const auto four = load_as<FourFloats>(
+          from_smem + From::chunk_offset(line, 2 * chunk + side, own * Lines::kStep));
+      store_as(to_smem + To::chunk_offset(line, chunk, own * Lines::kStep) + side * 8,
+               visit(own, four));
+    }
+}
+
+// Rounds a tile of float32 whose lines run along columns.
+template <Math kMath, class From, class To, int kThreads>
+__device__ __forceinline__ void round_columns(const unsigned char* from_smem,
+                                              unsigned char* to_smem) {
+  static_assert(From::kTransposed && kThreads % From::kLineChunks == 0);
+  constexpr int kStep = kThreads / From::kLineChunks;
+  const int line = threadIdx.x / From::kLineChunks, chunk = threadIdx.x % From::kLineChunks;
+#pragma unroll
+  for (int more = 0; more < From::kLines; more += kStep) {
+    const auto four = load_as<FourFloats>(from_smem + From::chunk_offset(line, chunk, more));
+    store_as(to_smem + To::chunk_offset(line, chunk / 2, more) + chunk % 2 * 8,
+             round_four<kMath>(four));
   }
 }
 
@@ -102,89 +223,69 @@ __device__ __forceinline__ void multiply_fragments(float (&d)[4], const uint32_t
     mma_tf32(d, a, b);
 }
 
-// Fragment of 16 rows and 32 bytes of depth (of the features' dtype) of the left operand.
+// Fragment i, of 16 rows from the warp's first row, and 32 bytes of depth of the left operand.
 template <Math kMath, class Layout>
 __device__ __forceinline__ void load_fragment_a(uint32_t (&a)[4], const unsigned char* smem,
-                                                int first_row, int step, const Lane& lane) {
+                                                int first_row, int i, int step, const Lane& lane) {
   const int matrix = lane.lane / 8, row = lane.lane % 8;
   if constexpr (!Layout::kTransposed) {
-    load_matrix_x4(
-        a, smem + Layout::chunk_offset(first_row + row + matrix % 2 * 8, step * 2 + matrix / 2));
+    load_matrix_x4(a, smem + Layout::chunk_offset(first_row + row + matrix % 2 * 8,
+                                                  step * 2 + matrix / 2, i * 16));
   } else if constexpr (sizeof(typename Layout::T) == 2) {
     load_matrix_x4_transposed(
-        a, smem + Layout::offset(step * 16 + row + matrix / 2 * 8, first_row + matrix % 2 * 8));
+        a, smem + Layout::chunk_offset(row + matrix / 2 * 8, (first_row / 8 + matrix % 2) ^ i * 2,
+                                       step * 16));
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      a[i] = load_as<uint32_t>(smem + Layout::offset(step * 8 + lane.quad + i / 2 * 4,
-                                                     first_row + lane.group + i % 2 * 8));
+    for (int k = 0; k < 4; ++k)
+      a[k] = load_as<uint32_t>(smem + Layout::offset(step * 8 + lane.quad + k / 2 * 4,
+                                                     first_row + i * 16 + lane.group + k % 2 * 8));
   }
   if constexpr (kMath == Math::kTf32)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = to_tf32(a[i]);
+    for (int k = 0; k < 4; ++k) a[k] = to_tf32(a[k]);
 }
 
-// Two fragments of 8 columns each of the right operand, which is rounded to the features' dtype. In
-// float16 it is made of unit rows, whose rnorm is given.
+// Two fragments of 8 columns each, 16 j columns from the warp's first, of the right operand.
 template <Math kMath, class Layout>
 __device__ __forceinline__ void load_fragments_b(uint32_t (&b)[2][2], const unsigned char* smem,
-                                                 int first_col, int step, const Lane& lane,
-                                                 [[maybe_unused]] const float* rnorm) {
+                                                 int first_col, int j, int step, const Lane& lane) {
   const int matrix = lane.lane / 8, row = lane.lane % 8;
   uint32_t frag[4];
-  if constexpr (sizeof(typename Layout::T) == 4 && kMath != Math::kTf32) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int col = first_col + lane.group + i / 2 * 8, k = step * 16 + i % 2 * 8 + lane.quad * 2;
-      if constexpr (!Layout::kTransposed) {
-        struct Pair {
-          float low, high;
-        };
-        Pair pair = load_as<Pair>(smem + Layout::offset(col, k));
-        if constexpr (kMath == Math::kF16) {
-          const float scale = unit_scale(rnorm[col]);
-          pair.low *= scale, pair.high *= scale;
-        }
-        frag[i] = pack<kMath>(pair.low, pair.high);
-      } else {
-        static_assert(kMath != Math::kF16, "the copies of unit rows are operands there");
-        frag[i] = pack<kMath>(load_as<float>(smem + Layout::offset(k, col)),
-                              load_as<float>(smem + Layout::offset(k + 1, col)));
-      }
-    }
-  } else if constexpr (!Layout::kTransposed) {
-    load_matrix_x4(
-        frag, smem + Layout::chunk_offset(first_col + row + matrix / 2 * 8, step * 2 + matrix % 2));
+  if constexpr (!Layout::kTransposed) {
+    load_matrix_x4(frag, smem + Layout::chunk_offset(first_col + row + matrix / 2 * 8,
+                                                     step * 2 + matrix % 2, j * 16));
   } else if constexpr (sizeof(typename Layout::T) == 2) {
     load_matrix_x4_transposed(
-        frag, smem + Layout::offset(step * 16 + row + matrix % 2 * 8, first_col + matrix / 2 * 8));
+        frag, smem + Layout::chunk_offset(row + matrix % 2 * 8,
+                                          (first_col / 8 + matrix / 2) ^ j * 2, step * 16));
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      frag[i] = load_as<uint32_t>(smem + Layout::offset(step * 8 + lane.quad + i % 2 * 4,
-                                                        first_col + lane.group + i / 2 * 8));
+    for (int k = 0; k < 4; ++k)
+      frag[k] =
+          load_as<uint32_t>(smem + Layout::offset(step * 8 + lane.quad + k % 2 * 4,
+                                                  first_col + j * 16 + lane.group + k / 2 * 8));
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = kMath == Math::kTf32 ? to_tf32(frag[i]) : frag[i];
+  for (int k = 0; k < 4; ++k) b[k / 2][k % 2] = kMath == Math::kTf32 ? to_tf32(frag[k]) : frag[k];
 }
 
 // One stage's products on tensor cores: two fragments deep.
 template <Math kMath, class Shape, class LayoutA, class LayoutB, class Acc>
 __device__ __forceinline__ void multiply_stage_mma(const unsigned char* a_smem,
                                                    const unsigned char* b_smem, const Lane& lane,
-                                                   Accumulator<Acc, Shape>& acc,
-                                                   const float* b_rnorm) {
+                                                   Accumulator<Acc, Shape>& acc) {
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
     uint32_t a[Shape::kFragsRow][4], b[Shape::kFragsCol / 2][2][2];
 #pragma unroll
     for (int i = 0; i < Shape::kFragsRow; ++i)
-      load_fragment_a<kMath, LayoutA>(a[i], a_smem, lane.warp_row * Shape::kWarpRows + i * 16, step,
+      load_fragment_a<kMath, LayoutA>(a[i], a_smem, lane.warp_row * Shape::kWarpRows, i, step,
                                       lane);
 #pragma unroll
     for (int j = 0; j < Shape::kFragsCol / 2; ++j)
-      load_fragments_b<kMath, LayoutB>(b[j], b_smem, lane.warp_col * Shape::kWarpCols + j * 16,
-                                       step, lane, b_rnorm);
+      load_fragments_b<kMath, LayoutB>(b[j], b_smem, lane.warp_col * Shape::kWarpCols, j, step,
+                                       lane);
 #pragma unroll
     for (int i = 0; i < Shape::kFragsRow; ++i)
 #pragma unroll
@@ -239,33 +340,75 @@ __device__ __forceinline__ void multiply_stage_fma(const unsigned char* a_smem,
 template <Math kMath, class Shape, class LayoutA, class LayoutB, class Acc>
 __device__ __forceinline__ void multiply_stage(const unsigned char* a_smem,
                                                const unsigned char* b_smem, const Lane& lane,
-                                               Accumulator<Acc, Shape>& acc,
-                                               const float* b_rnorm = nullptr) {
+                                               Accumulator<Acc, Shape>& acc) {
   if constexpr (kTensorCores<kMath>)
-    multiply_stage_mma<kMath, Shape, LayoutA, LayoutB, Acc>(a_smem, b_smem, lane, acc, b_rnorm);
+    multiply_stage_mma<kMath, Shape, LayoutA, LayoutB, Acc>(a_smem, b_smem, lane, acc);
   else
     multiply_stage_fma<kMath, Shape, LayoutA, LayoutB, Acc>(a_smem, b_smem, lane, acc);
 }
 
+// A place in the sequence of steps, and its stage.
+struct Cursor {
+  int tile = 0, step = 0, stage = 0;
+
+  template <int kStages>
+  __device__ __forceinline__ void advance(int steps) {
+    if (++step == steps) step = 0, ++tile;
+    if (++stage == kStages) stage = 0;
+  }
+};
+
+// What a caller has to do at none of the pipeline's steps.
+struct Nothing {
+  template <class... Arguments>
+  __device__ __forceinline__ void operator()(Arguments...) const {}
+};
+
 // Runs `tiles` tiles of `steps` stages each without draining the pipeline between them: the next
 // tile's loads are under way while `finish` works on the last one's products.
-//   load(tile, step, stage)   starts the copies       start(tile)  first step's data have arrived
-//   multiply(step, stage)     a stage's products      finish(tile) all products are there
-template <int kStages, class Load, class Start, class Multiply, class Finish>
-__device__ __forceinline__ void pipeline(int tiles, int steps, const Load& load, const Start& start,
-                                         const Multiply& multiply, const Finish& finish) {
+//   load_a, load_b(tile, step, stage)  start the copies
+//   start(tile)                        first step's data have arrived
+//   round(tile, step, stage)           rounds the right operand, which has arrived
+//   multiply(step, stage)              a stage's products
+//   finish(tile)                       all products are there
+// Where there is a `round`, it works a step ahead of `multiply`, and what it writes for one stage
+// is read while it writes for the other. With no steps, `finish` alone works on the tiles.
+template <int kStages, class LoadA, class LoadB, class Start, class Round, class Multiply,
+          class Finish>
+__device__ __forceinline__ void pipeline(int tiles, int steps, const LoadA& load_a,
+                                         const LoadB& load_b, const Start& start,
+                                         const Round& round, const Multiply& multiply,
+                                         const Finish& finish) {
+  constexpr bool kRound = !std::is_same_v<Round, Nothing>;
+  static_assert(!kRound || kStages == 2);
   // No stage may be written while a warp still reads what the last pipeline left there.
   __syncthreads();
-  int next_tile = 0, next_step = 0, next_stage = 0;
+  Cursor a, b;
+  const auto prefetch_a = [&] {
+    if (steps == 0 || a.tile >= tiles) return;
+    load_a(a.tile, a.step, a.stage);
+    a.advance<kStages>(steps);
+  };
+  const auto prefetch_b = [&] {
+    if (steps == 0 || b.tile >= tiles) return;
+    load_b(b.tile, b.step, b.stage);
+    b.advance<kStages>(steps);
+  };
   const auto prefetch = [&] {
-    if (next_tile < tiles) {
-      load(next_tile, next_step, next_stage);
-      if (++next_step == steps) next_step = 0, ++next_tile;
-      if (++next_stage == kStages) next_stage = 0;
-    }
+    prefetch_a();
+    prefetch_b();
     cp_async_commit();
   };
+  if constexpr (kRound) {
+    prefetch_b();
+    cp_async_commit();
+  }
   for (int i = 0; i < kStages - 1; ++i) prefetch();
+  if constexpr (kRound) {
+    cp_async_wait<kStages - 1>();
+    __syncthreads();
+    if (steps > 0 && tiles > 0) round(0, 0, 0);
+  }
   int stage = 0;
   for (int tile = 0; tile < tiles; ++tile) {
     for (int step = 0; step < steps; ++step) {
@@ -276,8 +419,10 @@ __device__ __forceinline__ void pipeline(int tiles, int steps, const Load& load,
       if (step == 0) start(tile);
       multiply(step, stage);
       if (++stage == kStages) stage = 0;
+      if (kRound && step + 1 < steps) round(tile, step + 1, stage);
     }
     finish(tile);
+    if (kRound && steps > 0 && tile + 1 < tiles) round(tile + 1, 0, stage);
   }
   cp_async_wait<0>();
 }

@@ -22,7 +22,7 @@ int64_t usable_cache(const Gpu& gpu) { return gpu.l2 * 7 / 10; }
 // workspace, in whole waves of blocks.
 int64_t chunk_of(const CudaProblem& p, const Gpu& gpu) {
   const int64_t acc = accumulator_size(p.x), row_groups = ceil_div(p.N, kGradientRows);
-  const int64_t bytes = p.N * size_of(p.x) + p.N * acc * kRowParts / kClassTile +
+  const int64_t bytes = p.N * size_of(p.x) + p.N * acc * row_parts(p.math()) / kClassTile +
                         row_groups * (3 * acc + 16 / kClassTile + 1) + unit_row_bytes(p);
   const int64_t chunk = std::min(usable_cache(gpu) / cached_bytes(p), 28 * kMiB / bytes);
   const int64_t wave = gpu.sms * kClassTile;
@@ -43,7 +43,7 @@ Plan plan_for(const CudaProblem& p, bool latency, const Gpu& gpu) {
   plan.math = p.math();
   plan.kept = p.kept_products();
   const int64_t acc = accumulator_size(p.x), step = kStepBytes / size_of(p.x);
-  const bool tensor_cores = plan.math != Math::kF32 && plan.math != Math::kF64;
+  const bool tensor_cores = on_tensor_cores(plan.math);
   const auto tiles_of = [](int64_t rows, int64_t cols, int64_t tile) {
     return ceil_div(rows, tile) * ceil_div(cols, tile);
   };
@@ -62,7 +62,8 @@ Plan plan_for(const CudaProblem& p, bool latency, const Gpu& gpu) {
   // can share a weight gradient only if each has the tile.
   const int64_t all_tiles = ceil_div(p.C, kClassTile);
   const int64_t resident_bytes = round_up(p.N, kGradientRows) * kClassTile * size_of(p.x);
-  const int64_t block_bytes = gradient_shared_bytes(plan.math) + resident_bytes;
+  const bool rounded = tensor_cores && size_of(p.weight()) > size_of(p.x);
+  const int64_t block_bytes = gradient_shared_bytes(plan.math, rounded) + resident_bytes;
   const bool fits = block_bytes <= gpu.shared_per_block &&
                     (all_tiles <= gpu.sms || 2 * (block_bytes + 1024) <= gpu.shared_per_sm);
   plan.latency = latency && (fits || (p.N <= 1024 && all_tiles >= gpu.sms));
@@ -144,7 +145,7 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   // stays in the cache. So is the gradient tile, which is written first.
   const bool cached = cached_bytes(p) * plan.chunk <= usable_cache(gpu);
   const double again = cached ? 0 : C * D * w, tile_bytes = cached ? 0 : N * C * x;
-  const double class_tiles = tiles(p.C, kClassTile), row_parts = double(kRowParts);
+  const double class_tiles = tiles(p.C, kClassTile), parts = double(row_parts(plan.math));
   const double chunk_tiles = double(plan.chunk / kClassTile);
   // Each load of 16 bytes of a GradientRow takes a sector of its own.
   const double row_terms = double(round_up(5 * int64_t(acc) + 8, 16)) / 16 * kSectorBytes;
@@ -155,9 +156,9 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
                             .launches = plan.chunks,
                             .flops = kept > 0 ? 0 : 2 * makers * N * C * D,
                             .hbm = (kept > 0 ? 0 : C * D * w) + N * kept * acc + tile_bytes,
-                            .l2 = makers * (cosines + class_tiles * row_parts * N * row_terms) +
+                            .l2 = makers * (cosines + class_tiles * parts * N * row_terms) +
                                   N * C * x_pair +
-                                  class_tiles * row_parts * N * acc * (2 - 1 / chunks)};
+                                  class_tiles * parts * N * acc * (2 - 1 / chunks)};
   const KernelCost weight{.name = "class_gradient+weight",
                           .launches = plan.chunks,
                           .flops = 2 * N * C * D,

@@ -10,11 +10,20 @@ constexpr int64_t kLargeTile = 128, kSmallTile = 64;  // cosines and dx: tiles o
 constexpr int64_t kClassTile = 64;                    // classes of a block of class_gradient
 constexpr int64_t kGradientRows = 128;                // rows of its gradient tile
 constexpr int64_t kFeatureTile = 128;                 // features of its weight gradient's tile
-constexpr int64_t kRowParts = 4;    // warps of it that share a row, each with a partial row sum
 constexpr int64_t kStepBytes = 64;  // bytes of a row of features in one step of the main loop
 
-// Bytes of shared memory of class_gradient without a resident gradient tile.
-constexpr int64_t gradient_shared_bytes(Math math) { return math == Math::kF64 ? 55872 : 52544; }
+constexpr bool on_tensor_cores(Math math) { return math != Math::kF32 && math != Math::kF64; }
+// Warps of class_gradient that share a row, each with a partial row sum. Without tensor cores a
+// warp has half as many products, because its operands take more registers.
+constexpr int64_t row_parts(Math math) { return on_tensor_cores(math) ? 2 : 4; }
+
+// Bytes of shared memory of class_gradient without a resident gradient tile. `rounded`: whether it
+// rounds float32 weights to 16 bits there.
+constexpr int64_t gradient_shared_bytes(Math math, bool rounded) {
+  if (math == Math::kF64) return 55872;
+  if (math == Math::kF32) return 52544;
+  return rounded ? 44320 : 40224;
+}
 
 static_assert(kLargeTile <= kLargestTile && kGradientRows <= kLargestTile);
 
@@ -42,7 +51,7 @@ struct Plan {
   bool adds_gradients() const { return false; }
   rows::PartialCounts partial_counts() const {
     const int64_t tiles = chunk / kClassTile;
-    return {tiles * kRowParts, input_splits, tiles * row_groups};
+    return {tiles * row_parts(math), input_splits, tiles * row_groups};
   }
 };
 

@@ -17,7 +17,8 @@ cudaError_t forward_of(const ForwardCall& call, const CudaProblem& problem, cons
                                   .saved = pass.saved,
                                   .targets = pass.targets,
                                   .partial = pass.partial,
-                                  .tiles_per_split = plan.tiles_per_split},
+                                  .tiles_per_split = plan.tiles_per_split,
+                                  .with_rank = call.out.others != nullptr},
                                  plan, call.stream);
   return error == cudaSuccess ? pass.finish() : error;
 }

@@ -28,8 +28,10 @@ struct StatisticsLayout {
   using T = typename MathTraits<kMath>::Acc;
   using LayoutX = OperandTile<X, Shape::kRows, kMath, false>;
   using LayoutW = OperandTile<W, Shape::kCols, kMath, false>;
-  static constexpr int kStageBytes = LayoutX::kBytes + LayoutW::kBytes;
-  static_assert(Shape::kThreads == 2 * Shape::kCols, "two threads square a class's weights");
+  using RoundedW = OperandTile<X, Shape::kCols, kMath, false>;
+  using OwnClasses = HalfLines<LayoutW, Shape::kThreads>;  // whose weights a thread reads
+  static constexpr int kStageBytes =
+      LayoutX::kBytes + LayoutW::kBytes + (kRounded<kMath, W> ? RoundedW::kBytes : 0);
 
   struct Tail {
     ClassTile<T, Shape::kCols> classes;
@@ -40,21 +42,24 @@ struct StatisticsLayout {
   static constexpr int kBytes = kStagesBytes + int(sizeof(Tail));
 };
 
-// Two blocks share a multiprocessor, but for large tiles that make unit rows of float32 weights:
-// their products would spill registers, and on most chips their stages leave room for one block.
-template <Math kMath, class W, class Shape>
-constexpr int kBlocks = kUnitWeights<kMath, W> && Shape::kCols == kLargeTile ? 1 : 2;
+// At least so many blocks share a multiprocessor: as many as have enough registers.
+template <Math kMath, class Shape>
+constexpr int kBlocks = kMath == Math::kF64 || Shape::kCols == kLargeTile ? 2
+                        : kMath == Math::kF32                             ? 3
+                                                                          : 4;
 
 // A block has kRows rows and walks a run of class tiles. Blocks of the same run read the same
 // weights at about the same time, so that these cross the memory interface once.
 template <Math kMath, class W, class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, W, Shape>)
+__global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, Shape>)
     row_statistics(const __grid_constant__ StatisticsParams<typename MathTraits<kMath>::Acc> p) {
   using Smem = StatisticsLayout<kMath, W, Shape>;
   using X = typename Smem::X;
   using T = typename Smem::T;
   using LayoutX = typename Smem::LayoutX;
   using LayoutW = typename Smem::LayoutW;
+  using RoundedW = typename Smem::RoundedW;
+  using OwnClasses = typename Smem::OwnClasses;
   constexpr int kRowsPerLane = 2 * Shape::kFragsRow;
   unsigned char* smem = static_cast<unsigned char*>(shared_memory());
   auto& tail = *reinterpret_cast<typename Smem::Tail*>(smem + Smem::kStagesBytes);
@@ -84,13 +89,17 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, W, Shape>)
 
   T acc[Shape::kFragsRow][Shape::kFragsCol][4];
   clear(acc);
-  T squares = 0;
+  T squares[OwnClasses::kOwn] = {};
 
-  const auto load = [&](int tile, int step, int stage) {
-    unsigned char* to = smem + stage * Smem::kStageBytes;
-    const int64_t d = step * kTileD<kMath>, c = int64_t(first_tile + tile) * Shape::kCols;
-    load_operand<LayoutX, Shape::kThreads>(x, first_row, d, to);
-    load_operand<LayoutW, Shape::kThreads>(weight, c, d, to + LayoutX::kBytes);
+  TileLoader<LayoutX, Shape::kThreads> load_x(x);
+  TileLoader<LayoutW, Shape::kThreads> load_w(weight);
+  const auto load_a = [&](int, int step, int stage) {
+    load_x.load(first_row, int64_t(step) * kTileD<kMath>, step == 0,
+                smem + stage * Smem::kStageBytes);
+  };
+  const auto load_b = [&](int tile, int step, int stage) {
+    load_w.load(int64_t(first_tile + tile) * Shape::kCols, int64_t(step) * kTileD<kMath>, step == 0,
+                smem + stage * Smem::kStageBytes + LayoutX::kBytes);
   };
   const auto start = [&](int tile) {
     const int64_t c = int64_t(first_tile + tile) * Shape::kCols;
@@ -104,11 +113,11 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, W, Shape>)
   const auto multiply = [&](int, int stage) {
     const unsigned char* x_smem = smem + stage * Smem::kStageBytes;
     const unsigned char* w_smem = x_smem + LayoutX::kBytes;
-    if constexpr (kUnitWeights<kMath, W>) {
-      multiply_stage<kMath, Shape, LayoutX, LayoutW>(x_smem, w_smem, lane, acc, tail.classes.rnorm);
+    if constexpr (kRounded<kMath, W>) {
+      multiply_stage<kMath, Shape, LayoutX, RoundedW>(x_smem, w_smem + LayoutW::kBytes, lane, acc);
     } else {
       multiply_stage<kMath, Shape, LayoutX, LayoutW>(x_smem, w_smem, lane, acc);
-      add_squares<kMath, LayoutW>(w_smem, squares);
+      add_squares<kMath, LayoutW, Shape::kThreads>(w_smem, squares);
     }
   };
   const auto finish = [&](int tile) {
@@ -119,77 +128,136 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, W, Shape>)
 
     // Finish the norms of the weights. The first row of blocks saves them for the backward pass.
     if constexpr (!kUnitWeights<kMath, W>) {
-      squares += __shfl_xor_sync(0xffffffff, squares, 1);
-      if (threadIdx.x % 2 == 0) {
-        const int col = threadIdx.x / 2;
-        const T rnorm = rnorm_of(squares);
+#pragma unroll
+      for (int own = 0; own < OwnClasses::kOwn; ++own) {
+        const T sum = squares[own] + __shfl_xor_sync(0xffffffff, squares[own], 1);
+        squares[own] = 0;
+        if (OwnClasses::side() != 0) continue;
+        const int col = OwnClasses::first() + own * OwnClasses::kStep;
+        const T rnorm = rnorm_of(sum);
         tail.classes.rnorm[col] = rnorm;
         if (blockIdx.x == 0 && first_class + col < head.C)
           p.saved.weight_rnorm[first_class + col] = rnorm;
       }
-      squares = 0;
       __syncthreads();
     }
 
+    const int64_t kept_left = p.saved.kept - first_class;
+    const int kept = kept_left < Shape::kCols ? int(kept_left) : Shape::kCols;  // in this tile
+    const auto finish_rows = [&](auto all) {
+      constexpr bool kAll = decltype(all)::value;
 #pragma unroll
-    for (int r = 0; r < kRowsPerLane; ++r) {
-      const int i = r / 2, half = r % 2 * 2, row_in_tile = lane.row<Shape>(i, r % 2);
-      const int n = first_row + row_in_tile;
-      const int target = column_of(tail.rows.label[row_in_tile], first_class, Shape::kCols);
-      const T x_rnorm = tail.rows.rnorm[row_in_tile];
-      const T target_score = tail.rows.target_score[row_in_tile];
+      for (int r = 0; r < kRowsPerLane; ++r) {
+        const int i = r / 2, half = r % 2 * 2, row_in_tile = lane.row<Shape>(i, r % 2);
+        const int n = first_row + row_in_tile;
+        const int target = column_of(tail.rows.label[row_in_tile], first_class, Shape::kCols);
+        const T x_rnorm = tail.rows.rnorm[row_in_tile];
+        const T target_score = tail.rows.target_score[row_in_tile];
+        if (p.saved.kept > 0 && n < head.N) {
+          T* product = p.saved.product + int64_t(n) * p.saved.kept + first_class;
+#pragma unroll
+          for (int j = 0; j < Shape::kFragsCol; ++j)
+            if (lane.col<Shape>(j) < kept)
+              store_as(product + lane.col<Shape>(j), Pair<T>{acc[i][j][half], acc[i][j][half + 1]});
+        }
 
-      // Products become logits. That of the target becomes -inf.
-      T tile_max = kLowest<T>, sum = 0;
-      int rank = 0;
+        // Products become logits.
+        T sum = 0;
+        int rank = 0;
 #pragma unroll
-      for (int j = 0; j < Shape::kFragsCol; ++j) {
-        const int col = lane.col<Shape>(j);
-        const Pair<T> product{acc[i][j][half], acc[i][j][half + 1]};
-        if (first_class + col < p.saved.kept && n < head.N)
-          store_as(p.saved.product + int64_t(n) * p.saved.kept + first_class + col, product);
+        for (int j = 0; j < Shape::kFragsCol; ++j) {
+          const int col = lane.col<Shape>(j);
+          const auto rnorm = tail.classes.pair(tail.classes.rnorm, col);
+          const auto kappa = tail.classes.pair(tail.classes.kappa, col);
+          const auto offset = tail.classes.pair(tail.classes.offset, col);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int c = col + e;
-          const T cosine = cosine_of(e ? product.high : product.low, x_rnorm,
-                                     operand_rnorm<kMath, W>(tail.classes.rnorm[c]));
-          const T phi = similarity(cosine, tail.classes.kappa[c]);
-          const bool is_target = target == c;
-          const T logit = is_target ? -infinity<T>() : logit_of(scale, phi, tail.classes.offset[c]);
-          acc[i][j][half + e] = logit;
-          tile_max = larger(tile_max, logit);
-          const bool counts = c < classes && !is_target;
-          // Every score that is not below or equal counts as above it, NaN too.
-          rank += counts && !(phi + tail.classes.bias[c] <= target_score);
-          if (p.partial.with_sum && counts) sum += tail.classes.omega[c] * logit;
+          for (int e = 0; e < 2; ++e) {
+            const int c = col + e;
+            const T cosine = cosine_of(acc[i][j][half + e], x_rnorm,
+                                       operand_rnorm<kMath, W>(e ? rnorm.high : rnorm.low));
+            const T phi = similarity(cosine, e ? kappa.high : kappa.low);
+            const T logit = logit_of(scale, phi, e ? offset.high : offset.low);
+            acc[i][j][half + e] = logit;
+            if constexpr (kAll) {
+              const bool counts = c < classes && target != c;
+              // Every score that is not below or equal counts as above it, NaN too.
+              rank += counts && !(phi + tail.classes.bias[c] <= target_score);
+              if (p.partial.with_sum && counts) sum += tail.classes.omega[c] * logit;
+            }
+          }
+        }
+        // That of the target becomes -inf. Few rows have theirs in this tile.
+        if (target >= 0)
+#pragma unroll
+          for (int j = 0; j < Shape::kFragsCol; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              if (target == lane.col<Shape>(j) + e) acc[i][j][half + e] = -infinity<T>();
+
+        // Logits become the statistics of the tile, relative to the largest logit so far.
+        T tile_max = kLowest<T>;
+#pragma unroll
+        for (int j = 0; j < Shape::kFragsCol; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) tile_max = fmax(tile_max, acc[i][j][half + e]);
+        auto& statistics = tail.statistics[lane.warp_col];
+        const T first_max = lane.quad == 0 ? statistics.max[row_in_tile] : T(0);
+        const T old_max = __shfl_sync(0xffffffff, first_max, lane.lane & ~3);
+        const T max = larger(old_max, quad_max(tile_max));
+        T sum_exp = 0;
+#pragma unroll
+        for (int j = 0; j < Shape::kFragsCol; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) sum_exp += exp_of(acc[i][j][half + e] - max);
+        sum_exp = quad_sum(sum_exp);
+        if constexpr (kAll) {
+          rank = quad_sum(rank);
+          if (p.partial.with_sum) sum = quad_sum(sum);
+        }
+        if (lane.quad == 0) {
+          statistics.max[row_in_tile] = max;
+          statistics.sum_exp[row_in_tile] =
+              statistics.sum_exp[row_in_tile] * exp_of(old_max - max) + sum_exp;
+          if constexpr (kAll) {
+            statistics.sum[row_in_tile] += sum;
+            statistics.rank[row_in_tile] += rank;
+          }
         }
       }
-
-      // Logits become the statistics of the tile, relative to the largest logit so far.
-      auto& statistics = tail.statistics[lane.warp_col];
-      const T first_max = lane.quad == 0 ? statistics.max[row_in_tile] : T(0);
-      const T old_max = __shfl_sync(0xffffffff, first_max, lane.lane & ~3);
-      const T max = larger(old_max, quad_max(tile_max));
-      T sum_exp = 0;
-#pragma unroll
-      for (int j = 0; j < Shape::kFragsCol; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) sum_exp += exp_of(acc[i][j][half + e] - max);
-      sum_exp = quad_sum(sum_exp);
-      rank = quad_sum(rank);
-      if (p.partial.with_sum) sum = quad_sum(sum);
-      if (lane.quad == 0) {
-        statistics.max[row_in_tile] = max;
-        statistics.sum_exp[row_in_tile] =
-            statistics.sum_exp[row_in_tile] * exp_of(old_max - max) + sum_exp;
-        statistics.sum[row_in_tile] += sum;
-        statistics.rank[row_in_tile] += rank;
-      }
-    }
+    };
+    if (p.partial.with_sum || p.with_rank)
+      finish_rows(std::true_type{});
+    else
+      finish_rows(std::false_type{});
     clear(acc);
   };
   const int steps = int((head.D + kTileD<kMath> - 1) / kTileD<kMath>);
-  pipeline<kStages<kMath, W>>(tiles, steps, load, start, multiply, finish);
+  if constexpr (kRounded<kMath, W>) {
+    // Unit rows are rounded, or the squares of what was rounded are summed.
+    [[maybe_unused]] float unit[OwnClasses::kOwn];
+    const auto round = [&](int tile, int step, int stage) {
+      if (kUnitWeights<kMath, W> && step == 0) {
+        const int64_t first = int64_t(first_tile + tile) * Shape::kCols + OwnClasses::first();
+#pragma unroll
+        for (int own = 0; own < OwnClasses::kOwn; ++own) {
+          const int64_t c = first + own * OwnClasses::kStep;
+          unit[own] = unit_scale(c < head.C ? p.saved.weight_rnorm[c] : 0.0f);
+        }
+      }
+      unsigned char* w_smem = smem + stage * Smem::kStageBytes + LayoutX::kBytes;
+      round_lines<LayoutW, RoundedW, Shape::kThreads>(
+          w_smem, w_smem + LayoutW::kBytes, [&](int own, FourFloats four) {
+            if constexpr (kUnitWeights<kMath, W>)
+              for (float& value : four.value) value *= unit[own];
+            const FourRounded rounded = round_four<kMath>(four);
+            if constexpr (!kUnitWeights<kMath, W>) add_squares_of(rounded, squares[own]);
+            return rounded;
+          });
+    };
+    pipeline<kStages<kMath, W>>(tiles, steps, load_a, load_b, start, round, multiply, finish);
+  } else {
+    pipeline<kStages<kMath, W>>(tiles, steps, load_a, load_b, start, Nothing{}, multiply, finish);
+  }
 
   // Merge the warps that have the same rows, in order.
   __syncthreads();

@@ -23,15 +23,16 @@ struct Tile {
   static_assert(kWarpRows % 16 == 0 && kWarpCols % 16 == 0, "warps hold pairs of fragments");
 };
 
-// 128 x 128: 64 x 32 a warp, 64 accumulators a thread; two blocks a multiprocessor have 128
-// registers a thread. 64 x 64 for problems with fewer large tiles than multiprocessors.
-using LargeTile = Tile<kLargeTile, kLargeTile, 2, 4>;
+// 128 x 128: 64 x 64 a warp, whose 8 loads of fragments serve 32 mma, and 128 accumulators a
+// thread; two blocks a multiprocessor have up to 255 registers a thread. 64 x 64 for problems with
+// fewer large tiles than multiprocessors.
+using LargeTile = Tile<kLargeTile, kLargeTile, 2, 2>;
 using SmallTile = Tile<kSmallTile, kSmallTile, 2, 2>;
-// class_gradient: 128 rows x 64 classes of cosines, then 64 classes x 128 features of gradient. Of
-// the cosines a warp has 64 x 16, so that a thread sums four columns only: eight would spill.
-using GradientTile = Tile<kGradientRows, kClassTile, 2, kRowParts>;
-using WeightTile = Tile<kClassTile, kFeatureTile, 2, 4>;
-static_assert(GradientTile::kThreads == WeightTile::kThreads, "one block makes both");
+// class_gradient: 128 rows x 64 classes of cosines, then 64 classes x 128 features of gradient.
+template <Math kMath>
+using GradientTile = Tile<kGradientRows, kClassTile, 2, int(row_parts(kMath))>;
+template <Math kMath>
+using WeightTile = Tile<kClassTile, kFeatureTile, 2, int(row_parts(kMath))>;
 
 // Calls f with the shape of a tile of this size. Products without tensor cores have small tiles
 // only.
@@ -42,10 +43,14 @@ cudaError_t with_tile(int64_t tile, const F& f) {
   return f(SmallTile{});
 }
 
-// Stages of the pipeline: three where a 16-bit product reads a float32 weight of twice the bytes,
-// so that two blocks of large tiles fit beside each other.
+// Whether the block rounds the right operand to the features' dtype in shared memory before it is
+// multiplied. It does so a step ahead, into one of two tiles.
 template <Math kMath, class W>
-constexpr int kStages = sizeof(W) > sizeof(typename MathTraits<kMath>::X) ? 3 : 4;
+constexpr bool kRounded = kTensorCores<kMath> && sizeof(W) > sizeof(typename MathTraits<kMath>::X);
+
+// Stages of the pipeline: two beside rounded tiles, so that two blocks fit beside each other.
+template <Math kMath, class W>
+constexpr int kStages = kRounded<kMath, W> ? 2 : 4;
 
 // An operand's tile in shared memory: `kLines` lines as they lie in global memory, 16-byte chunks
 // swizzled so that no access below meets a bank twice. `kTransposed`: a line runs along rows (or
@@ -75,6 +80,12 @@ struct OperandTile {
       const int phase = kRotated ? ((line & 3) << 1) | ((line >> 2) & 1) : line & 7;
       return line * kLineBytes + ((chunk ^ phase) << 4);
     }
+  }
+  // The same of the line that lies `more` below, a constant: eight lines further on the phases are
+  // those of the first eight, so that the compiler can add it to the address of an instruction.
+  static __device__ __forceinline__ int chunk_offset(int line, int chunk, int more) {
+    return more % 8 == 0 ? chunk_offset(line, chunk) + more * kLineBytes
+                         : chunk_offset(line + more, chunk);
   }
   static __device__ __forceinline__ int offset(int line, int element) {
     const int byte = element * int(sizeof(T));

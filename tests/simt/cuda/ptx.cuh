@@ -49,6 +49,9 @@ TVMF_MMA(mma_tf32, simt::kTf32)
 inline void cp_async(void* smem, const void* global, int bytes) {
   simt::cp_async(smem, global, bytes);
 }
+inline void cp_async_or_zero(void* smem, const void* global, bool inside) {
+  simt::cp_async(smem, global, inside ? 16 : 0);
+}
 inline void cp_async_commit() { simt::cp_async_commit(); }
 template <int kPending>
 void cp_async_wait() {
