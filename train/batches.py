@@ -79,16 +79,16 @@ SAMPLING = {
 }
 
 
-def steps_of(size: int, batch_size: int, parts: int) -> int:
-    """Steps of an epoch. A last batch is dropped if it gives a part fewer than two images."""
+def steps_of(size: int, batch_size: int, world: int) -> int:
+    """Steps of an epoch. A last batch is dropped if it gives a process fewer than two images."""
     steps, rest = divmod(size, batch_size)
-    return steps + (rest >= 2 * parts) or 1
+    return steps + (rest >= 2 * world) or 1
 
 
-def share(step: int, size: int, batch_size: int, part: int, parts: int) -> Tensor:
-    """The positions, in an epoch of `size` images, of one of the `parts` parts of a step."""
+def share(step: int, size: int, batch_size: int, rank: int, world: int) -> Tensor:
+    """The positions, in an epoch of `size` images, of a process's share of a step."""
     batch = torch.arange(step * batch_size, min(size, (step + 1) * batch_size))
-    return batch.tensor_split(parts)[part]
+    return batch.tensor_split(world)[rank]
 
 
 class ImageFiles(TorchDataset):

@@ -31,7 +31,7 @@ def main(config: Config) -> None:
             raise
         raise TrainError(
             f"--batch-size: got {config.batch_size}, for which there is not enough memory "
-            f"({checkpoint.first_line(error)}); wanted fewer images, or --accumulate"
+            f"({checkpoint.first_line(error)}); wanted fewer images"
         ) from None
     finally:
         distributed.finish()

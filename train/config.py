@@ -141,8 +141,6 @@ class Config:
     """Keep images and convolutions in channels-last order."""
     compile: bool = False
     """torch.compile the backbone."""
-    accumulate: Count = 1
-    """Parts into which a process divides its share of a batch, to take one after another."""
     sync_bn: bool = False
     """Batch statistics over all processes (GPUs only)."""
     shard_classes: bool = False

@@ -1,6 +1,5 @@
 """The training of one stage, epoch by epoch: what a step changes, and what a checkpoint holds."""
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -81,11 +80,11 @@ class Fit:
         self.scaler = scaler(session.device.type, enabled=config.precision == "fp16")
         net = nn.Identity() if cached else net
         if session.mesh:
-            rows = -(-self.batch_size // session.parts)
-            self.parallel = distributed.parallel(net, session.device)
-            self.model = sharded.ShardedClassifier(self.parallel, head, rows)
+            rows = -(-self.batch_size // session.world)
+            net = distributed.parallel(net, session.device)
+            self.model = sharded.ShardedClassifier(net, head, rows)
         else:
-            self.parallel = self.model = distributed.parallel(Classifier(net, head), session.device)
+            self.model = distributed.parallel(Classifier(net, head), session.device)
         self.select = config.select
         if self.select == "auto":
             self.select = "val" if session.data.val else "last"
@@ -226,21 +225,19 @@ class Fit:
 
     def batches(self) -> tuple[list[int], Iterator]:
         """The number of images of each step of the epoch, over all processes; and this process's
-        batches from `step` on, `accumulate` of them a step."""
+        batches from `step` on."""
         session, config = self.session, self.session.config
         view = self.epoch % len(self.cached["train"]) if self.cached else self.epoch
         order, mine, seed = session.epoch(self.stage, view)
         sizes = [len(part) for part in order.split(self.batch_size)]
-        turn = list(range(len(mine) // config.accumulate))
         if not self.cached:
-            mine = mine[self.step * config.accumulate :]
-            return [sizes[i] for i in turn], session.loaders["train"](order, mine, seed)
+            loader = session.loaders["train"]
+            return sizes[: len(mine)], loader(order, mine[self.step :], seed)
+        turn = list(range(len(mine)))
         if self.epoch != view:  # the view's steps in another order, in all processes alike
             draw = torch.Generator().manual_seed(seed_of(config.seed, self.stage, self.epoch))
             turn = torch.randperm(len(turn), generator=draw).tolist()
-        parts = range(config.accumulate)
-        numbers = (i * config.accumulate + part for i in turn[self.step :] for part in parts)
-        return [sizes[i] for i in turn], map(self.cached["train"][view].batch, numbers)
+        return [sizes[i] for i in turn], map(self.cached["train"][view].batch, turn[self.step :])
 
     def train_step(self, batches: Iterator, size: int) -> None:
         """One step of the optimizer, on `size` images over all processes."""
@@ -248,18 +245,15 @@ class Fit:
         # Dropout draws from the global generator.
         torch.manual_seed(seed_of(config.seed, self.stage, self.epoch, self.step, session.rank))
         # Before anything changes, as an image that cannot be read makes the run save and end.
-        parts = [next(batches) for _ in range(config.accumulate)]
-        for part, (images, labels) in enumerate(parts):
-            if not self.cached:
-                images = session.laid_out(images)
-            wait = hasattr(self.parallel, "no_sync") and part + 1 < config.accumulate
-            with self.parallel.no_sync() if wait else contextlib.nullcontext():
-                with session.autocast():
-                    loss, counts = self.model(images, labels)
-                # DDP takes the mean over processes; the mean over images is wanted.
-                self.scaler.scale(loss * (session.world / size)).backward()
-            self.totals[0] += loss.detach()
-            self.totals[1:] += counts
+        images, labels = next(batches)
+        if not self.cached:
+            images = session.laid_out(images)
+        with session.autocast():
+            loss, counts = self.model(images, labels)
+        # DDP takes the mean over processes; the mean over images is wanted.
+        self.scaler.scale(loss * (session.world / size)).backward()
+        self.totals[0] += loss.detach()
+        self.totals[1:] += counts
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

@@ -39,7 +39,6 @@ class Session:
         self.device = torch.device(device)
         # Brackets and colons may belong to a path.
         self.console = Console(quiet=rank > 0, markup=False, emoji=False)
-        self.parts = world * config.accumulate
         self.mesh = distributed.mesh(self.device) if config.shard_classes else None
         self.bad: set[str] = set()
         self.sample = sample(data.train, data.num_classes)
@@ -76,20 +75,15 @@ class Session:
         )
 
     def epoch(self, stage: int, epoch: int) -> tuple[Tensor, list[Tensor], int]:
-        """The order of an epoch's images; this process's batches, each of positions in that order,
-        `accumulate` batches a step; and the seed of the augmentation."""
+        """The order of an epoch's images; this process's batches, each of positions in that order;
+        and the seed of the augmentation."""
         config, seed = self.config, seed_of(self.config.seed, stage, epoch)
         sampling, size = "images", config.batch_size
         if stage == 2:
             sampling, size = config.sampling, config.stage2_batch_size or size
         order = SAMPLING[sampling](self.data.train.labels, size, seed)
-        first = self.rank * config.accumulate
-        batches = [
-            share(step, len(order), size, part, self.parts)
-            for step in range(steps_of(len(order), size, self.parts))
-            for part in range(first, first + config.accumulate)
-        ]
-        return order, batches, seed
+        steps = range(steps_of(len(order), size, self.world))
+        return order, [share(i, len(order), size, self.rank, self.world) for i in steps], seed
 
     def test_epoch(self, size: int) -> tuple[Tensor, list[Tensor], int]:
         """The same for the evaluation of `size` images, each of which counts in one process."""

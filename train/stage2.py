@@ -43,7 +43,7 @@ def start_from_means(session: Session, net: nn.Module, head: nn.Module) -> None:
     net.eval()
     weight, first = sharded.own_classes(head)
     sums = torch.zeros_like(weight)
-    rows = -(-session.config.batch_size // session.parts)
+    rows = -(-session.config.batch_size // session.world)
     # The epoch after the last of stage 1: every image once, with an augmentation of its own.
     epoch = session.epoch(1, session.config.epochs)
     for features, labels in session.features(net, "train", *epoch):

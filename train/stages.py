@@ -49,17 +49,17 @@ def check_net(net: nn.Module, name: str, channels: int, size: int) -> None:
 
 
 def check_session(session: Session) -> None:
-    """Refuses a selection without images for it, and batches too small for their parts."""
+    """Refuses a selection without images for it, and batches too small for the processes."""
     config, data = session.config, session.data
     if config.shard_classes and config.head == "softmax" and not config.model:
         raise TrainError("--shard-classes: got --head softmax, wanted --head tvmf or cosine")
     if config.select == "val" and not data.val:
         raise TrainError("--select: got val, wanted last or test: there are no images of val")
     smallest = min(config.batch_size, len(data.train))
-    if smallest < 2 * session.parts:
+    if smallest < 2 * session.world:
         raise TrainError(
-            f"--batch-size: got {smallest} images for {session.world} process(es) x --accumulate "
-            f"{config.accumulate}, wanted 2 for each: {2 * session.parts} or more"
+            f"--batch-size: got {smallest} images for {session.world} process(es), wanted 2 for "
+            f"each: {2 * session.world} or more"
         )
 
 

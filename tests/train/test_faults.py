@@ -246,7 +246,7 @@ def test_too_little_memory_is_told(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "train", full)
     flags = [*map(str, [*FLAGS, "--data", folder, "--out", tmp_path])]
-    with pytest.raises(TrainError, match=r"--batch-size: got 32, .*memory .*2 GiB.*--accumulate"):
+    with pytest.raises(TrainError, match=r"--batch-size: got 32, .*memory .*2 GiB.*fewer images"):
         command.main(parse_config(flags))
     assert checkpoint.first_line(ValueError()) == "ValueError"
 

@@ -76,14 +76,14 @@ def test_as_many_views_as_epochs_change_nothing(tmp_path, bn):
 
 def test_cached_features_are_what_the_net_gives(tmp_path):
     data = in_memory(val=(2, 2, 2, 2))
-    run = Session(configure(tmp_path, bn="frozen", views=2, accumulate=2), data)
+    run = Session(configure(tmp_path, bn="frozen", views=2), data)
     net = stages.build_net(run)
     cached = stage2.cache_features(run, net)
     assert set(cached) == {"train", "test", "val"} and len(cached["train"]) == 2
     seen = []
     for view in range(2):
         batches = list(run.loaders["train"](*run.epoch(2, view)))
-        assert len(batches) == 6  # 3 steps of 2 parts
+        assert len(batches) == 3
         seen.append(torch.cat([images for images, _ in batches]))
         for i, (images, labels) in enumerate(batches):
             features, theirs = cached["train"][view].batch(i)
