@@ -139,10 +139,6 @@ class Config:
     """Number format of autocast."""
     channels_last: bool = False
     """Keep images and convolutions in channels-last order."""
-    compile: bool = False
-    """torch.compile the backbone."""
-    sync_bn: bool = False
-    """Batch statistics over all processes (GPUs only)."""
     shard_classes: bool = False
     """Spread the classes of the head over the processes, each of which then holds the vectors of
     its own classes alone."""

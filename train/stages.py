@@ -21,14 +21,8 @@ def build_net(session: Session) -> nn.Module:
     channels = images.shape[1] if isinstance(images, Tensor) else 3
     net = make_net(config.net, channels, config.pretrained).to(session.device)
     check_net(net, config.net, channels, session.data.image_size)
-    if config.sync_bn:
-        if session.device.type != "cuda":
-            raise TrainError("--sync-bn: got CPU processes, wanted GPUs: PyTorch has none for CPUs")
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)
-    if config.compile:
-        net.compile()
     return net
 
 
