@@ -137,8 +137,6 @@ class Config:
     most a fifth of the training."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of autocast."""
-    channels_last: bool = False
-    """Keep images and convolutions in channels-last order."""
     shard_classes: bool = False
     """Spread the classes of the head over the processes, each of which then holds the vectors of
     its own classes alone."""

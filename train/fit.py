@@ -246,8 +246,6 @@ class Fit:
         torch.manual_seed(seed_of(config.seed, self.stage, self.epoch, self.step, session.rank))
         # Before anything changes, as an image that cannot be read makes the run save and end.
         images, labels = next(batches)
-        if not self.cached:
-            images = session.laid_out(images)
         with session.autocast():
             loss, counts = self.model(images, labels)
         # DDP takes the mean over processes; the mean over images is wanted.

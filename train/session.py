@@ -99,13 +99,8 @@ class Session:
             if self.stopping and self.world == 1:  # others might wait for this process
                 raise Stopped
             with self.autocast():
-                features = net(self.laid_out(images))
+                features = net(images)
             yield features, labels
-
-    def laid_out(self, images: Tensor) -> Tensor:
-        """The images in the order in memory that --channels-last asks for."""
-        last = self.config.channels_last
-        return images.contiguous(memory_format=torch.channels_last) if last else images
 
     @torch.no_grad()
     def evaluate(

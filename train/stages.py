@@ -21,8 +21,6 @@ def build_net(session: Session) -> nn.Module:
     channels = images.shape[1] if isinstance(images, Tensor) else 3
     net = make_net(config.net, channels, config.pretrained).to(session.device)
     check_net(net, config.net, channels, session.data.image_size)
-    if config.channels_last:
-        net = net.to(memory_format=torch.channels_last)
     return net
 
 
