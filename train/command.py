@@ -12,7 +12,6 @@ from rich.table import Table
 from train import checkpoint, distributed
 from train.config import Config, TrainError, settle
 from train.data import load_data
-from train.log import has_tensorboard
 from train.metrics import FIGURES, SIZES
 from train.session import Session, Stopped
 from train.stages import test_model, train
@@ -82,9 +81,6 @@ def describe(session: Session) -> None:
     )
     for note in data.notes:
         session.warn(note)
-    if not config.evaluate and not has_tensorboard(config.out):
-        install = "pip install -e '.[tensorboard]'"
-        session.say(f"OUT/logs is left out: it needs TensorBoard ({install}) and a path in UTF-8")
 
 
 def write_result(session: Session, results: dict[str, dict]) -> None:

@@ -151,7 +151,7 @@ class Config:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the initial weights, of the order of the images and of their augmentation."""
     out: Path = Path("out")
-    """Directory of checkpoint.pt, stage1.pt, stage2.pt, metrics.jsonl, result.json and logs/."""
+    """Directory of checkpoint.pt, stage1.pt, stage2.pt, metrics.jsonl and result.json."""
     resume: bool = False
     """Go on from the checkpoint in OUT; without it, an earlier run in OUT is replaced."""
 

@@ -9,11 +9,10 @@ import torch
 from rich.progress import Progress, TaskID
 from torch import nn
 
-from train import advice, checkpoint, distributed, sharded
+from train import advice, checkpoint, distributed, log, sharded
 from train.batches import seed_of
 from train.config import Config, TrainError
 from train.images import LostImages
-from train.log import Log
 from train.metrics import COLUMNS, error_report, full_report
 from train.model import Classifier
 from train.report import analysis
@@ -161,7 +160,6 @@ class Fit:
         """Trains the epochs that are left; leaves the chosen model in net and head and returns its
         report."""
         session, config = self.session, self.session.config
-        log = Log(session, self.stage, self.epoch) if session.rank == 0 else None
         with session.progress() as progress:
             head = config.head if self.stage == 1 else "cosine"
             bar = progress.add_task(f"{head}, stage {self.stage}", total=self.epochs, note="")
@@ -172,18 +170,15 @@ class Fit:
                     if number == self.epochs or number % (config.eval_every or 1) == 0:
                         self.evaluate(record)
                     progress.update(bar, note=f"loss {record['loss']:.3f}")
-                    if log:
-                        log.write(record)
+                    if session.rank == 0:
+                        log.write(session, record)
                     self.end_epoch(record)
             except (Stopped, LostImages) as error:
                 # Images are lost in one process, while the others would not come to save.
                 if isinstance(error, Stopped) or session.world == 1:
                     self.save()
                 raise
-        report = self.report()
-        if log:
-            log.close(report)
-        return report
+        return self.report()
 
     def train_epoch(self, progress: Progress, bar: TaskID) -> dict[str, Any]:
         """Trains the steps of the epoch that are left; returns the epoch's record."""

@@ -32,8 +32,7 @@ from tests.train.runs import (
     train_both,
     wait_for,
 )
-from train import checkpoint, stage2, stages
-from train.log import Log
+from train import checkpoint, log, stage2, stages
 from train.session import Session, Stopped
 
 VARIANTS = {  # settings, and the net if it is not convnet
@@ -74,7 +73,7 @@ def test_killed_after_every_step(monkeypatch, tmp_path, settings, net):
 
 
 CALLS = {  # which calls of each function a run is killed at
-    (Log, "write"): (1, 4),
+    (log, "write"): (1, 4),
     (Session, "evaluate"): (2, 3, 5, 6),
     (stage2, "Cached"): (1, 3),
     (stages, "shift_statistics"): (1,),
