@@ -62,7 +62,7 @@ class Config:
     data: Path = Path("data")
     """Directory of the images, or of torchvision's files of MNIST and CIFAR."""
     lists: Path | None = None
-    """Directory of the list files (or iNaturalist's JSON), where that is not DATA."""
+    """Directory of the list files, where that is not DATA."""
     download: bool = False
     """Let torchvision download MNIST, Fashion-MNIST or CIFAR to DATA."""
     imbalance: Annotated[float, Field(ge=1)] = 100.0
