@@ -123,9 +123,9 @@ class Config:
     """The same in stage 2. 0: that of stage 1."""
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay of all parameters."""
-    bn: Literal["batch", "shift", "frozen"] = "batch"
+    bn: Literal["batch", "frozen"] = "batch"
     """Batch norm in stage 2: normalise by the batch and update the running statistics, as the
-    paper's code does; replace these once by those of class-balanced images; or leave them alone."""
+    paper's code does; or leave them alone."""
     views: NonNegativeInt = 2
     """Epochs of stage 2 whose features are computed once and then used again and again. 0: the
     backbone runs in every epoch."""

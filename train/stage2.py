@@ -22,21 +22,6 @@ def freeze(net: nn.Module, bn: str) -> None:
 
 
 @torch.no_grad()
-def shift_statistics(session: Session, net: nn.Module) -> None:
-    """Replaces batch norm's running statistics by their mean over an epoch of class-balanced
-    batches. MiSLAS (Zhong et al., CVPR 2021) updates them in every epoch; here this is done once,
-    and stage 2 normalises by the result."""
-    freeze(net, "batch")
-    for module in net.modules():
-        if isinstance(module, _BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None  # PyTorch then takes the mean over all batches
-    for _ in session.features(net, "train", *session.epoch(2, 0)):
-        pass
-    distributed.average_buffers(net)
-
-
-@torch.no_grad()
 def start_from_means(session: Session, net: nn.Module, head: nn.Module) -> None:
     """Sets the weight of each class in the head to the mean direction of its training features.
     A class without an image keeps its random weight."""

@@ -11,7 +11,7 @@ from train.fit import Fit
 from train.metrics import full_report
 from train.model import head_of_state, make_head, make_net
 from train.session import Session
-from train.stage2 import cache_features, shift_statistics, start_from_means
+from train.stage2 import cache_features, start_from_means
 from tvmf_ext.margin import log_prior
 
 
@@ -103,8 +103,6 @@ def train_stage2(
     counts, tau = session.data.counts, config.stage2_prior
     prior = log_prior(counts, tau) if tau else None
     head = make_head("cosine", net.num_features, len(counts), config, prior, session.mesh)
-    if config.bn == "shift":
-        shift_statistics(session, net)
     cached = cache_features(session, net) if config.views else None
     head = head.to(session.device)
     if config.stage2_start == "stage1" and before.shape == head.weight.shape:

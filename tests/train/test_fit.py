@@ -114,8 +114,8 @@ def test_divergence(small_net, tmp_path):
 @pytest.mark.parametrize("number", [6, 8, 11])  # within epoch 2, in its last step, in stage 2
 def test_nan(monkeypatch, undisturbed, small_net, tmp_path, minutes, poison, number):
     """A NaN in the loss of one step, or in its gradient alone, which shows one step later."""
-    data, settings, _, wanted = undisturbed
-    config = configure(tmp_path, **settings, checkpoint_minutes=minutes)
+    data, _, wanted = undisturbed
+    config = configure(tmp_path, checkpoint_minutes=minutes)
     forward, calls = Classifier.forward, itertools.count(1)
 
     def poisoned(*args):

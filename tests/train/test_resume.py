@@ -38,8 +38,7 @@ from train.session import Session, Stopped
 VARIANTS = {  # settings, and the net if it is not convnet
     "batch": ({"views": 0, "bn": "batch"}, None),
     "batch, cached": ({"views": 2, "bn": "batch"}, None),
-    "shift": ({"views": 0, "bn": "shift"}, None),
-    "shift, views reused": ({"views": 1, "bn": "shift", "stage2_epochs": 3}, None),
+    "batch, views reused": ({"views": 1, "bn": "batch", "stage2_epochs": 3}, None),
     "frozen, dropout, softmax": ({"views": 0, "bn": "frozen", "head": "softmax"}, mlp),
     "frozen, dropout, views reused": ({"views": 2, "bn": "frozen", "stage2_epochs": 3}, mlp),
     "bf16": ({"precision": "bf16", "views": 2}, mlp),
@@ -76,7 +75,6 @@ CALLS = {  # which calls of each function a run is killed at
     (log, "write"): (1, 4),
     (Session, "evaluate"): (2, 3, 5, 6),
     (stage2, "Cached"): (1, 3),
-    (stages, "shift_statistics"): (1,),
     (checkpoint, "save_model"): (1, 2),
     (torch.optim.SGD, "step"): (1, 6, 12),
     (os, "replace"): (1, 3, 4, 5, 8, 9),
@@ -88,8 +86,8 @@ MOMENTS = [(*call, number) for call, numbers in CALLS.items() for number in numb
 @pytest.mark.parametrize("where, name, number", MOMENTS, ids=lambda v: getattr(v, "__name__", v))
 def test_killed_between(monkeypatch, small_net, undisturbed, tmp_path, where, name, number):
     """Killed between any two things that a run does, and then at the next checkpoint."""
-    data, settings, results, wanted = undisturbed
-    config = configure(tmp_path, **settings)
+    data, results, wanted = undisturbed
+    config = configure(tmp_path)
     before = bool(number % 2)
     assert killed(monkeypatch, config, data, where, name, number, before=before)
 
