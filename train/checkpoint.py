@@ -21,7 +21,7 @@ from train.config import Config, TrainError
 ARCHITECTURES = {"resnet10": "ResNet10Feature", "resnet50": "ResNet50Feature"}
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 SHARDS = "checkpoint"  # then a number: a directory of the head in shards; see sharded.py
-FIELDS = {"config", "stage", "epoch", "step", "net", "head", "optimizer", "scaler"}
+FIELDS = {"config", "stage", "epoch", "step", "net", "head", "optimizer"}
 FIELDS |= {"totals", "history", "best", "results", "bad_images", "shards"}
 
 

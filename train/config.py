@@ -135,7 +135,7 @@ class Config:
     eval_every: NonNegativeInt = 0
     """Epochs between evaluations; the last is always evaluated. 0: so many that evaluation costs at
     most a fifth of the training."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of autocast."""
     shard_classes: bool = False
     """Spread the classes of the head over the processes, each of which then holds the vectors of

@@ -75,8 +75,6 @@ class Fit:
             self.lr = config.stage2_lr or self.lr
         self.has_scale = any(name == "s_" for name, _ in head.named_parameters())
         self.optimizer = make_optimizer(net, head, config)
-        scaler = sharded.GradScaler if session.mesh else torch.amp.GradScaler
-        self.scaler = scaler(session.device.type, enabled=config.precision == "fp16")
         net = nn.Identity() if cached else net
         if session.mesh:
             rows = -(-self.batch_size // session.world)
@@ -106,7 +104,6 @@ class Fit:
             sharded.load(self.session.config.out, saved["shards"], self.head, self.optimizer)
         else:
             sharded.load_whole(self.head, self.optimizer, saved)
-        self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.best, self.history = saved["best"], saved["history"]
         if self.session.rank == 0:  # the checkpoint has the sums over all processes
@@ -124,7 +121,7 @@ class Fit:
         if session.mesh:
             sharded.save(out, session.saves, self.head, self.optimizer)
         if session.rank == 0:
-            parts = ("net", "head", "optimizer", "scaler")
+            parts = ("net", "head", "optimizer")
             in_shards = ("head", "optimizer") if session.mesh else ()
             state = {n: {} if n in in_shards else getattr(self, n).state_dict() for n in parts}
             state["shards"] = session.saves if session.mesh else 0
@@ -244,11 +241,10 @@ class Fit:
         with session.autocast():
             loss, counts = self.model(images, labels)
         # DDP takes the mean over processes; the mean over images is wanted.
-        self.scaler.scale(loss * (session.world / size)).backward()
+        (loss * (session.world / size)).backward()
         self.totals[0] += loss.detach()
         self.totals[1:] += counts
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
 

@@ -17,7 +17,6 @@ from train.report.analysis import sample
 from train.splits import LongTailed
 from tvmf_ext.margin import log_prior
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVAL_BATCH = 256
 
 
@@ -66,8 +65,8 @@ class Session:
         self.say(f"warning: {text}", "yellow")
 
     def autocast(self) -> AbstractContextManager:
-        dtype = DTYPES[self.config.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def progress(self) -> Progress:
         return Progress(

@@ -23,7 +23,6 @@ from train.batches import NO_LABEL
 from train.checkpoint import SHARDS, no_room
 from train.model import Classifier
 from tvmf_ext import ShardedTvMFLoss, TvMFLoss
-from tvmf_ext.distributed import GradScaler as GradScaler
 
 
 class ShardedClassifier(Classifier):

@@ -181,7 +181,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("views", [0, 1])
 @pytest.mark.parametrize(
-    "settings", [{}, {"head": "softmax"}, {"precision": "fp16", "bn": "frozen"}]
+    "settings", [{}, {"head": "softmax"}, {"precision": "bf16", "bn": "frozen"}]
 )
 def test_no_wait_per_step(monkeypatch, small_net, tmp_path, views, settings):
     """Both stages, trained on images in memory, wait no more often in three times as many steps (as

@@ -42,7 +42,7 @@ VARIANTS = {  # settings, and the net if it is not convnet
     "frozen, dropout, softmax": ({"views": 0, "bn": "frozen", "head": "softmax"}, mlp),
     "frozen, dropout, views reused": ({"views": 2, "bn": "frozen", "stage2_epochs": 3}, mlp),
     "bf16": ({"precision": "bf16", "views": 2}, mlp),
-    "fp16": ({"precision": "fp16", "views": 0}, mlp),
+    "bf16, uncached": ({"precision": "bf16", "views": 0}, mlp),
 }
 
 
