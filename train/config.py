@@ -1,4 +1,4 @@
-"""The configuration: one flat dataclass, filled from a recipe (TOML), then the command line."""
+"""The configuration: one flat dataclass, filled from recipes.toml, then the command line."""
 
 import argparse
 import dataclasses
@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # the link adds nothing to an error
 
 import tyro
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass
 
 if sys.version_info >= (3, 11):
@@ -20,7 +20,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-RECIPES = Path(__file__).with_name("recipes.toml")
+RECIPES = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
 # A batch of 0 becomes the largest power of two with which stage 1 has this many steps.
 ENOUGH_STEPS, SMALLEST_BATCH = 2000, 16
 # From fewer images a class than this, a net does not learn which places in an image mean the same.
@@ -28,7 +28,6 @@ FEW_IMAGES = 10
 # Fields that do not decide a run's result: --resume may change them, and runs that differ in them
 # alone are one group in a report.
 NO_RESULT = (
-    "recipe",
     "out",
     "resume",
     "data",
@@ -41,7 +40,7 @@ NO_RESULT = (
     "shard_classes",
 )
 
-Dataset = Literal[tuple(tomllib.loads(RECIPES.read_text(encoding="utf-8")))]
+Dataset = Literal[tuple(RECIPES)]
 Count = Annotated[int, Field(ge=1)]
 NETS = "^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$"
 Kappa = Annotated[float, Field(gt=-0.5)]
@@ -146,8 +145,6 @@ class Config:
     """Processes that read image files, for each training process."""
     checkpoint_minutes: PositiveFloat = 15.0
     """Minutes after which a checkpoint is saved within an epoch, too."""
-    recipe: str = ""
-    """A table of train/recipes.toml, or a path that ends in .toml; flags override it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the initial weights, of the order of the images and of their augmentation."""
     out: Path = Path("out")
@@ -182,37 +179,18 @@ def settle(config: Config, images: int, evaluated: int, classes: int, small: boo
     return dataclasses.replace(config, **chosen)
 
 
-def load_recipe(name: str) -> Config:
-    """A recipe as a configuration; TrainError names the key that does not fit."""
-    path = Path(name) if name.endswith(".toml") else RECIPES
-    try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainError(f"--recipe: got {name} ({error}), wanted a TOML file") from None
-    if path is RECIPES:
-        if name not in recipe:
-            known = ", ".join(recipe)
-            raise TrainError(f"--recipe: got {name!r}, wanted one of {known}, or a file *.toml")
-        recipe = recipe[name] | {"dataset": name}
-    try:
-        return Config(**recipe | {"recipe": name})
-    except ValidationError as errors:
-        first = errors.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        message = f"{path}: {key}: got {first['input']!r}, {first['msg']}"
-        known = f"; wanted keys of {', '.join(f.name for f in dataclasses.fields(Config))}"
-        raise TrainError(message + (known if "nexpected" in message else "")) from None
+def load_recipe(dataset: str) -> Config:
+    """The configuration of a data set where no flag says otherwise."""
+    return Config(**RECIPES[dataset] | {"dataset": dataset})
 
 
 def parse_config(args: Sequence[str]) -> Config:
-    """The recipe that `args` name, or that of their data set, overridden by the other flags."""
+    """The recipe of the data set that `args` name, overridden by the other flags."""
     first = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--dataset", default=Config.dataset)
+    first.add_argument("--dataset")
     given, _ = first.parse_known_args(args)
     # tyro refuses an unknown data set below.
-    dataset = given.dataset if given.dataset in get_args(Dataset) else Config.dataset
-    default = load_recipe(given.recipe or dataset)
+    default = load_recipe(given.dataset if given.dataset in RECIPES else Config.dataset)
     about = "Train a classifier on long-tailed data, in two stages."
     config = tyro.cli(Config, prog=first.prog, args=args, default=default, description=about)
     if config.pretrained and not config.net.startswith("timm:"):

@@ -252,5 +252,5 @@ def test_too_little_memory_is_told(folder, tmp_path, monkeypatch):
 
 
 def test_an_error_is_one_line(tmp_path):
-    code, _, errors = shell("--recipe", tmp_path / "none.toml")
-    assert code == 1 and errors.startswith("error: --recipe: got") and errors.count("\n") == 1
+    code, _, errors = shell("--dataset", "list", "--data", tmp_path / "none")
+    assert code == 1 and errors.startswith("error: --data: got") and errors.count("\n") == 1
