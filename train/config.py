@@ -27,21 +27,11 @@ ENOUGH_STEPS, SMALLEST_BATCH = 2000, 16
 FEW_IMAGES = 10
 # Fields that do not decide a run's result: --resume may change them, and runs that differ in them
 # alone are one group in a report.
-NO_RESULT = (
-    "out",
-    "resume",
-    "data",
-    "lists",
-    "download",
-    "device",
-    "workers",
-    "checkpoint_minutes",
-    "bad_images",
-    "shard_classes",
-)
+NO_RESULT = ("out", "resume", "data", "lists", "download", "bad_images")
+NO_RESULT += ("device", "workers", "checkpoint_minutes", "shard_classes")
 
 Dataset = Literal[tuple(RECIPES)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, le=10**6)]
 NETS = "^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$"
 Kappa = Annotated[float, Field(gt=-0.5)]
 
@@ -99,9 +89,9 @@ class Config:
     """Scale of the cosine and t-vMF heads at the start; 1 + ln 2 in the paper's code."""
     scale_lr: NonNegativeFloat = 1.0
     """Learning rate of the scale's parameter, as a multiple of the other parameters' rate."""
-    epochs: Count = 90
+    epochs: Annotated[int, Field(ge=1, le=10**6)] = 90
     """Epochs of stage 1: backbone and head, every image equally often."""
-    stage2_epochs: NonNegativeInt = 30
+    stage2_epochs: Count = 30
     """Epochs of stage 2: a new head on the frozen backbone, by default a cosine head that sees
     every class equally often."""
     sampling: Literal["classes", "sqrt", "images"] = "classes"
@@ -141,7 +131,7 @@ class Config:
     its own classes alone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-    workers: NonNegativeInt = 4
+    workers: Annotated[int, Field(ge=0, le=256)] = 4
     """Processes that read image files, for each training process."""
     checkpoint_minutes: PositiveFloat = 15.0
     """Minutes after which a checkpoint is saved within an epoch, too."""
@@ -195,6 +185,10 @@ def parse_config(args: Sequence[str]) -> Config:
     config = tyro.cli(Config, prog=first.prog, args=args, default=default, description=about)
     if config.pretrained and not config.net.startswith("timm:"):
         raise TrainError(f"--pretrained: got --net {config.net}, wanted timm:NAME")
+    if config.shard_classes and config.head == "softmax" and not config.model:
+        raise TrainError("--shard-classes: got --head softmax, wanted --head tvmf or cosine")
+    if config.out == Path():
+        raise TrainError("--out: got the current folder, wanted one of its own")
     if config.evaluate and not config.model:
         raise TrainError("--evaluate: got no --model, wanted a model file")
     return config

@@ -158,15 +158,13 @@ class Fit:
         report."""
         session, config = self.session, self.session.config
         with session.progress() as progress:
-            head = config.head if self.stage == 1 else "cosine"
-            bar = progress.add_task(f"{head}, stage {self.stage}", total=self.epochs, note="")
+            bar = progress.add_task(f"stage {self.stage}", total=self.epochs)
             try:
                 while self.epoch < self.epochs:
                     record = self.train_epoch(progress, bar)
                     number = self.epoch + 1
                     if number == self.epochs or number % (config.eval_every or 1) == 0:
                         self.evaluate(record)
-                    progress.update(bar, note=f"loss {record['loss']:.3f}")
                     if session.rank == 0:
                         log.write(session, record)
                     self.end_epoch(record)
@@ -194,7 +192,8 @@ class Fit:
             if self.step % LOOK == 0:
                 loss, count = self.totals[:2].tolist()
                 self.check_finite(loss)
-                progress.update(bar, note=f"loss {loss / max(count, 1):.3f}")
+                about = f"stage {self.stage}, loss {loss / max(count, 1):.3f}"
+                progress.update(bar, description=about)
             if self.step < len(sizes) and (session.world == 1 or self.step % AGREE == 0):
                 minutes = (time.monotonic() - self.saved_at) / 60
                 self.save_or_stop(due=minutes > config.checkpoint_minutes)

@@ -69,9 +69,7 @@ class Session:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def progress(self) -> Progress:
-        return Progress(
-            *Progress.get_default_columns(), "{task.fields[note]}", console=self.console
-        )
+        return Progress(console=self.console)
 
     def epoch(self, stage: int, epoch: int) -> tuple[Tensor, list[Tensor], int]:
         """The order of an epoch's images; this process's batches, each of positions in that order;

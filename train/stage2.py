@@ -1,11 +1,10 @@
 """Stage 2's frozen backbone: its batch norm, and its features, computed once for the head."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from train import distributed, sharded
@@ -54,16 +53,11 @@ def cache_features(session: Session, net: nn.Module) -> dict[str, Any]:
     epochs = {name: session.epoch(2, view) for view, name in enumerate(views)}
     tested = {n: session.test_epoch(len(split)) for n, split in data.splits() if n != "train"}
     with session.progress() as progress:
-        steps = sum(len(batches) for _, batches, _ in (epochs | tested).values())
-        bar = progress.add_task("features for stage 2", total=steps, note="")
 
         def cache(name: str, split: str, epoch: tuple) -> Cached:
-            def counted() -> Iterator[tuple[Tensor, Tensor]]:
-                for batch in session.features(net, split, *epoch):
-                    progress.advance(bar)
-                    yield batch
-
-            return Cached(folder / f"{name}, rank {session.rank}", counted(), session.device)
+            features, steps = session.features(net, split, *epoch), len(epoch[1])
+            features = progress.track(features, steps, description=f"features, {name}")
+            return Cached(folder / f"{name}, rank {session.rank}", features, session.device)
 
         freeze(net, config.bn)
         # In the order of the epochs, which batch norm's running statistics follow.

@@ -43,8 +43,6 @@ def check_net(net: nn.Module, name: str, channels: int, size: int) -> None:
 def check_session(session: Session) -> None:
     """Refuses a selection without images for it, and batches too small for the processes."""
     config, data = session.config, session.data
-    if config.shard_classes and config.head == "softmax" and not config.model:
-        raise TrainError("--shard-classes: got --head softmax, wanted --head tvmf or cosine")
     if config.select == "val" and not data.val:
         raise TrainError("--select: got val, wanted last or test: there are no images of val")
     smallest = min(config.batch_size, len(data.train))

@@ -86,6 +86,8 @@ def test_the_papers_heads():
         ("kappa", "nan", "finite"),
         ("batch_size", "-1", "greater than or equal to 0"),
         ("epochs", "0", "greater than or equal to 1"),
+        ("epochs", str(10**30), "less than or equal to 1000000"),
+        ("workers", "5000", "less than or equal to 256"),
         ("stage2_epochs", "-1", "greater than or equal to 0"),
         ("lr", "0.0", "greater than 0"),
         ("lr", "inf", "finite"),
@@ -115,6 +117,8 @@ def test_bad_flags_are_refused(capsys, flag, value, wanted):
     [
         (["--pretrained"], "--pretrained: got --net convnet, wanted timm:NAME"),
         (["--evaluate"], "--evaluate: got no --model, wanted"),
+        (["--shard-classes", "--head", "softmax"], "--shard-classes: got --head softmax, wanted"),
+        (["--out", ""], "--out: got the current folder, wanted one of its own"),
     ],
 )
 def test_flags_that_need_another(args, message):
