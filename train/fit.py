@@ -13,7 +13,7 @@ from train import advice, checkpoint, distributed, log, sharded
 from train.batches import seed_of
 from train.config import Config, TrainError
 from train.images import LostImages
-from train.metrics import COLUMNS, error_report, full_report
+from train.metrics import error_report, full_report
 from train.model import Classifier
 from train.report import analysis
 from train.session import Session, Stopped
@@ -45,35 +45,29 @@ def make_optimizer(net: nn.Module, head: nn.Module, config: Config) -> torch.opt
     )
 
 
+def scale_of(head: nn.Module) -> float | None:
+    """The scale of a head; a softmax head has none."""
+    return None if head.scale is None else head.scale.item()
+
+
 class Fit:
     """The training of one stage. `epoch` and `step` say where it stands.
 
     Args:
         cached: features of the frozen backbone (`stage2.cache_features`), from which the head
             then trains; None trains from images.
-        results: reports of the stages before, which a checkpoint keeps.
         saved: the checkpoint of this stage from which the training goes on; None begins anew.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        stage: int,
-        net: nn.Module,
-        head: nn.Module,
-        cached: dict[str, Any] | None,
-        results: dict[str, dict],
-        saved: dict[str, Any] | None,
-    ):
+    def __init__(self, session: Session, stage: int, net: nn.Module, head, cached, saved):
         config = session.config
         self.session, self.stage, self.net, self.head = session, stage, net, head
-        self.cached, self.results = cached, results
+        self.cached = cached
         self.epochs, self.batch_size, self.lr = config.epochs, config.batch_size, config.lr
         if stage == 2:
             self.epochs = config.stage2_epochs
             self.batch_size = config.stage2_batch_size or self.batch_size
             self.lr = config.stage2_lr or self.lr
-        self.has_scale = any(name == "s_" for name, _ in head.named_parameters())
         self.optimizer = make_optimizer(net, head, config)
         net = nn.Identity() if cached else net
         if session.mesh:
@@ -127,7 +121,7 @@ class Fit:
             state["shards"] = session.saves if session.mesh else 0
             state |= {"config": session.identity(), "stage": self.stage}
             state |= {"epoch": self.epoch, "step": self.step, "totals": totals.cpu()}
-            state |= {"history": self.history, "best": self.best, "results": self.results}
+            state |= {"history": self.history, "best": self.best, "results": session.results}
             checkpoint.save(out, state | {"bad_images": sorted(bad)})
             sharded.keep(out, session.saves)
         self.saved_at = time.monotonic()
@@ -206,7 +200,7 @@ class Fit:
             "epochs": self.epochs,
             "lr": lr,
             "steps": len(sizes),
-            "scale": self.head.scale.item() if self.has_scale else None,
+            "scale": scale_of(self.head),
             "loss": loss / count,
             "error1": 100 * wrong1 / count,
             "error5": 100 * wrong5 / count,
@@ -280,15 +274,13 @@ class Fit:
         states = checkpoint.load_model(self.model_file, "--resume")
         for module, state in zip((self.net, self.head), states, strict=True):
             module.load_state_dict(state)
-        more = analysis.rows_and_norms, analysis.WIDTH
-        rows = session.evaluate("test", self.net, self.head, self.cached, *more)
+        rows = session.evaluate("test", self.net, self.head, self.cached)
         analysis.write(session, self.stage, self.net, self.head, rows)
-        rows = rows[:, : len(COLUMNS)]
         report = full_report(rows, session.data.test.labels, session.data.counts)
         report["selected_on"] = "last epoch" if self.select == "last" else self.select
         report["epoch"] = self.best[1]
-        report["scale"] = self.head.scale.item() if self.has_scale else None
-        report["kappa"] = self.head.kappa.mean().item() if self.has_scale else None
+        report["scale"] = scale_of(self.head)
+        report["kappa"] = None if report["scale"] is None else self.head.kappa.mean().item()
         report["steps"] = sum(epoch["steps"] for epoch in self.history)
         report["train_loss"] = self.history[-1]["loss"]
         report["train_error1"] = self.history[-1]["error1"]
@@ -303,10 +295,10 @@ class Fit:
         if self.stage == 1:
             text = advice.too_short(session.config, self.history, report["steps"])
         elif report["selection_error1"] is not None:
-            text = advice.worse_than_stage1(report, self.results)
+            text = advice.worse_than_stage1(report, session.results)
         else:
             classes = session.data.num_classes
-            text = advice.stage2_spoilt(session.config, classes, self.history, self.results)
+            text = advice.stage2_spoilt(session.config, classes, self.history, session.results)
         report["warning"] = text
         if text:
             session.warn(text)

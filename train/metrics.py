@@ -25,7 +25,7 @@ FIGURES = {
     "ece": "ECE",
 }
 COLUMNS = ("known", "loss", "rank", "predicted", "confidence", "target_cosine", "other_cosine")
-COLUMNS += ("adjusted_rank", "adjusted_predicted")
+COLUMNS += ("adjusted_rank", "adjusted_predicted", "norm")
 BINS, EDGES = 15, torch.linspace(-1, 1, 51)
 
 
@@ -33,7 +33,8 @@ BINS, EDGES = 15, torch.linspace(-1, 1, 51)
 def image_rows(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
     """[B, COLUMNS] float64 for features [B, D] and labels [B]; zeros where the label is negative,
     that is, unknown. The adjusted columns come from the logits less `prior` [C], the logarithms of
-    the class frequencies: logit adjustment after training (Menon et al., ICLR 2021)."""
+    the class frequencies: logit adjustment after training (Menon et al., ICLR 2021). The norm is
+    that of the feature."""
     if isinstance(head, ShardedTvMFLoss):
         return sharded.image_rows(head, features, labels, prior)
     logits = head.logits(features).float()
@@ -48,7 +49,7 @@ def image_rows(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor)
     adjusted = logits - prior
     adjusted_rank = (~(adjusted <= adjusted.gather(1, at))).sum(1)
     columns = (torch.ones_like(loss), loss, rank, predicted, confidence, own, other)
-    columns += (adjusted_rank, adjusted.argmax(1))
+    columns += (adjusted_rank, adjusted.argmax(1), features.double().norm(dim=1))
     rows = torch.stack([c.double() for c in columns], 1)
     return torch.where((labels >= 0)[:, None], rows, 0)
 
@@ -123,7 +124,7 @@ def full_report(rows: Tensor, labels: Tensor, counts: Tensor) -> dict[str, Any]:
     known = rows[:, 0] > 0
     report = error_report(rows)
     rows, labels = rows[known], labels[known]
-    _, _, rank, predicted, confidence, own, other, adjusted_rank, adjusted_predicted = rows.t()
+    _, _, rank, predicted, confidence, own, other, adjusted_rank, adjusted_predicted, _ = rows.t()
     size, classes = counts[labels], len(counts)
     groups = {g: (size >= low) & (size <= high) for g, (low, high) in GROUPS.items()}
     adjusted = class_figures(adjusted_rank, adjusted_predicted, labels, groups, classes)

@@ -97,9 +97,7 @@ class SoftmaxHead(nn.Linear):
         return stats.loss.sum()
 
 
-def tvmf_head(
-    num_features: int, num_classes: int, mesh: DeviceMesh | None, **options: Any
-) -> TvMFLoss:
+def tvmf_head(num_features: int, num_classes: int, mesh: DeviceMesh | None = None, **options):
     """A t-vMF head whose loss is a sum over images, and whose classes are spread over the mesh."""
     if mesh is None:
         return TvMFLoss(num_features, num_classes, reduction="sum", **options)
@@ -121,26 +119,14 @@ def draw_as_one(head: ShardedTvMFLoss) -> None:
         head.weight.to_local()[low - begin : high - begin] = drawn[low - first : high - first]
 
 
-def make_head(
-    name: str,
-    num_features: int,
-    num_classes: int,
-    config: Config,
-    prior: Tensor | None = None,
-    mesh: DeviceMesh | None = None,
-) -> nn.Module:
-    """The head of that name, whose loss is a sum over images; `prior` [C] is added to its logits
-    in the loss alone."""
+def make_head(name: str, num_features: int, num_classes: int, config: Config, **options) -> Any:
+    """The head of that name, whose loss is a sum over images. `options` are those of `tvmf_head`,
+    such as the `prior` [C] that is added to the logits in the loss alone."""
     if name == "softmax":
-        return SoftmaxHead(num_features, num_classes, prior=prior)
-    return tvmf_head(
-        num_features,
-        num_classes,
-        mesh,
-        kappa=config.kappa if name == "tvmf" else 0.0,
-        scale=config.scale_start,
-        prior=prior,
-    )
+        options.pop("mesh", None)  # parse_config refuses to spread its classes
+        return SoftmaxHead(num_features, num_classes, **options)
+    options |= {"kappa": config.kappa if name == "tvmf" else 0.0, "scale": config.scale_start}
+    return tvmf_head(num_features, num_classes, **options)
 
 
 def head_of_state(state: dict[str, Tensor], mesh: DeviceMesh | None = None) -> nn.Module:

@@ -32,6 +32,7 @@ class Session:
 
     stopping = False
     saves = 0  # checkpoints so far, which number the directories of shards
+    results: dict[str, dict]  # the reports of the stages that are done
 
     def __init__(self, config: Config, data: LongTailed, rank=0, world=1, device="cpu"):
         self.config, self.data, self.rank, self.world = config, data, rank, world
@@ -39,7 +40,7 @@ class Session:
         # Brackets and colons may belong to a path.
         self.console = Console(quiet=rank > 0, markup=False, emoji=False)
         self.mesh = distributed.mesh(self.device) if config.shard_classes else None
-        self.bad: set[str] = set()
+        self.results, self.bad = {}, set()  # of the bad images those before a --resume
         self.sample = sample(data.train, data.num_classes)
         self.log_prior = log_prior(data.counts).to(self.device)
         self.data_summary = data.summary()
@@ -100,27 +101,19 @@ class Session:
             yield features, labels
 
     @torch.no_grad()
-    def evaluate(
-        self,
-        split: str,
-        net: nn.Module,
-        head: nn.Module,
-        cached=None,
-        rows_of=image_rows,
-        width: int = len(COLUMNS),
-    ) -> Tensor:
-        """The rows [M, width] that `rows_of` makes of the M images of a split, in every process;
-        from the features in `cached` where it is given."""
+    def evaluate(self, split: str, net: nn.Module, head: nn.Module, cached=None) -> Tensor:
+        """The rows [M, COLUMNS] of the M images of a split, in every process; from the features in
+        `cached` where it is given."""
         net.eval()
         size = len(self.sample if split == "sample" else getattr(self.data, split))
-        rows = torch.zeros(size, width, dtype=torch.float64, device=self.device)
+        rows = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device=self.device)
         epoch = self.test_epoch(size)
         batches = self.features(net, split, *epoch)
         if cached:
             batches = map(cached[split].batch, range(len(epoch[1])))
         for positions, (features, labels) in zip(epoch[1], batches, strict=True):
             with self.autocast():
-                rows[positions] = rows_of(head, features, labels, self.log_prior)
+                rows[positions] = image_rows(head, features, labels, self.log_prior)
         rows[torch.arange(size) % self.world != self.rank] = 0
         return distributed.total(rows).cpu()
 

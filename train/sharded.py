@@ -89,7 +89,7 @@ def image_rows(head: ShardedTvMFLoss, features: Tensor, labels: Tensor, prior: T
     confidence = (best - stats.lse).exp().nan_to_num(0)
     other = nearest.masked_fill(classes == labels[:, None], -1).amax(1)
     columns = (torch.ones_like(loss), loss, stats.rank, predicted, confidence, stats.cosine, other)
-    columns += (adjusted_rank, adjusted_predicted)
+    columns += (adjusted_rank, adjusted_predicted, features.double().norm(dim=1))
     rows = torch.stack([c.double() for c in columns], 1)
     return torch.where((labels >= 0)[:, None], rows, 0)
 

@@ -62,7 +62,7 @@ def train(session: Session) -> dict[str, dict]:
     if config.resume:
         saved = checkpoint.load(config.out, session.identity(), session.warn)
         session.bad |= set(saved["bad_images"])
-    results = saved["results"] if saved else {}
+    session.results = saved["results"] if saved else {}
     torch.manual_seed(config.seed)
     net = build_net(session)
     if config.model:
@@ -71,27 +71,24 @@ def train(session: Session) -> dict[str, dict]:
         checkpoint.clear(config.out)  # only now, as nothing is left that could refuse the run
     distributed.barrier()
     if config.model is None and (saved is None or saved["stage"] == 1):
-        results["stage1"] = train_stage1(session, net, saved, results)
+        session.results["stage1"] = train_stage1(session, net, saved)
         saved = None
     if config.stage2_epochs:
-        results["stage2"] = train_stage2(session, net, saved, results)
-    return results
+        session.results["stage2"] = train_stage2(session, net, saved)
+    return session.results
 
 
-def train_stage1(
-    session: Session, net: nn.Module, saved: dict | None, results: dict[str, dict]
-) -> dict:
+def train_stage1(session: Session, net: nn.Module, saved: dict | None) -> dict:
     """Trains backbone and head on every image equally often."""
     config = session.config
-    prior = log_prior(session.data.counts, config.prior) if config.prior else None
-    classes = session.data.num_classes
-    head = make_head(config.head, net.num_features, classes, config, prior, session.mesh)
-    return Fit(session, 1, net, head.to(session.device), None, results, saved).run()
+    counts, tau = session.data.counts, config.prior
+    prior = log_prior(counts, tau) if tau else None
+    size = net.num_features, len(counts)
+    head = make_head(config.head, *size, config, prior=prior, mesh=session.mesh)
+    return Fit(session, 1, net, head.to(session.device), None, saved).run()
 
 
-def train_stage2(
-    session: Session, net: nn.Module, saved: dict | None, results: dict[str, dict]
-) -> dict:
+def train_stage2(session: Session, net: nn.Module, saved: dict | None) -> dict:
     """Trains a new cosine head on the frozen backbone, on every class equally often."""
     config = session.config
     source = (config.model, "--model") if config.model else (config.out / "stage1.pt", "--resume")
@@ -100,7 +97,8 @@ def train_stage2(
     torch.manual_seed(seed_of(config.seed, 2))
     counts, tau = session.data.counts, config.stage2_prior
     prior = log_prior(counts, tau) if tau else None
-    head = make_head("cosine", net.num_features, len(counts), config, prior, session.mesh)
+    size = net.num_features, len(counts)
+    head = make_head("cosine", *size, config, prior=prior, mesh=session.mesh)
     cached = cache_features(session, net) if config.views else None
     head = head.to(session.device)
     if config.stage2_start == "stage1" and before.shape == head.weight.shape:
@@ -109,7 +107,7 @@ def train_stage2(
             weight.copy_(F.normalize(before[first : first + len(weight)]))
     elif config.stage2_start != "fresh" and saved is None:  # --model may have other classes
         start_from_means(session, net, head)
-    return Fit(session, 2, net, head, cached, results, saved).run()
+    return Fit(session, 2, net, head, cached, saved).run()
 
 
 def test_model(session: Session) -> dict[str, dict]:

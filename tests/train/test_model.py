@@ -221,7 +221,7 @@ def test_classifier_sums_losses_and_errors(name):
 def test_a_prior_is_in_the_loss_alone(name):
     torch.manual_seed(0)
     prior = torch.tensor([-0.1, -2.0, -5.0, -3.0])
-    head = make_head(name, 6, 4, Config(), prior)
+    head = make_head(name, 6, 4, Config(), prior=prior)
     features, labels = torch.randn(20, 6), torch.arange(20) % 4
     stats = head.row_statistics(features, labels)
     logits = head.logits(features)

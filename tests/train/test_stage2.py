@@ -109,8 +109,8 @@ def test_start_from_means(tmp_path):
 def test_stage2_has_settings_of_its_own(monkeypatch, small_net, tmp_path):
     data, made = in_memory((60, 30, 4, 2)), []
 
-    def spy(*args):
-        made.append(make_head(*args))
+    def spy(*args, **options):
+        made.append(make_head(*args, **options))
         return made[-1]
 
     monkeypatch.setattr(stages, "make_head", spy)
