@@ -17,15 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from train.augment import (
-    STATISTICS,
-    augment_colours,
-    centre,
-    draw_colours,
-    draw_part,
-    mirror,
-    shift,
-)
+from train import augment
 from train.images import LostImages, bad_image, read_image
 from train.splits import Split, members_of_classes
 
@@ -79,16 +71,12 @@ SAMPLING = {
 }
 
 
-def steps_of(size: int, batch_size: int, world: int) -> int:
-    """Steps of an epoch. A last batch is dropped if it gives a process fewer than two images."""
-    steps, rest = divmod(size, batch_size)
-    return steps + (rest >= 2 * world) or 1
-
-
-def share(step: int, size: int, batch_size: int, rank: int, world: int) -> Tensor:
-    """The positions, in an epoch of `size` images, of a process's share of a step."""
-    batch = torch.arange(step * batch_size, min(size, (step + 1) * batch_size))
-    return batch.tensor_split(world)[rank]
+def shares(size: int, batch_size: int, rank: int, world: int) -> list[Tensor]:
+    """The positions, in an epoch of `size` images, of a process's share of each step. A last step
+    that gives a process fewer than two images is dropped, unless it is the only one."""
+    steps = torch.arange(size).split(batch_size)
+    steps = steps[:-1] if len(steps[-1]) < 2 * world and len(steps) > 1 else steps
+    return [step.tensor_split(world)[rank] for step in steps]
 
 
 class ImageFiles(TorchDataset):
@@ -109,9 +97,9 @@ class ImageFiles(TorchDataset):
         number, train, index, *position = item
         split, state = self.splits[number], torch.get_rng_state()
         torch.default_generator.manual_seed(seed_of(*position))
-        choose = draw_part if train else partial(centre, self.size)
+        choose = augment.draw_part if train else partial(augment.centre, self.size)
         pixels = read_image(split.images[index], self.size, choose)
-        draws = draw_colours(self.augment == "imagenet") if train else torch.empty(0)
+        draws = augment.draw_colours(self.augment == "imagenet") if train else torch.empty(0)
         torch.set_rng_state(state)  # without workers the training draws from this generator
         if isinstance(pixels, str):
             return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), draws, NO_LABEL, pixels
@@ -194,16 +182,7 @@ class Loader:
         skip_bad: leave out a file that cannot be read, and put its message into `bad`.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        readers: Readers,
-        *,
-        train: bool,
-        flip: bool = False,
-        statistics: tuple[Tensor, Tensor] | None = None,
-        skip_bad: bool = False,
-    ):
+    def __init__(self, split, readers, *, train, flip=False, statistics=None, skip_bad=False):
         self.split, self.readers, self.device = split, readers, readers.device
         self.train, self.flip, self.skip_bad = train, flip, skip_bad
         self.augment = readers.images.augment
@@ -213,7 +192,7 @@ class Loader:
             self.images, self.labels = (t.to(self.device) for t in (split.images, split.labels))
             self.reach = max(1, round(readers.images.size / 14))  # 2 pixels for MNIST's 28
         else:
-            statistics = [torch.tensor(s) for s in STATISTICS[self.augment]]
+            statistics = [torch.tensor(s) for s in augment.STATISTICS[self.augment]]
         self.mean, self.std = (s.view(-1, 1, 1).to(self.device) for s in statistics)
 
     def __call__(
@@ -233,9 +212,9 @@ class Loader:
             if self.train:
                 drawn = draws[batch].to(self.device, non_blocking=True)
                 offsets = (drawn[:, :2] * (2 * self.reach + 1)).long().t() - self.reach
-                images = shift(images, offsets, self.reach)
+                images = augment.shift(images, offsets, self.reach)
                 if self.flip:
-                    images = mirror(images, drawn[:, 2])
+                    images = augment.mirror(images, drawn[:, 2])
             yield (images - self.mean) / self.std, self.labels[index]
 
     def _from_files(self, order, batches, epoch_seed):
@@ -254,6 +233,8 @@ class Loader:
         """Images [B, 3, height, width] of files, augmented as their draws say, and normalised."""
         images = pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
         if self.train:
-            images = mirror(images, draws[:, 0])
-            images = augment_colours(images, draws) if self.augment == "imagenet" else images
+            images = augment.mirror(images, draws[:, 0])
+            images = (
+                augment.augment_colours(images, draws) if self.augment == "imagenet" else images
+            )
         return (images - self.mean) / self.std

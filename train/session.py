@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from train import distributed
 from train.augment import channel_statistics
-from train.batches import SAMPLING, ImageFiles, Loader, Readers, seed_of, share, steps_of
+from train.batches import SAMPLING, ImageFiles, Loader, Readers, seed_of, shares
 from train.config import Config
 from train.metrics import COLUMNS, image_rows
 from train.report.analysis import sample
@@ -80,8 +80,7 @@ class Session:
         if stage == 2:
             sampling, size = config.sampling, config.stage2_batch_size or size
         order = SAMPLING[sampling](self.data.train.labels, size, seed)
-        steps = range(steps_of(len(order), size, self.world))
-        return order, [share(i, len(order), size, self.rank, self.world) for i in steps], seed
+        return order, shares(len(order), size, self.rank, self.world), seed
 
     def test_epoch(self, size: int) -> tuple[Tensor, list[Tensor], int]:
         """The same for the evaluation of `size` images, each of which counts in one process."""

@@ -16,7 +16,7 @@ from train.batches import (
     Readers,
     balanced_over_images,
     collate,
-    share,
+    shares,
 )
 from train.config import TrainError
 from train.splits import Paths, Split
@@ -62,8 +62,8 @@ def by_position(loader, order, batches, seed):
 
 def test_augmentation_depends_on_the_position_alone(loader):
     order = torch.cat([balanced_over_images(LABELS, 5, 3), torch.tensor([4, 4])])
-    whole = [share(step, 14, 5, 0, 1) for step in range(3)]
-    split = [share(step, 14, 5, part, 2) for part in range(2) for step in range(3)]
+    whole = shares(14, 5, 0, 1)
+    split = shares(14, 5, 0, 2) + shares(14, 5, 1, 2)
     images, labels = by_position(loader, order, whole, 9)
     assert torch.equal(labels, LABELS[order])
     assert not torch.equal(images[12], images[13])  # the same image at two positions
