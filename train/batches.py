@@ -234,7 +234,6 @@ class Loader:
         images = pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
         if self.train:
             images = augment.mirror(images, draws[:, 0])
-            images = (
-                augment.augment_colours(images, draws) if self.augment == "imagenet" else images
-            )
+            if self.augment == "imagenet":
+                images = augment.augment_colours(images, draws)
         return (images - self.mean) / self.std

@@ -57,11 +57,10 @@ def check(data: LongTailed, config: Config) -> None:
     for name, split in data.splits():
         if not len(split):
             raise TrainError(f"--data: got no image in {name}, wanted at least one")
-        out = torch.where((split.labels < 0) | (split.labels >= data.num_classes))[0]
+        out = torch.where(split.labels >= data.num_classes)[0]
         if len(out):
-            where = name if isinstance(split.images, Tensor) else split.where(int(out[0]))
             raise TrainError(
-                f"{where}: got class {split.labels[out[0]]}, wanted one of the "
+                f"{split.where(int(out[0]))}: got class {split.labels[out[0]]}, wanted one of the "
                 f"{data.num_classes} classes (0 to {data.num_classes - 1})"
             )
     if not isinstance(data.train.images, Tensor):

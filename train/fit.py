@@ -194,19 +194,10 @@ class Fit:
         loss, count, wrong1, wrong5 = distributed.total(self.totals).tolist()
         seconds, count = time.perf_counter() - began, max(count, 1)
         self.check_finite(loss)
-        return {
-            "stage": self.stage,
-            "epoch": self.epoch + 1,
-            "epochs": self.epochs,
-            "lr": lr,
-            "steps": len(sizes),
-            "scale": scale_of(self.head),
-            "loss": loss / count,
-            "error1": 100 * wrong1 / count,
-            "error5": 100 * wrong5 / count,
-            "images_per_s": images / seconds,
-            "seconds": seconds,
-        }
+        record = {"stage": self.stage, "epoch": self.epoch + 1, "epochs": self.epochs, "lr": lr}
+        record |= {"steps": len(sizes), "scale": scale_of(self.head), "loss": loss / count}
+        record |= {"error1": 100 * wrong1 / count, "error5": 100 * wrong5 / count}
+        return record | {"images_per_s": images / seconds, "seconds": seconds}
 
     def batches(self) -> tuple[list[int], Iterator]:
         """The number of images of each step of the epoch, over all processes; and this process's

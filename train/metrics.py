@@ -29,14 +29,8 @@ COLUMNS += ("adjusted_rank", "adjusted_predicted", "norm")
 BINS, EDGES = 15, torch.linspace(-1, 1, 51)
 
 
-@torch.no_grad()
-def image_rows(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
-    """[B, COLUMNS] float64 for features [B, D] and labels [B]; zeros where the label is negative,
-    that is, unknown. The adjusted columns come from the logits less `prior` [C], the logarithms of
-    the class frequencies: logit adjustment after training (Menon et al., ICLR 2021). The norm is
-    that of the feature."""
-    if isinstance(head, ShardedTvMFLoss):
-        return sharded.image_rows(head, features, labels, prior)
+def columns(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor) -> tuple:
+    """COLUMNS but the first and the last."""
     logits = head.logits(features).float()
     cosine = tvmf_logits(features, head.weight, kappa=0.0)
     at = labels.clamp(min=0)[:, None]
@@ -48,9 +42,18 @@ def image_rows(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor)
     other = cosine.scatter(1, at, -1.0).amax(1)
     adjusted = logits - prior
     adjusted_rank = (~(adjusted <= adjusted.gather(1, at))).sum(1)
-    columns = (torch.ones_like(loss), loss, rank, predicted, confidence, own, other)
-    columns += (adjusted_rank, adjusted.argmax(1), features.double().norm(dim=1))
-    rows = torch.stack([c.double() for c in columns], 1)
+    return loss, rank, predicted, confidence, own, other, adjusted_rank, adjusted.argmax(1)
+
+
+@torch.no_grad()
+def image_rows(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
+    """[B, COLUMNS] float64 for features [B, D] and labels [B]; zeros where the label is negative,
+    that is, unknown. The adjusted columns come from the logits less `prior` [C], the logarithms of
+    the class frequencies: logit adjustment after training (Menon et al., ICLR 2021). The norm is
+    that of the feature."""
+    of = sharded.columns if isinstance(head, ShardedTvMFLoss) else columns
+    found = torch.ones_like(labels), *of(head, features, labels, prior)
+    rows = torch.stack([c.double() for c in (*found, features.double().norm(dim=1))], 1)
     return torch.where((labels >= 0)[:, None], rows, 0)
 
 
@@ -124,7 +127,7 @@ def full_report(rows: Tensor, labels: Tensor, counts: Tensor) -> dict[str, Any]:
     known = rows[:, 0] > 0
     report = error_report(rows)
     rows, labels = rows[known], labels[known]
-    _, _, rank, predicted, confidence, own, other, adjusted_rank, adjusted_predicted, _ = rows.t()
+    _, _, rank, predicted, confidence, own, other, adjusted_rank, adjusted_predicted, *_ = rows.t()
     size, classes = counts[labels], len(counts)
     groups = {g: (size >= low) & (size <= high) for g, (low, high) in GROUPS.items()}
     adjusted = class_figures(adjusted_rank, adjusted_predicted, labels, groups, classes)

@@ -78,14 +78,20 @@ def train(session: Session) -> dict[str, dict]:
     return session.results
 
 
+def new_head(session: Session, name: str, num_features: int, tau: float) -> nn.Module:
+    """A head on the session's device, with the logarithm of the class frequencies times `tau`."""
+    counts = session.data.counts
+    prior = log_prior(counts, tau) if tau else None
+    size = num_features, len(counts)
+    head = make_head(name, *size, session.config, prior=prior, mesh=session.mesh)
+    return head.to(session.device)
+
+
 def train_stage1(session: Session, net: nn.Module, saved: dict | None) -> dict:
     """Trains backbone and head on every image equally often."""
     config = session.config
-    counts, tau = session.data.counts, config.prior
-    prior = log_prior(counts, tau) if tau else None
-    size = net.num_features, len(counts)
-    head = make_head(config.head, *size, config, prior=prior, mesh=session.mesh)
-    return Fit(session, 1, net, head.to(session.device), None, saved).run()
+    head = new_head(session, config.head, net.num_features, config.prior)
+    return Fit(session, 1, net, head, None, saved).run()
 
 
 def train_stage2(session: Session, net: nn.Module, saved: dict | None) -> dict:
@@ -95,12 +101,8 @@ def train_stage2(session: Session, net: nn.Module, saved: dict | None) -> dict:
     before = checkpoint.fill(net, source[0], config.net, source[1])["weight"]
     net.requires_grad_(False)
     torch.manual_seed(seed_of(config.seed, 2))
-    counts, tau = session.data.counts, config.stage2_prior
-    prior = log_prior(counts, tau) if tau else None
-    size = net.num_features, len(counts)
-    head = make_head("cosine", *size, config, prior=prior, mesh=session.mesh)
+    head = new_head(session, "cosine", net.num_features, config.stage2_prior)
     cached = cache_features(session, net) if config.views else None
-    head = head.to(session.device)
     if config.stage2_start == "stage1" and before.shape == head.weight.shape:
         with torch.no_grad():
             weight, first = sharded.own_classes(head)

@@ -38,11 +38,11 @@ def test_image_rows_by_hand():
     assert rows[0, 2] == 0  # class 3 ties with the target
     wanted = [
         # known, loss, rank, predicted, confidence, target cosine, other cosine; then rank and
-        # predicted of the logits [2, 0.5, 3, 3], [0.6, 2.1, 7.2, 2.4] and again the first
-        [1, lse[0] - 2.0, 0, 0, math.exp(2.0 - lse[0]), 1.0, half, 2, 2],
-        [1, lse[1] - 1.4, 1, 1, math.exp(2.1 - lse[1]), 1.4 * half, 0.8, 1, 2],
-        [1, lse[2] - 0.5, 2, 0, math.exp(2.0 - lse[2]), 0.0, 1.0, 3, 2],
-        [0] * 9,
+        # predicted of the logits [2, 0.5, 3, 3], [0.6, 2.1, 7.2, 2.4] and again the first; norm
+        [1, lse[0] - 2.0, 0, 0, math.exp(2.0 - lse[0]), 1.0, half, 2, 2, 2],
+        [1, lse[1] - 1.4, 1, 1, math.exp(2.1 - lse[1]), 1.4 * half, 0.8, 1, 2, 1],
+        [1, lse[2] - 0.5, 2, 0, math.exp(2.0 - lse[2]), 0.0, 1.0, 3, 2, 2],
+        [0] * 10,
     ]
     rows[0, 3] = rows[2, 3] = 0  # the first or the other of two that tie
     rows[0, 8] = rows[2, 8] = 2
