@@ -33,7 +33,6 @@ NO_RESULT += ("device", "workers", "checkpoint_minutes", "shard_classes")
 Dataset = Literal[tuple(RECIPES)]
 Count = Annotated[int, Field(ge=0, le=10**6)]
 NETS = "^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$"
-Kappa = Annotated[float, Field(gt=-0.5)]
 
 
 class TrainError(ValueError):
@@ -80,7 +79,7 @@ class Config:
     """Only test MODEL, with the head that it holds."""
     head: Literal["softmax", "cosine", "tvmf"] = "tvmf"
     """Head of stage 1."""
-    kappa: Kappa = 16.0
+    kappa: Annotated[float, Field(gt=-0.5)] = 16.0
     """Concentration of the t-vMF similarity; the other heads have none."""
     prior: NonNegativeFloat = 0.0
     """TAU of logit adjustment in stage 1: the loss adds TAU times the logarithm of the class

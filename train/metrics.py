@@ -14,16 +14,8 @@ from tvmf_ext import ShardedTvMFLoss, tvmf_logits
 GROUPS = {"many": (101, float("inf")), "medium": (20, 100), "few": (0, 19)}
 SIZES = {"many": "> 100", "medium": "20..100", "few": "< 20"}
 # The figures in percent, each with its heading in tables; train.report shows all of them.
-FIGURES = {
-    "error1": "error@1",
-    "adjusted_error1": "adjusted",
-    "error5": "error@5",
-    "many": "many",
-    "medium": "medium",
-    "few": "few",
-    "macro_f1": "macro-F1",
-    "ece": "ECE",
-}
+FIGURES = {"error1": "error@1", "adjusted_error1": "adjusted", "error5": "error@5"}
+FIGURES |= {name: name for name in GROUPS} | {"macro_f1": "macro-F1", "ece": "ECE"}
 COLUMNS = ("known", "loss", "rank", "predicted", "confidence", "target_cosine", "other_cosine")
 COLUMNS += ("adjusted_rank", "adjusted_predicted", "norm")
 BINS, EDGES = 15, torch.linspace(-1, 1, 51)

@@ -53,18 +53,15 @@ def make_net(name: str, channels: int, pretrained: bool = False) -> nn.Module:
         return resnet(BasicBlock, [1, 1, 1, 1], channels)
     if name == "resnet50":
         return resnet(Bottleneck, [3, 4, 6, 3], channels)
+    name, options = name.removeprefix("timm:"), {"num_classes": 0, "in_chans": channels}
     try:
         import timm
-    except ImportError as error:
-        raise TrainError(f"--net: got {name} ({error}), wanted: pip install timm") from None
-    try:
-        net = timm.create_model(
-            name.removeprefix("timm:"), pretrained, num_classes=0, in_chans=channels
-        )
+
+        net = timm.create_model(name, pretrained, **options)
     except Exception as error:  # a download fails in ways of the library that does it
         raise TrainError(
-            f"--net: got {name} ({error}), wanted a name of timm.list_models(), whose weights can "
-            "be loaded with --pretrained"
+            f"--net: got timm:{name} ({error}), wanted a name of timm.list_models() (after pip "
+            "install timm), whose weights can be loaded with --pretrained"
         ) from None
     # MobileNetV3, VGG and others have a layer between pooling and classifier.
     net.num_features = getattr(net, "head_hidden_size", None) or net.num_features

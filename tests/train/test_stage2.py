@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 from tests.train.runs import configure, equal, feat, in_memory, load_state, records, train_both
 from train import stage2, stages
-from train.features import Cached
 from train.fit import Fit
 from train.model import make_head
 from train.session import Session
+from train.stage2 import Cached
 
 
 def is_statistic(name):
