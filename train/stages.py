@@ -16,28 +16,22 @@ from tvmf_ext.margin import log_prior
 
 
 def build_net(session: Session) -> nn.Module:
-    """The backbone that the flags ask for, on the session's device."""
-    config, images = session.config, session.data.train.images
+    """The backbone that the flags ask for, on the session's device. One that cannot take images of
+    that size is refused, such as most vision transformers."""
+    config, images, size = session.config, session.data.train.images, session.data.image_size
     channels = images.shape[1] if isinstance(images, Tensor) else 3
     net = make_net(config.net, channels, config.pretrained).to(session.device)
-    check_net(net, config.net, channels, session.data.image_size)
-    return net
-
-
-def check_net(net: nn.Module, name: str, channels: int, size: int) -> None:
-    """Refuses a net that cannot take images of that size, such as most vision transformers."""
     try:
         with torch.no_grad():
-            images = torch.zeros(1, channels, size, size, device=next(net.parameters()).device)
-            features = net.eval()(images)
+            features = net.eval()(torch.zeros(1, channels, size, size, device=session.device))
         if features.shape != (1, net.num_features):
             raise ValueError(f"its output is {list(features.shape)}")
     except Exception as error:  # each net of timm fails in a way of its own
         raise TrainError(
-            f"--net: got {name} ({checkpoint.first_line(error)}), wanted a net that makes features "
-            f"of {size} x {size} pixels, or another --image-size"
+            f"--net: got {config.net} ({checkpoint.first_line(error)}), wanted a net that makes "
+            f"features of {size} x {size} pixels, or another --image-size"
         ) from None
-    net.train()
+    return net.train()
 
 
 def check_session(session: Session) -> None:
