@@ -168,15 +168,15 @@ class Sm90Plan:
     gradient_blocks: int
     """gradient tile: persistent blocks that share the class tiles of a chunk"""
     product_blocks: int
-    """persistent blocks that share the tiles of the weight gradient, at most"""
+    """persistent blocks that share the tiles of both products, at most"""
     chunk: int
     """classes per launch of the backward pass"""
     chunks: int
     product_rows: int
     product_cols: int
     """gradients of weight and features: a block makes tiles of product_rows x product_cols"""
-    input_splits: int
-    """blocks that share the classes of a tile of the features' gradient"""
+    partial_features: int
+    """blocks that share a tile of the features' gradient, at most"""
 
     @property
     def name(self) -> str:
@@ -198,10 +198,10 @@ class Sm90Plan:
         weight_tiles = -(-classes // rows) * feature_tiles
         return [
             f"  gradient tile    {self._tiles(self.gradient_blocks, classes)}",
-            f"  weight gradient  {weight_tiles} tiles of {rows} classes x {cols} features in "
-            f"{min(weight_tiles, self.product_blocks)} blocks",
-            f"  input gradient   tile {rows} x {cols}, grid {-(-problem.N // rows)} x "
-            f"{feature_tiles} x {self.input_splits}",
+            f"  weight gradient  {weight_tiles} tiles of {rows} classes x {cols} features, in one "
+            f"launch with the input gradient",
+            f"  input gradient   {-(-problem.N // rows) * feature_tiles} tiles of {rows} rows x "
+            f"{cols} features, each by up to {self.partial_features} blocks",
         ]
 
 

@@ -15,8 +15,8 @@ struct CudaPlan {
   std::variant<sm80::Plan, sm90::Plan> variant;  // of the architecture whose kernels run
   Memory memory;
 
-  // Whether the gradients of classes are sums of several launches, so that those of kappa and the
-  // bias must be float32.
+  // Whether the gradients of classes are sums of several launches, so that they must be
+  // float32, whatever the dtype of the parameter.
   bool adds_gradients() const {
     return std::visit([](const auto& plan) { return plan.adds_gradients(); }, variant);
   }

@@ -273,7 +273,7 @@ class Call {
         N > 0 ? std::optional(plan_of(kept, with_sum)) : std::nullopt;
     const auto make = [&](const OptionalTensor& of, int64_t bit) {
       if (!(wanted & bit)) return empty({0}, head_.input.scalar_type());
-      const bool added = (bit == kKappa || bit == kBias) && plan && plan->adds_gradients();
+      const bool added = bit & (kWeight | kKappa | kBias) && plan && plan->adds_gradients();
       return empty(of->sizes(), added ? ScalarType::Float : of->scalar_type());
     };
     Gradients out{make(head_.input, kInput), make(head_.weight, kWeight), make(head_.kappa, kKappa),
@@ -294,6 +294,7 @@ class Call {
                                                     .workspace = workspace.data_ptr(),
                                                     .stream = stream_});
     if (error != cudaSuccess) fail(error, "the backward pass of " + text());
+    if (wanted & kWeight) out.weight = to_dtype(out.weight, head_.weight.scalar_type());
     if (wanted & kKappa) out.kappa = to_dtype(out.kappa, head_.kappa->scalar_type());
     if (wanted & kBias) out.bias = to_dtype(out.bias, head_.bias->scalar_type());
     return out;

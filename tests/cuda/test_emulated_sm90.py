@@ -21,9 +21,11 @@ from tests.cuda.test_emulated import (  # noqa: F401
     make,
     module,
 )
+from tests.cuda.test_schedule import parts_of
 from tests.test_loss import MARGINS, with_margins
 
 MIXES = ("bf16-fp32", "fp16-fp32")
+NARROW = ("bf16", "fp16")  # weights of the features' dtype
 # GPUs that differ in their plans: with many multiprocessors tiles are small, with few they are
 # large, and with a small L2 cache the classes are divided into chunks.
 SMALL = {"capability": 90}
@@ -55,7 +57,24 @@ def test_statistics_of_ragged_tiles(few, path, mix):
     assert launches == plan["forward_launches"] + plan["backward_launches"]
 
 
-@OF_EACH_DTYPE
+@pytest.mark.parametrize("mix", NARROW)
+@PATHS
+def test_weights_of_the_features_dtype(path, mix):
+    for options in (OPTIONS, {"scale": "[]"}, {"prior": True, "kappa": 4.0}):
+        for statistics in (False, True):
+            problem = hopper(70, 333, 72, mix, **options)
+            plan = check(problem, statistics=statistics, **path)["plan"]
+            assert plan["architecture"] == "sm90" and (plan["chunks"] > 1) == ("l2" in path)
+
+
+@pytest.mark.parametrize("mix", NARROW)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (33, 65, 40), (257, 130, 136)], ids=str)
+@pytest.mark.parametrize("path", [SMALL, LARGE], ids=["small tiles", "large tiles"])
+def test_the_loss_alone_of_weights_of_the_features_dtype(path, shape, mix):
+    assert check(hopper(*shape, mix), **path)["plan"]["architecture"] == "sm90"
+
+
+@pytest.mark.parametrize("mix", [*MIXES, *NARROW])
 @PATHS
 def test_powers_of_two_change_no_bit(path, mix):
     check_powers_of_two(mix, path)
@@ -104,19 +123,29 @@ def test_several_blocks_of_rows(path):
     check(problem, **path)
 
 
-@OF_EACH_DTYPE
+@pytest.mark.parametrize(("C", "l2", "chunks"), [(1000, 2**25, 1), (1500, 1_000_000, 2)])
+def test_tiles_of_dx_with_fewer_parts_than_there_are_partial_sums(C, l2, chunks):
+    """The last block of such a tile clears the partial sums that are left."""
+    plan = check(hopper(300, C, 24, "bf16-fp32"), capability=90, sms=11, l2=l2)["plan"]
+    assert plan["chunks"] == chunks
+    schedule = simt.load().product_schedule(300, 24, min(C, plan["chunk"]), 11, 12)
+    counts = {len(parts) for parts in parts_of(schedule)}
+    assert len(counts) > 1 and max(counts) <= plan["partial_features"]
+
+
+@pytest.mark.parametrize("mix", [*MIXES, *NARROW])
 @PATHS
 @pytest.mark.parametrize("statistics", [False, True], ids=["loss", "statistics"])
 def test_segments_of_rows(statistics, path, mix):
     """Each pass works on 256 rows after another, the last time on 44. They leave the sums of their
     losses, add up the gradients of the classes, and divide by the weight of all rows."""
     options = OPTIONS if statistics else OPTIONS | {"label_smoothing": 0.1, "reduction": "mean"}
-    problem = hopper(300, 200, 20, mix, **options)
+    problem = hopper(300, 200, 24, mix, **options)
     plan = check(problem, statistics=statistics, most_rows=256, **path)["plan"]
     assert (plan["segments"], plan["segment_rows"]) == (2, 256)
     launches = plan["forward_launches"] + plan["backward_launches"]
     assert len(simt.load().reports()) == launches - statistics  # without finish_loss
-    assert plan["backward_launches"] == 2 * (2 + 3 * plan["chunks"])
+    assert plan["backward_launches"] == 2 * (2 + 2 * plan["chunks"])
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -368,12 +397,13 @@ def test_bits_do_not_depend_on_the_order_of_threads(module, path, rows, classes)
     problems.assert_same_bits(*results)
 
 
+@pytest.mark.parametrize("mix", ["bf16-fp32", "bf16"])
 @PATHS
 @pytest.mark.parametrize("rows", [256, 512], ids=["", "segments"])
-def test_counts_are_the_plans(module, path, rows):  # noqa: F811
+def test_counts_are_the_plans(module, path, rows, mix):  # noqa: F811
     """The emulator counts the sectors and wgmma that the plan predicts, and no bank conflict."""
     module.configure(seed=0, check_races=False, count=True)
-    problem = hopper(rows, 512, 256, "bf16-fp32")
+    problem = hopper(rows, 512, 256, mix)
     plan = check(problem, most_rows=256, **path)["plan"]
     reports = module.reports()
     forward = reports[: plan["forward_launches"]]
@@ -421,4 +451,4 @@ def test_command_line():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "path of sm90" in done.stdout and "weight_gradient" in done.stdout
+    assert "path of sm90" in done.stdout and "products" in done.stdout

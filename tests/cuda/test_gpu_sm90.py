@@ -1,4 +1,5 @@
-"""Hopper's own kernels on a real device: 16-bit features with float32 weights, every way to them.
+"""Hopper's own kernels on a real device: 16-bit features with float32 weights, every way to them,
+and with weights of their own dtype.
 
 The same source runs under the emulator in tests/cuda/test_emulated_sm90.py.
 """
@@ -36,19 +37,21 @@ SHAPES = [
 
 
 @DTYPES
+@pytest.mark.parametrize("weights", [MIXED, {}], ids=["float32 weights", "16-bit weights"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @OPERATORS
-def test_whole_and_ragged_tiles(operator, shape, dtype):
-    problem = everything(*shape, dtype=dtype, scale="[]", reduction="none", **MIXED)
+def test_whole_and_ragged_tiles(operator, shape, weights, dtype):
+    problem = everything(*shape, dtype=dtype, scale="[]", reduction="none", **weights)
     check_cuda(operator, problem, tolerance=torch.finfo(dtype).eps)
 
 
 @DTYPES
+@pytest.mark.parametrize("weights", [MIXED, {}], ids=["float32 weights", "16-bit weights"])
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
-def test_the_loss_alone(shape, dtype):
+def test_the_loss_alone(shape, weights, dtype):
     """Other instances of the kernels run where no sums, ranks or gradients of kappa and bias are
     wanted."""
-    problem = make_problem(*shape, dtype=dtype, scale="[]", **MIXED)
+    problem = make_problem(*shape, dtype=dtype, scale="[]", **weights)
     check_cuda(tvmf_cross_entropy, problem, tolerance=torch.finfo(dtype).eps)
 
 

@@ -87,9 +87,10 @@ def _array(tensor):
     return tensor.numpy(), name
 
 
-def _tensor(array, like):
+def _tensor(array, dtype):
+    """The array as a tensor of `dtype`: uint16 has its bits, and float32 is rounded to it."""
     tensor = torch.from_numpy(array)
-    return tensor.view(like) if like.itemsize == 2 else tensor
+    return tensor.view(dtype) if tensor.dtype == torch.uint16 else tensor.to(dtype)
 
 
 def _argument(value):

@@ -187,11 +187,14 @@ py::dict step(const py::dict& args) {
   };
   const std::vector<int64_t> kappa_shape =
       head.kappa.stride ? std::vector<int64_t>{C} : std::vector<int64_t>{};
+  const auto of_class = [&](DType dtype) {
+    return plan.adds_gradients() ? DType::kFloat32 : dtype;
+  };
   const CudaGradients grads{gradient("input", "dx", x.dtype, {N, D}),
-                            gradient("linear_weight", "dw", w.dtype, {C, D}),
-                            gradient("kappa", "dkappa", head.kappa.dtype, kappa_shape),
+                            gradient("linear_weight", "dw", of_class(w.dtype), {C, D}),
+                            gradient("kappa", "dkappa", of_class(head.kappa.dtype), kappa_shape),
                             gradient("scale", "dscale", head.scale.dtype, {}),
-                            gradient("linear_bias", "dbias", head.bias.dtype, {C})};
+                            gradient("linear_bias", "dbias", of_class(head.bias.dtype), {C})};
   if (!gradients.empty()) {
     const auto from = args["upstream"].cast<py::dict>();
     CudaUpstream upstream{vector("dloss", from, "loss", 0), vector("dothers", from, "others", 0),
@@ -228,17 +231,76 @@ CudaProblem mixed_problem(int64_t N, int64_t C, int64_t D) {
           .layout = {.row_stride = D, .col_stride = 1}};
 }
 
+// The predicted times of the two products as the kernels made them that were measured: in a launch
+// each, whose tiles or runs of 2 steps and more the multiprocessors shared in whole waves.
+std::map<std::string, double> products_in_two_launches(const CudaProblem& p, const sm90::Plan& plan,
+                                                       const Gpu& gpu) {
+  const double N = double(p.N), D = double(p.D), wait = gpu.wait_seconds;
+  const double step = 2.0 * sm90::kProductRows * sm90::kProductCols * sm90::kDepth /
+                      (gpu.product_rate / double(gpu.sms));
+  const double ends = (KernelCost::kStart + KernelCost::kTile) * wait + gpu.launch_seconds;
+  const int64_t cols = ceil_div(p.D, sm90::kProductCols);
+  const int64_t tiles = ceil_div(p.N, sm90::kProductRows) * cols;
+  const int64_t splits = std::clamp<int64_t>(
+      std::min(gpu.sms / tiles, 16 * kMiB / std::max<int64_t>(p.N * p.D * 4, 1)), 1,
+      std::max<int64_t>(ceil_div(plan.chunk, sm90::kDepth) / 2, 1));
+  const bool cached = 2 * double(plan.chunk) * (N + 3 * D) <= double(gpu.l2 * 7 / 10);
+  double weight = 0, features = 0;
+  for (int64_t begin = 0; begin < p.C; begin += plan.chunk) {
+    const int64_t classes = std::min(plan.chunk, p.C - begin);
+    const double count = double(classes), read = cached ? 0 : 2 * count * (N + D);
+    const double waves =
+        double(ceil_div(ceil_div(classes, sm90::kProductRows) * cols, plan.blocks));
+    const double written = count * D * 4 / gpu.hbm_rate;
+    weight += ends + std::max(waves * double(ceil_div(p.N, sm90::kDepth)) * step +
+                                  (waves - 1) * KernelCost::kTile * wait + written,
+                              written + read / gpu.hbm_rate);
+    const double steps = double(ceil_div(ceil_div(classes, sm90::kDepth), splits));
+    const double rounds = double(ceil_div(tiles * splits, plan.blocks));
+    const double added = double(splits) * N * D * 4 * (begin > 0 ? 2 : 1) / gpu.l2_rate;
+    features += ends + std::max(steps * rounds * step + added, read / gpu.hbm_rate);
+  }
+  return {{"weight_gradient", weight}, {"feature_gradient", features}};
+}
+
 // Predicted seconds of each kernel, by its name, of one step with bfloat16 features and a float32
-// weight on an H200, if the epilogues of the cosines have so many instructions an element.
-std::map<std::string, double> hopper_seconds(int64_t N, int64_t C, int64_t D, double statistics,
-                                             double gradient) {
+// weight on an H200, if the epilogues of the cosines have so many instructions an element, a chunk
+// so many classes, and each of the products a launch of its own.
+std::map<std::string, double> hopper_seconds(int64_t N, int64_t C, int64_t D, int64_t chunk,
+                                             double statistics, double gradient) {
   const CudaProblem problem = mixed_problem(N, C, D);
   const Gpu& gpu = *find_gpu("H200");
-  const Cost cost = cost_of(problem, sm90::make_plan(problem, gpu), gpu, {statistics, gradient});
-  std::map<std::string, double> seconds;
+  sm90::Plan plan = sm90::make_plan(problem, gpu);
+  plan.chunk = chunk;
+  plan.chunks = ceil_div(C, chunk);
+  const Cost cost = cost_of(problem, plan, gpu, {statistics, gradient});
+  std::map<std::string, double> seconds = products_in_two_launches(problem, plan, gpu);
   for (const PassCost* pass : {&cost.forward, &cost.backward})
-    for (const KernelCost& kernel : pass->kernels) seconds[kernel.name] = kernel.seconds;
+    for (const KernelCost& kernel : pass->kernels)
+      if (std::string(kernel.name) != "products") seconds[kernel.name] = kernel.seconds;
   return seconds;
+}
+
+// The schedule of a chunk's products: what it comes to, and for each block its tiles of dw, its
+// steps of the tiles of dx, and its turn.
+py::dict product_schedule(int64_t rows, int64_t D, int64_t classes, int64_t sms,
+                          int64_t most_partials) {
+  const auto schedule = sm90::make_schedule(rows, D, classes, sms, most_partials);
+  const sm90::ScheduleLoad load = sm90::load_of(schedule);
+  std::vector<std::tuple<int, int, int, int, int>> blocks;
+  for (int block = 0; block < schedule.blocks; ++block) {
+    const sm90::Range tiles = schedule.weight_tiles(block), steps = schedule.feature_steps(block);
+    blocks.emplace_back(tiles.begin, tiles.end, steps.begin, steps.end, schedule.turn(block));
+  }
+  py::dict out;
+  out["weight"] = std::pair(schedule.weight.count(), schedule.weight.steps);
+  out["features"] = std::pair(schedule.features.count(), schedule.features.steps);
+  out["whole"] = schedule.whole;
+  out["blocks"] = blocks;
+  out["partials"] = load.partials;
+  out["parts"] = load.parts;
+  out["steps"] = load.steps;
+  return out;
 }
 
 // Makes the calls of one step with bfloat16 features and a float32 weight, with addresses that
@@ -288,5 +350,6 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
   bind_faults(module);
   module.def("step", step);
   module.def("hopper_seconds", hopper_seconds);
+  module.def("product_schedule", product_schedule);
   module.def("call_step", call_step);
 }

@@ -9,9 +9,11 @@ namespace tvmf::sm90 {
 // Zeros beyond the last row and column. The pointers are null where no features are arranged.
 struct ArrangedRows {
   int64_t rows, columns;  // multiples of 32 and of 64
-  void* by_rows;          // [rows, columns]  rows and columns by source_of: operand of the cosines
+  void* by_rows;          // [rows, columns]  rows, and columns unless `ordered`, by source_of:
+                          // operand of the cosines
   void* by_columns;       // [N, columns]  columns by column_of: operand of the weight gradient
   const float* rnorm;     // [N]  not null where by_columns has unit rows, in float16
+  bool ordered;           // whether by_rows keeps the order of the columns, as 16-bit weights do
 
   // Work items of `arrange`, each of 16 bytes.
   int64_t items() const { return by_rows ? rows * (columns / 8) : 0; }
@@ -39,6 +41,8 @@ __device__ __forceinline__ void arrange(const CudaHead& head, const ArrangedRows
   struct alignas(16) Eight {
     uint16_t v[8];
   };
+  const bool whole = to.ordered && head.x.col_stride == 1 && head.x.row_stride % 8 == 0 &&
+                     reinterpret_cast<uintptr_t>(x) % 16 == 0 && col + 8 <= head.D;
   const auto eight_of = [&](int64_t n, const auto& column) {
     Eight eight{};
 #pragma unroll
@@ -48,9 +52,14 @@ __device__ __forceinline__ void arrange(const CudaHead& head, const ArrangedRows
     }
     return eight;
   };
+  const int64_t source = row / 32 * 32 + source_of(int(row % 32));
+  const auto ordered_or_not = [&](int k) {
+    return to.ordered ? col + k : col / 32 * 32 + source_of(col % 32 + k);
+  };
   store_as(static_cast<uint16_t*>(to.by_rows) + row * to.columns + col,
-           eight_of(row / 32 * 32 + source_of(int(row % 32)),
-                    [&](int k) { return col / 32 * 32 + source_of(col % 32 + k); }));
+           !whole            ? eight_of(source, ordered_or_not)
+           : source < head.N ? load_as<Eight>(x + source * head.x.row_stride + col)
+                             : Eight{});
   if (!to.by_columns || row >= head.N) return;
   Eight eight = eight_of(row, [&](int k) { return col / 16 * 16 + column_of(col % 16 + k); });
   if (to.rnorm) {

@@ -23,6 +23,39 @@ struct GradientLayout {
   static_assert(kBytes <= 232448);
 };
 
+// Stores the 16-bit weights of a lane's two classes as unit rows.
+template <Math kMath, class Shape>
+struct StoreWeights {
+  uint16_t* to;    // the first class's row
+  int64_t stride;  // of `to`
+  int first;       // the lane's first column of 32
+  bool inside[2];  // whether the classes exist
+  float unit[2];
+  bool wanted;
+
+  __device__ __forceinline__ uint32_t unit_pair(uint32_t pair, int h) const {
+    if constexpr (kMath == Math::kBf16)
+      return scale_bf16(pair, to_bf16(unit[h]));
+    else if constexpr (Shape::kNarrow)
+      return pack_f16(half_of<kMath>(pair, 0) * unit[h], half_of<kMath>(pair, 1) * unit[h]);
+    else
+      return pair;
+  }
+  __device__ __forceinline__ void operator()(int step, int half, const uint32_t* pairs) const {
+    const int64_t d = step * kDepth + half * 32 + first;
+    if (d >= stride) return;
+    struct alignas(16) Four {
+      uint32_t v[4];
+    };
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (inside[h])
+        store_as(to + h * 8 * stride + d,
+                 Four{unit_pair(pairs[h], h), unit_pair(pairs[2 + h], h),
+                      unit_pair(pairs[4 + h], h), unit_pair(pairs[6 + h], h)});
+  }
+};
+
 // A persistent block makes the cosines of its tiles again, and from them the gradient tiles; it
 // also stores the rounded weights. An element takes few multiplications because its class and its
 // row take the rest: d has the unit 1 / sqrt((1 + 2 kappa) q), so that its inverse's square holds
@@ -83,32 +116,19 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
         const float rnorm = inside[h] ? p.saved.weight_rnorm[c] : 0.0f;
         const float kappa = bounded_kappa(terms.kappa);
         inner[h] = unit_rnorm(rnorm), unit[h] = unit_scale(rnorm);
-        classes[h] = ClassForm::of(kappa, inner_rnorm<kMath>(rnorm),
+        classes[h] = ClassForm::of(kappa, cosine_rnorm<kMath, Shape>(rnorm),
                                    fast_rsqrt((1 + 2 * kappa) * inner[h]), scale, inside[h]);
         offset[h] = kLog2E * terms.offset, bias[h] = offset[h] - kLog2E * terms.bias;
         omega[h] = terms.omega;
       }
       // The blocks that share a class tile take turns in writing its rounded weights.
       const bool keep = tile % p.tiles.row_blocks == block.row_block && warp_row == 0;
-      const auto unit_pair = [&](uint32_t pair, int h) {
-        if constexpr (kMath == Math::kBf16)
-          return scale_bf16(pair, to_bf16(unit[h]));
-        else
-          return pair;
-      };
-      const auto use = [&](int step, int half, const uint32_t* pairs) {
-        const int64_t d = step * kDepth + half * 32 + lane.quad * 8;
-        if (!keep || d >= p.weight.stride) return;
-        struct alignas(16) Four {
-          uint32_t v[4];
-        };
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          if (inside[h])
-            store_as(p.weight.data + (column + h * 8) * p.weight.stride + d,
-                     Four{unit_pair(pairs[h], h), unit_pair(pairs[2 + h], h),
-                          unit_pair(pairs[4 + h], h), unit_pair(pairs[6 + h], h)});
-      };
+      const StoreWeights<kMath, Shape> use{p.weight.data + column * p.weight.stride,
+                                           p.weight.stride,
+                                           lane.quad * 8,
+                                           {inside[0], inside[1]},
+                                           {unit[0], unit[1]},
+                                           keep};
       float squares[2] = {};
       Shape::template multiply<kMath>(smem, tail.ring, state, lane, block.steps, acc, unit, squares,
                                       use);
@@ -195,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         // The products were made of the weights themselves, but t has the norm of unit rows.
-        sums[0][h] = 2 * col_dot[h] * (kMath == Math::kF16 ? 1.0f : unit[h]);
+        sums[0][h] = 2 * col_dot[h] * (kUnitRows<kMath, Shape> ? 1.0f : unit[h]);
         if constexpr (kAll) {
           total_scale = fma(col_g[h], bias[h], total_scale);
           sums[1][h] = col_g[h];
@@ -250,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, 1) gradient(const __grid_constant__ 
 cudaError_t launch_gradient(const GradientParams& p, const Plan& plan, cudaStream_t stream) {
   const dim3 grid(unsigned(p.tiles.row_blocks * p.tiles.blocks));
   return with_cosine_shape(plan, [&](auto math, auto shape) {
-    return with_terms(p.terms, [&](auto kind) {
+    return with_terms<decltype(shape)>(p.terms, [&](auto kind) {
       constexpr Math kMath = decltype(math)::value;
       using Shape = decltype(shape);
       return launch_kernel(gradient<kMath, Shape, decltype(kind)::value>, grid, kThreads,

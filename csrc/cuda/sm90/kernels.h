@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/sm90/plan.h"
+#include "cuda/sm90/schedule.h"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/views.h"
 
@@ -68,37 +69,23 @@ struct GradientParams {
 
 cudaError_t launch_gradient(const GradientParams& p, const Plan& plan, cudaStream_t stream);
 
-// The tiles of a product of kProductRows x kProductCols, and its steps of kDepth.
-struct ProductTiles {
-  int rows, cols;
-  int steps;
-};
-
-struct WeightGradientParams {
-  TensorMaps maps;  // gradient, features arranged by columns
+// The two products of a chunk: that with the features gives dw, that with the weights dx.
+struct ProductsParams {
+  TensorMaps weight_maps;   // gradient, features arranged by columns
+  TensorMaps feature_maps;  // gradient, rounded weights
   CudaHead head;
-  CudaGradients out;  // writes weight and bias, and kappa where it has a value per class
+  CudaGradients out;   // writes weight and bias, and kappa where it has a value per class
+  bool class_outputs;  // whether any of these is wanted
   Saved<const float> saved;
   const float* inv_loss_scale;  // [1]
   Chunk chunk;
   RoundedWeights weight;
   ColumnSums sums;
-  ProductTiles tiles;
-  bool add;  // whether an earlier segment of rows has written the gradients, in float32
+  PartialFeatures<float> dx;  // writes it, or adds to it, unless it is null
+  ProductSchedule schedule;
+  bool add;  // whether an earlier segment of rows has written the gradients of out, in float32
 };
 
-cudaError_t launch_weight_gradient(const WeightGradientParams& p, const Plan& plan,
-                                   cudaStream_t stream);
-
-struct FeatureGradientParams {
-  TensorMaps maps;  // gradient, rounded weights
-  int64_t N, D;
-  PartialFeatures<float> dx;  // writes it, or adds to it
-  ProductTiles tiles;
-  bool add;  // whether an earlier chunk has written dx
-};
-
-cudaError_t launch_feature_gradient(const FeatureGradientParams& p, const Plan& plan,
-                                    cudaStream_t stream);
+cudaError_t launch_products(const ProductsParams& p, const Plan& plan, cudaStream_t stream);
 
 }  // namespace tvmf::sm90

@@ -11,18 +11,26 @@ namespace tvmf::sm90 {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Calls f with the kind of a kernel's instance.
-template <class F>
+// Calls f with the kind of a kernel's instance. With 16-bit weights those with a prior do not
+// exist, which would make the library larger, and those with everything serve.
+template <class Shape, class F>
 cudaError_t with_terms(Terms terms, const F& f) {
-  switch (terms) {
-    case Terms::kPlain: return f(std::integral_constant<Terms, Terms::kPlain>{});
-    case Terms::kPrior: return f(std::integral_constant<Terms, Terms::kPrior>{});
-    default: return f(std::integral_constant<Terms, Terms::kAll>{});
-  }
+  if (terms == Terms::kPlain) return f(std::integral_constant<Terms, Terms::kPlain>{});
+  if constexpr (!Shape::kNarrow)
+    if (terms == Terms::kPrior) return f(std::integral_constant<Terms, Terms::kPrior>{});
+  return f(std::integral_constant<Terms, Terms::kAll>{});
 }
 
-// Above the upper bound phi no longer changes in float32. Below the lower one it differs from phi at
-// the bound by less than 1e-6, except where c is near -1. Within the bounds no term of the form
+// Whether the cosines are made of unit rows of the weight, and the inverse norm of its row there.
+template <Math kMath, class Shape>
+constexpr bool kUnitRows = kMath == Math::kF16 && !Shape::kNarrow;
+template <Math kMath, class Shape>
+__device__ __forceinline__ float cosine_rnorm(float rnorm) {
+  return kUnitRows<kMath, Shape> ? unit_rnorm(rnorm) : rnorm;
+}
+
+// Above the upper bound phi no longer changes in float32. Below the lower one it differs from phi
+// at the bound by less than 1e-6, except where c is near -1. Within the bounds no term of the form
 // overflows or becomes 0.
 __device__ __forceinline__ float bounded_kappa(float kappa) {
   return kappa < -0.4999995f ? -0.4999995f : kappa > 1e18f ? 1e18f : kappa;

@@ -74,18 +74,22 @@ __device__ __forceinline__ float half_of(uint32_t pair, int high) {
     return to_float(f16{uint16_t(high ? pair >> 16 : pair)});
 }
 
-// The product that makes cosines: float32 weights [classes, D], rounded in registers, times
-// arranged features [rows, D] of 16 bits. The warpgroups split the classes, or the rows where a
+// The product that makes cosines: weights [classes, D], times arranged features [rows, D] of 16
+// bits. float32 weights are rounded in registers; those of the features' dtype (kNarrow) are
+// multiplied where they lie in shared memory. The warpgroups split the classes, or the rows where a
 // tile has only 64 classes.
-template <int kGroupRows_, bool kSplitRows_>
+template <int kGroupRows_, bool kSplitRows_, bool kNarrow_>
 struct CosineShape {
+  static constexpr bool kNarrow = kNarrow_;
   static constexpr int kGroupRows = kGroupRows_;  // rows of a warpgroup
   static constexpr bool kSplitRows = kSplitRows_;
   static constexpr int kClasses = kSplitRows ? kSmallClasses : kLargeClasses;
   static constexpr int kRows = kSplitRows ? 2 * kGroupRows : kGroupRows;
   static_assert(kRows == kCosineRows, "the plan counts on it");
-  static constexpr int kBox = kClasses * kLine;  // bytes of 32 columns of weights; a stage has two
-  static constexpr int kWeightBytes = 2 * kBox, kStageBytes = kWeightBytes + kRows * kLine;
+  // Bytes of a line's 128 for all classes. A stage has 64 columns of weights: two such boxes in
+  // float32, and otherwise one.
+  static constexpr int kBox = kClasses * kLine, kBoxes = kNarrow ? 1 : 2;
+  static constexpr int kWeightBytes = kBoxes * kBox, kStageBytes = kWeightBytes + kRows * kLine;
   static constexpr int kStages = kStageBytes > 48 * 1024 ? 3 : 4;
   static constexpr int kStagesBytes = kStages * kStageBytes;
   static constexpr int kAccumulators = kGroupRows / 2;
@@ -101,23 +105,96 @@ struct CosineShape {
     barrier_wait(&ring.empty_a[state.stage], state.parity ^ 1);
     barrier_expect(full, kStageBytes);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      tensor_copy(stage + half * kBox, weight, step * kDepth + half * 32, first_class, full);
+    for (int box = 0; box < kBoxes; ++box)
+      tensor_copy(stage + box * kBox, weight, step * kDepth + box * 32, first_class, full);
     barrier_wait(&ring.empty_b[state.stage], state.parity ^ 1);
     tensor_copy(stage + kWeightBytes, x, step * kDepth, first_row, full);
     state.next();
   }
 
   // Multiplies all steps of a tile. `scale` is that of the lane's two unit rows of the weight,
-  // which only float16 has. `squares` gets the lane's share of the squares of its two lines of
-  // rounded weights. use(step, half, pairs) gets the rounded weights of half a step: pair 4 t + r +
-  // 2 i belongs to line r.
+  // where float32 is rounded to float16. `squares` gets the lane's share of the squares of its two
+  // lines, unless they are multiplied where they lie. Where use.wanted, use(step, half, pairs) gets
+  // the 16-bit weights of half a step: the pairs r, 2 + r, 4 + r and 6 + r are 8 successive columns
+  // of line r.
   template <Math kMath, class Use>
   static __device__ __forceinline__ void multiply(const unsigned char* smem, Ring& ring,
                                                   State& state, const WgmmaLane& lane, int steps,
                                                   float (&acc)[kAccumulators],
                                                   [[maybe_unused]] const float (&scale)[2],
                                                   float (&squares)[2], const Use& use) {
+    if constexpr (kNarrow)
+      multiply_shared<kMath>(smem, ring, state, lane, steps, acc, use);
+    else
+      multiply_rounded<kMath>(smem, ring, state, lane, steps, acc, scale, squares, use);
+  }
+
+ private:
+  // Both operands lie in shared memory, and both are free a step later.
+  template <Math kMath, class Use>
+  static __device__ __forceinline__ void multiply_shared(const unsigned char* smem, Ring& ring,
+                                                         State& state, const WgmmaLane& lane,
+                                                         int steps, float (&acc)[kAccumulators],
+                                                         const Use& use) {
+    const int first_line = kSplitRows ? 0 : lane.warpgroup * 64;
+    const int x_line = kSplitRows ? lane.warpgroup * kGroupRows : 0;
+    const auto released = [&](int stage) {
+      release(&ring.empty_a[stage]);
+      release(&ring.empty_b[stage]);
+    };
+    int last = -1;
+    for (int step = 0; step < steps; ++step) {
+      barrier_wait(&ring.full[state.stage], state.parity);
+      const unsigned char* w_smem = smem + state.stage * kStageBytes + first_line * kLine;
+      const uint32_t x_smem =
+          shared_address(smem + state.stage * kStageBytes + kWeightBytes + x_line * kLine);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kDepth / 16; ++k) {
+        const uint64_t a = matrix_descriptor(shared_address(w_smem) + k * 32, kAtomBytes);
+        const uint64_t b = matrix_descriptor(x_smem + k * 32, kAtomBytes);
+        const bool add = step + k > 0;
+        if constexpr (kMath == Math::kBf16)
+          wgmma_bf16_shared<false, false>(acc, a, b, add);
+        else
+          wgmma_f16_shared<false, false>(acc, a, b, add);
+      }
+      wgmma_commit();
+      if (use.wanted) {
+        struct alignas(16) Four {
+          uint32_t v[4];
+        };
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          // Neighbouring groups of lanes take the halves in turn, and so read different banks.
+          const int mine = half ^ (lane.group & 1);
+          uint32_t pairs[8];
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const Four w = load_as<Four>(w_smem + (lane.line + r * 8) * kLine +
+                                         ((mine * 4 + lane.quad) ^ lane.group) * 16);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) pairs[2 * i + r] = w.v[i];
+          }
+          use(step, mine, pairs);
+        }
+      }
+      wgmma_wait<1>();
+      if (last >= 0) released(last);
+      last = state.stage;
+      state.next();
+    }
+    wgmma_wait<0>();
+    hold(acc);
+    released(last);
+  }
+
+  template <Math kMath, class Use>
+  static __device__ __forceinline__ void multiply_rounded(const unsigned char* smem, Ring& ring,
+                                                          State& state, const WgmmaLane& lane,
+                                                          int steps, float (&acc)[kAccumulators],
+                                                          const float (&scale)[2],
+                                                          float (&squares)[2], const Use& use) {
     const int weight_line = (kSplitRows ? 0 : lane.warpgroup * 64) + lane.line;
     const int x_line = kSplitRows ? lane.warpgroup * kGroupRows : 0;
     struct alignas(16) Four {
@@ -150,7 +227,7 @@ struct CosineShape {
               a[half][k * 4 + 2 * i + r] = pair;
             }
           }
-        use(step, half, a[half]);
+        if (use.wanted) use(step, half, a[half]);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
@@ -181,9 +258,14 @@ struct CosineShape {
 // Calls f with the kind of 16-bit product and the shape of the plan's cosine tiles.
 template <class F>
 cudaError_t with_cosine_shape(const Plan& plan, const F& f) {
+  const auto with_rows = [&](auto math, auto narrow) {
+    constexpr bool kNarrow = decltype(narrow)::value;
+    return plan.small_tiles ? f(math, CosineShape<kCosineRows / 2, true, kNarrow>{})
+                            : f(math, CosineShape<kCosineRows, false, kNarrow>{});
+  };
   const auto with_shape = [&](auto math) {
-    return plan.small_tiles ? f(math, CosineShape<kCosineRows / 2, true>{})
-                            : f(math, CosineShape<kCosineRows, false>{});
+    return plan.narrow_weight ? with_rows(math, std::true_type{})
+                              : with_rows(math, std::false_type{});
   };
   return plan.math == Math::kBf16 ? with_shape(MathConstant<Math::kBf16>{})
                                   : with_shape(MathConstant<Math::kF16>{});

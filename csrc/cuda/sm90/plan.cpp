@@ -22,7 +22,7 @@ double arranged_bytes(const Plan& plan) {
 
 // Bytes that the tiles of cosines load.
 double cosine_bytes(const CudaProblem& p, const Plan& plan) {
-  return double(plan.row_blocks) * double(p.C) * double(p.D) * 4 +
+  return double(plan.row_blocks) * double(p.C) * double(p.D) * double(size_of(p.given_weight)) +
          double(plan.class_tiles) * arranged_bytes(plan);
 }
 
@@ -79,14 +79,15 @@ double over_chunks(const CudaProblem& p, const Plan& plan, const F& f) {
 }
 
 PassCost forward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu, double instructions) {
-  const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, w = 4, acc = 4;
-  const double splits = double(plan.statistics_blocks);
-  // Where the weights are rounded to float16, prepare_rows reads them first: those of a class
+  const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, acc = 4;
+  const double w = double(size_of(p.given_weight)), splits = double(plan.statistics_blocks);
+  // Where float32 weights are rounded to float16, prepare_rows reads them first: those of a class
   // twice, and those of a target four times more.
-  const double first = p.x == DType::kFloat16 ? 1 : 0;
-  // To arrange the features, every sector of a row is read four times.
-  const double prepare_bytes = N * D * (x + w) + 4 * N * D * x + arranged_bytes(plan) +
-                               10 * N * kSectorBytes + first * (2 * C + 4 * N) * D * w;
+  const double first = !plan.narrow_weight && p.x == DType::kFloat16 ? 1 : 0;
+  // To arrange the features, every sector of a row is read four times, or once in order.
+  const double prepare_bytes = N * D * (x + w) + (plan.narrow_weight ? 1 : 4) * N * D * x +
+                               arranged_bytes(plan) + 10 * N * kSectorBytes +
+                               first * (2 * C + 4 * N) * D * w;
   KernelCost prepare = rows::prepare_cost(p, arranged_bytes(plan) / 16, prepare_bytes, gpu);
   prepare.hbm = first * C * D * w + N * D * x;
 
@@ -105,13 +106,48 @@ PassCost forward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu, do
   return pass;
 }
 
+// The two products of all chunks. Beside what follows from the tiles of the gradient and the
+// rounded weights, which cross the memory interface where they do not stay in the cache, dw is
+// written there.
+KernelCost products_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
+                         double uncached_bytes) {
+  const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, acc = 4;
+  const double dw = plan.adds_gradients() ? acc : double(size_of(p.given_weight));
+  const double columns = tiles(p.D, kProductCols), wait = gpu.wait_seconds;
+  const double partial = N * D * acc, written = C * D * dw;
+  KernelCost kernel{.name = "products",
+                    .launches = plan.chunks,
+                    .flops = 4 * N * C * D,
+                    .hbm = written + 2 * uncached_bytes,
+                    .l2 = 2 * columns * N * C * x + tiles(p.C, kProductRows) * N * D * x +
+                          tiles(p.N, kProductRows) * C * D * x + C * D * x + written +
+                          C * acc * double(2 + plan.column_slots)};
+  // A part of a tile of dx is added to that of the chunk before, which lies in the L2 cache.
+  double partial_bytes = double(plan.partial_features) * partial;
+  const auto add_chunks = [&](double count, int64_t classes, bool first) {
+    const ProductSchedule schedule = plan.schedule_of(p.N, p.D, classes);
+    const ScheduleLoad load = load_of(schedule);
+    kernel.products += count * double(load.steps) * product_step(gpu);
+    kernel.between += count * double(load.tiles - 1) * KernelCost::kTile * wait;
+    partial_bytes +=
+        (count - first) * 2 * double(load.parts) * partial / double(schedule.features.count());
+  };
+  const int64_t last = p.C - (plan.chunks - 1) * plan.chunk;
+  if (plan.chunks > 1) add_chunks(double(plan.chunks - 1), plan.chunk, true);
+  add_chunks(1, last, plan.chunks == 1);
+  kernel.l2 += partial_bytes;
+  // Half of the blocks write dw while the others multiply.
+  kernel.between += written / gpu.hbm_rate / 2 + partial_bytes / gpu.l2_rate;
+  kernel.alone = double(plan.chunks * (KernelCost::kStart + KernelCost::kTile)) * wait;
+  return kernel;
+}
+
 PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
                        double instructions) {
-  const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, w = 4, acc = 4;
-  const double chunks = double(plan.chunks), input_splits = double(plan.input_splits);
+  const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, acc = 4;
+  const double w = double(size_of(p.given_weight)), chunks = double(plan.chunks);
   const double slots = double(plan.column_slots), blocks = double(plan.gradient_blocks);
-  const double product = 2 * N * C * D, columns = tiles(p.D, kProductCols);
-  const double sums = input_splits * N * D * acc;
+  const double sums = double(plan.partial_features) * N * D * acc;
   // If a chunk stays in the cache, its weights cross the memory interface once, and its gradient
   // tile and rounded weights never. Otherwise these are written and read again.
   const double cached_bytes = 2 * double(plan.chunk) * (N + 3 * D);
@@ -125,62 +161,21 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
   });
   const KernelCost gradient{.name = "gradient",
                             .launches = plan.chunks,
-                            .flops = product,
+                            .flops = 2 * N * C * D,
                             .hbm = C * D * w + tile_bytes + rounded_bytes,
                             .l2 = cosine_bytes(p, plan) + C * (N + D) * x +
                                   chunks * blocks * N * 3 * kSectorBytes + C * acc * (4 * slots)};
 
-  // The write of dw goes to memory, and no products go on meanwhile.
-  const TileTimes weight_times{
-      .tiles = over_chunks(p, plan,
-                           [&](int64_t classes) {
-                             return ceil_div(
-                                 ceil_div(classes, kProductRows) * ceil_div(p.D, kProductCols),
-                                 plan.blocks);
-                           }),
-      .product = tiles(p.N, kDepth) * product_step(gpu),
-      .epilogue = 0,
-      .stored = true};
-  KernelCost weight =
-      tile_kernel({.name = "weight_gradient",
-                   .launches = plan.chunks,
-                   .flops = product,
-                   .hbm = C * D * w + tile_bytes + rounded_bytes,
-                   .l2 = columns * N * C * x + tiles(p.C, kProductRows) * N * D * x +
-                         C * D * (x + w) + C * acc * (2 + slots)},
-                  weight_times, gpu);
-  weight.between += C * D * w / gpu.hbm_rate;
-
-  // Each block makes one tile a launch, over its share of the classes. It adds to the sums of the
-  // chunk before, which lie in the L2 cache.
-  const double sum_bytes = sums * (2 * chunks - 1);
-  const double steps = over_chunks(p, plan, [&](int64_t classes) {
-    return ceil_div(ceil_div(classes, kDepth), plan.input_splits);
-  });
-  KernelCost features =
-      tile_kernel({.name = "feature_gradient",
-                   .launches = plan.chunks,
-                   .flops = product,
-                   .hbm = tile_bytes + rounded_bytes,
-                   .l2 = columns * N * C * x + tiles(p.N, kProductRows) * C * D * x + sum_bytes},
-                  {.tiles = chunks,
-                   .product = steps / chunks * product_step(gpu),
-                   .epilogue = 0,
-                   .stored = true},
-                  gpu);
-  // Where there are more tiles than multiprocessors, the tiles come in several rounds.
-  const double feature_tiles = tiles(p.N, kProductRows) * columns * input_splits;
-  features.products *= std::ceil(feature_tiles / double(plan.blocks));
-  features.between += sum_bytes / gpu.l2_rate;
-
-  // To arrange the features in both orders, every sector of a row is read twelve times.
-  const double arrange = 12 * N * D * x + 2 * arranged_bytes(plan) + 4 * N * kSectorBytes;
+  // To arrange the features in both orders, every sector of a row is read twelve times, or nine.
+  const double arrange =
+      (plan.narrow_weight ? 9 : 12) * N * D * x + 2 * arranged_bytes(plan) + 4 * N * kSectorBytes;
   KernelCost prepare = rows::prepare_gradient_cost(p, arrange, gpu);
   prepare.hbm = N * D * x;
   KernelCost finish = rows::finish_gradient_cost(p, sums + N * D * (x + x) + N * D / 2, gpu);
   finish.hbm = N * D * x;
   PassCost pass;
-  pass.kernels = {prepare, tile_kernel(gradient, times, gpu), weight, features, finish};
+  pass.kernels = {prepare, tile_kernel(gradient, times, gpu),
+                  products_cost(p, plan, gpu, tile_bytes + rounded_bytes), finish};
   return pass;
 }
 
@@ -214,10 +209,10 @@ void finish_once(PassCost& pass, const Gpu& gpu) {
 void add_old_gradients(PassCost& pass, const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   const double bytes = double(plan.segments - 1) * double(p.C) * double(p.D) * 4;
   for (KernelCost& kernel : pass.kernels) {
-    if (std::string_view(kernel.name) != "weight_gradient") continue;
+    if (std::string_view(kernel.name) != "products") continue;
     kernel.hbm += bytes;
     kernel.l2 += bytes;
-    kernel.between += bytes / gpu.hbm_rate;
+    kernel.between += bytes / gpu.hbm_rate / 2;
   }
 }
 
@@ -225,13 +220,15 @@ void add_old_gradients(PassCost& pass, const CudaProblem& p, const Plan& plan, c
 
 bool serves(const CudaProblem& p, const Gpu& gpu) {
   // Tensor copies read contiguous rows that begin on 16-byte boundaries. The gradient of the weight
-  // is float32, so the caller's weight must be too.
+  // has the caller's dtype, so no copy of the weight will do.
   const WeightLayout& layout = p.layout;
+  const int64_t run = 16 / size_of(p.given_weight);  // elements of 16 bytes
   const bool copied_by_tensor_copies = layout.aligned && layout.col_stride == 1 &&
-                                       layout.row_stride >= p.D && layout.row_stride % 4 == 0 &&
+                                       layout.row_stride >= p.D && layout.row_stride % run == 0 &&
                                        p.D % 4 == 0;
-  return gpu.capability == 90 && size_of(p.x) == 2 && p.given_weight == DType::kFloat32 &&
-         copied_by_tensor_copies && p.C < kMostClasses;
+  return gpu.capability == 90 && size_of(p.x) == 2 &&
+         (p.given_weight == DType::kFloat32 || p.given_weight == p.x) && copied_by_tensor_copies &&
+         p.C < kMostClasses;
 }
 
 ForwardWorkspace::ForwardWorkspace(const CudaProblem& problem, const Plan& plan) {
@@ -262,6 +259,7 @@ Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, cons
   plan.segments = segments;
   plan.segment_rows = segment_rows;
   plan.math = p.math();
+  plan.narrow_weight = p.given_weight == p.x;
   plan.blocks = gpu.sms;
   plan.arranged_rows = round_up(p.N, 32);
   plan.arranged_columns = round_up(p.D, kDepth);
@@ -276,16 +274,17 @@ Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, cons
   const int64_t most_blocks = std::max<int64_t>(gpu.sms / plan.row_blocks, 1);
   plan.statistics_blocks = std::min(plan.class_tiles, most_blocks);
 
-  const int64_t products = ceil_div(p.N, kProductRows) * ceil_div(p.D, kProductCols);
+  // A tile of dx has so many parts that all multiprocessors have one, and one more at either end.
+  const int64_t feature_tiles = ceil_div(p.N, kProductRows) * ceil_div(p.D, kProductCols);
   const int64_t partial_bytes = std::max<int64_t>(p.N * p.D * 4, 1);  // of one partial dx
-  const int64_t most_splits =
-      std::clamp<int64_t>(std::min(gpu.sms / products, 16 * kMiB / partial_bytes), 1, 65535);
+  plan.partial_features =
+      std::max<int64_t>(std::min(gpu.sms / feature_tiles + 3, 24 * kMiB / partial_bytes), 1);
 
   // A chunk's gradient and rounded weights have 44 MiB. They get less where the parts that do not
   // depend on the classes would take the workspace over its budget, and never more than the L2
   // cache holds. A chunk is made of whole waves of tiles.
   plan.column_slots = plan.row_blocks * (plan.small_tiles ? 2 : 1);
-  const int64_t other_bytes = most_splits * partial_bytes +
+  const int64_t other_bytes = plan.partial_features * partial_bytes +
                               4 * plan.arranged_rows * plan.arranged_columns + p.N * 48 +
                               plan.row_blocks * most_blocks * 128 + kMiB;
   const int64_t cached = gpu.l2 * 9 / 10;
@@ -299,7 +298,11 @@ Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, cons
   plan.chunk = (waves ? most_tiles / most_blocks * most_blocks : most_tiles) * classes;
   plan.chunks = ceil_div(p.C, plan.chunk);
   plan.gradient_blocks = std::min(plan.chunk / classes, most_blocks);
-  plan.input_splits = std::clamp<int64_t>(ceil_div(plan.chunk, kDepth) / 2, 1, most_splits);
+  const auto partials = [&](int64_t classes) {
+    return load_of(plan.schedule_of(p.N, p.D, classes)).partials;
+  };
+  const int64_t last_chunk = p.C - (plan.chunks - 1) * plan.chunk;
+  plan.partial_features = std::max(partials(std::min(plan.chunk, p.C)), partials(last_chunk));
   return plan;
 }
 
@@ -370,7 +373,7 @@ std::vector<PlanField> fields_of(const Plan& plan) {
       {"chunks", plan.chunks},
       {"product_rows", kProductRows},
       {"product_cols", kProductCols},
-      {"input_splits", plan.input_splits},
+      {"partial_features", plan.partial_features},
   };
 }
 

@@ -1,9 +1,10 @@
 // The plan of Hopper's own kernels: tensor copies and wgmma, compute capability 9.0, 16-bit
-// features with a float32 weight. Tile sizes are chosen here and used by the kernels
-// (sm90/mainloop.cuh).
+// features with a weight of float32 or of their dtype. Tile sizes are chosen here and used by the
+// kernels (sm90/mainloop.cuh).
 #pragma once
 
 #include "cuda/rows/workspace.h"
+#include "cuda/sm90/schedule.h"
 
 namespace tvmf::sm90 {
 
@@ -20,7 +21,8 @@ struct Plan {
   static constexpr bool kKeepsProducts = false;
 
   Math math;
-  bool small_tiles;  // cosines in tiles of 64 classes instead of 128
+  bool small_tiles;    // cosines in tiles of 64 classes instead of 128
+  bool narrow_weight;  // of the features' dtype, not float32
 
   // Each pass works on one segment of rows after another, in the same workspace. Everything below
   // is of one segment. The gradients of the classes are summed over segments in their own memory.
@@ -38,7 +40,7 @@ struct Plan {
   int64_t chunk, chunks;
   int64_t gradient_stride, weight_stride;  // of ClassMajorGradient and RoundedWeights, in elements
   int64_t column_slots;                    // partial sums of a class over its rows
-  int64_t input_splits;                    // partial sums of dx
+  int64_t partial_features;                // partial sums of dx
 
   // The plan of a segment of so many rows, which may be fewer than segment_rows.
   Plan of_rows(int64_t rows) const {
@@ -53,10 +55,13 @@ struct Plan {
     return i + 1 < segments ? segment_rows : N - i * segment_rows;
   }
 
+  ProductSchedule schedule_of(int64_t rows, int64_t D, int64_t classes) const {
+    return make_schedule(rows, D, classes, blocks, partial_features);
+  }
   bool adds_gradients() const { return segments > 1; }
   int64_t tile_classes() const { return small_tiles ? kSmallClasses : kLargeClasses; }
   rows::PartialCounts partial_counts() const {
-    return {0, input_splits, row_blocks * gradient_blocks * 8};  // 8 consumer warps
+    return {0, partial_features, row_blocks * gradient_blocks * 8};  // 8 consumer warps
   }
 };
 

@@ -17,8 +17,9 @@ class MapMaker {
     return make(data, x_, rows, cols, stride, box_rows, kAtom);
   }
   TensorMap of_weight(const CudaHead& head, int box_rows) {
-    return make(head.weight.data, DType::kFloat32, head.C, head.D, head.weight.row_stride, box_rows,
-                kAtom / 2);
+    const DType dtype = head.weight.dtype;
+    return make(head.weight.data, dtype, head.C, head.D, head.weight.row_stride, box_rows,
+                int(kAtom * 2 / size_of(dtype)));
   }
   // Both operands of a kernel of cosines.
   TensorMaps of_cosines(const CudaHead& head, const rows::ArrangedRows& x, const Plan& plan) {
@@ -45,12 +46,6 @@ CosineTiles cosine_tiles(const Plan& plan, int64_t classes, int64_t blocks) {
           .blocks = int(blocks)};
 }
 
-ProductTiles product_tiles(int64_t rows, int64_t cols, int64_t depth) {
-  return {.rows = int(ceil_div(rows, kProductRows)),
-          .cols = int(ceil_div(cols, kProductCols)),
-          .steps = int(ceil_div(depth, kDepth))};
-}
-
 bool given(const VectorRef& vector) { return vector.data || vector.value != 0; }
 
 // `all`: whether sums or ranks, or gradients of biases or kappa, are wanted.
@@ -59,7 +54,7 @@ Terms terms_of(const CudaHead& head, bool all) {
   return given(head.prior) ? Terms::kPrior : Terms::kPlain;
 }
 
-// The three launches of each chunk. Tensor maps are made once, but for those of a last chunk that
+// The two launches of each chunk. Tensor maps are made once, but for those of a last chunk that
 // is smaller: the products must not read beyond its classes.
 class ChunkLauncher {
  public:
@@ -72,35 +67,35 @@ class ChunkLauncher {
         plan_(plan),
         arranged_(arranged),
         first_rows_(first_rows),
+        class_outputs_(out_.weight.data || out_.bias.data || out_.kappa.data),
         gradient_{pass.workspace.at<uint16_t>(at.gradient), plan.gradient_stride},
         weight_{pass.workspace.at<uint16_t>(at.weight), plan.weight_stride} {}
 
   cudaError_t launch(const Chunk& chunk) {
-    const bool class_outputs = out_.weight.data || out_.bias.data || out_.kappa.data;
-    cudaError_t error =
-        chunk.count == mapped_ ? cudaSuccess : make_maps(chunk.count, class_outputs);
+    cudaError_t error = chunk.count == mapped_ ? cudaSuccess : prepare(chunk.count);
     if (error == cudaSuccess) error = gradient(chunk);
-    if (error == cudaSuccess && class_outputs) error = weight_gradient(chunk);
-    if (error == cudaSuccess && out_.x.data) error = feature_gradient(chunk);
+    if (error == cudaSuccess && (class_outputs_ || out_.x.data)) error = products(chunk);
     return error;
   }
 
  private:
-  // Makes those of a chunk of `classes` classes, and with the first chunk's those of all chunks.
-  cudaError_t make_maps(int64_t classes, bool class_outputs) {
+  // Makes the maps and the schedule of a chunk of `classes` classes, and with the first chunk's the
+  // maps of all chunks.
+  cudaError_t prepare(int64_t classes) {
     MapMaker maps(problem_.x);
     const int64_t N = head_.N, D = head_.D;
     if (mapped_ == 0) {
       cosine_maps_ = maps.of_cosines(head_, arranged_, plan_);
-      if (class_outputs)
+      if (class_outputs_)
         weight_maps_.b =
             maps.of(arranged_.by_columns, N, arranged_.columns, arranged_.columns, kDepth);
     }
-    if (class_outputs)
+    if (class_outputs_)
       weight_maps_.a = maps.of(gradient_.data, classes, N, gradient_.stride, kProductRows);
     if (out_.x.data)
       feature_maps_ = {maps.of(gradient_.data, classes, N, gradient_.stride, kDepth),
                        maps.of(weight_.data, classes, D, weight_.stride, kDepth)};
+    schedule_ = plan_.schedule_of(N, D, classes);
     mapped_ = classes;
     return maps.error;
   }
@@ -120,30 +115,23 @@ class ChunkLauncher {
     return launch_gradient(p, plan_, pass_.call.stream);
   }
 
-  cudaError_t weight_gradient(const Chunk& chunk) const {
-    const WeightGradientParams p{
-        .maps = weight_maps_,
-        .head = head_,
-        .out = out_,
-        .saved = pass_.saved,
-        .inv_loss_scale = pass_.rows.loss_scale + 1,
-        .chunk = chunk,
-        .weight = weight_,
-        .sums = {.data = pass_.sums.columns, .slots = int(plan_.column_slots)},
-        .tiles = product_tiles(chunk.count, head_.D, head_.N),
-        .add = !first_rows_};
-    return launch_weight_gradient(p, plan_, pass_.call.stream);
-  }
-
-  cudaError_t feature_gradient(const Chunk& chunk) const {
-    const int64_t N = head_.N, D = head_.D;
-    const FeatureGradientParams p{.maps = feature_maps_,
-                                  .N = N,
-                                  .D = D,
-                                  .dx = pass_.dx,
-                                  .tiles = product_tiles(N, D, chunk.count),
-                                  .add = chunk.begin > 0};
-    return launch_feature_gradient(p, plan_, pass_.call.stream);
+  cudaError_t products(const Chunk& chunk) const {
+    PartialFeatures<float> dx = pass_.dx;
+    if (!out_.x.data) dx.data = nullptr;
+    const ProductsParams p{.weight_maps = weight_maps_,
+                           .feature_maps = feature_maps_,
+                           .head = head_,
+                           .out = out_,
+                           .class_outputs = class_outputs_,
+                           .saved = pass_.saved,
+                           .inv_loss_scale = pass_.rows.loss_scale + 1,
+                           .chunk = chunk,
+                           .weight = weight_,
+                           .sums = {.data = pass_.sums.columns, .slots = int(plan_.column_slots)},
+                           .dx = dx,
+                           .schedule = schedule_,
+                           .add = !first_rows_};
+    return launch_products(p, plan_, pass_.call.stream);
   }
 
   const rows::BackwardPass<float>& pass_;
@@ -152,11 +140,13 @@ class ChunkLauncher {
   const CudaProblem& problem_;
   const Plan& plan_;
   const rows::ArrangedRows arranged_;
-  const bool first_rows_;  // whether no earlier segment has written the gradients of the classes
+  const bool first_rows_;     // whether no earlier segment has written the gradients of the classes
+  const bool class_outputs_;  // whether any gradient of the classes is wanted
   const ClassMajorGradient gradient_;
   const RoundedWeights weight_;
-  int64_t mapped_ = 0;  // classes of the chunk that the maps are of
-  TensorMaps cosine_maps_, weight_maps_, feature_maps_;
+  int64_t mapped_ = 0;  // classes of the chunk that the maps and the schedule are of
+  TensorMaps cosine_maps_{}, weight_maps_{}, feature_maps_{};
+  ProductSchedule schedule_{};
 };
 
 }  // namespace
@@ -178,7 +168,8 @@ cudaError_t forward(const ForwardCall& call, const CudaProblem& problem, const P
                                       .columns = plan.arranged_columns,
                                       .by_rows = pass.workspace.bytes(at.arranged),
                                       .by_columns = nullptr,
-                                      .rnorm = nullptr};
+                                      .rnorm = nullptr,
+                                      .ordered = plan.narrow_weight};
     error = pass.prepare(plan.math, arranged);
     if (error != cudaSuccess) return error;
     MapMaker maps(problem.x);
@@ -209,7 +200,8 @@ cudaError_t backward(const BackwardCall& call, const CudaProblem& problem, const
                                       .columns = plan.arranged_columns,
                                       .by_rows = pass.workspace.bytes(at.arranged),
                                       .by_columns = pass.workspace.bytes(at.arranged_columns),
-                                      .rnorm = pass.float16 ? pass.saved.x_rnorm : nullptr};
+                                      .rnorm = pass.float16 ? pass.saved.x_rnorm : nullptr,
+                                      .ordered = plan.narrow_weight};
     pass.add_totals_after(i * all.partial_counts().totals);
     ChunkLauncher launcher(pass, problem, plan, at, arranged, i == 0);
     error = pass.prepare(arranged, {}, {.begin = begin, .all = problem.N});

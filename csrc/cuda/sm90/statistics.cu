@@ -27,6 +27,23 @@ struct StatisticsLayout {
   static_assert(kBytes <= 232448);
 };
 
+// Adds up the squares of a lane's two lines of weights where CosineShape::multiply does not,
+// because it multiplies them where they lie. The products that are under way hide this.
+template <Math kMath, class Shape>
+struct AddSquares {
+  static constexpr bool wanted = Shape::kNarrow;
+  float (&sums)[2];
+
+  __device__ __forceinline__ void operator()(int, int, const uint32_t* pairs) const {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float element = half_of<kMath>(pairs[i / 2], i % 2);
+      float& sum = sums[i / 2 % 2];
+      sum = fma(element, element, sum);
+    }
+  }
+};
+
 // A persistent block walks tiles of classes with its rows, whose statistics a lane keeps in
 // registers.
 template <Math kMath, class Shape, Terms kTerms>
@@ -35,6 +52,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef TVMF_HOPPER
   using Smem = StatisticsLayout<Shape>;
   constexpr int kGroups = Shape::kGroupRows / 32;
+  // Whether the norms of the weights are known before the products.
+  constexpr bool kKnownNorms = kUnitRows<kMath, Shape>;
   constexpr bool kAll = kTerms == Terms::kAll, kOffset = kTerms != Terms::kPlain;
   unsigned char* smem = static_cast<unsigned char*>(shared_memory());
   auto& tail = *reinterpret_cast<typename Smem::Tail*>(smem + Shape::kStagesBytes);
@@ -83,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int h = 0; h < 2; ++h) terms[h] = ClassValues<float>::of(head, class_of(h), scale);
       float squares[2] = {}, unit[2] = {}, rnorm[2];
-      if constexpr (kMath == Math::kF16) {
+      if constexpr (kKnownNorms) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           rnorm[h] = class_of(h) < head.C ? p.saved.weight_rnorm[class_of(h)] : 0.0f;
@@ -91,11 +110,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       Shape::template multiply<kMath>(smem, tail.ring, state, lane, block.steps, acc, unit, squares,
-                                      [](int, int, const uint32_t*) {});
+                                      AddSquares<kMath, Shape>{squares});
 
       // Finish the norms of the weights. The blocks of the first rows save them for the backward
       // pass.
-      if constexpr (kMath != Math::kF16) {
+      if constexpr (!kKnownNorms) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           rnorm[h] = rnorm_of(quad_sum(squares[h]));
@@ -283,7 +302,7 @@ cudaError_t launch_statistics(const StatisticsParams& p, const Plan& plan, Terms
                               cudaStream_t stream) {
   const dim3 grid(unsigned(p.tiles.row_blocks * p.tiles.blocks));
   return with_cosine_shape(plan, [&](auto math, auto shape) {
-    return with_terms(terms, [&](auto kind) {
+    return with_terms<decltype(shape)>(terms, [&](auto kind) {
       constexpr Math kMath = decltype(math)::value;
       using Shape = decltype(shape);
       return launch_kernel(statistics<kMath, Shape, decltype(kind)::value>, grid, kThreads,
