@@ -22,7 +22,6 @@ from train.images import LostImages, bad_image, read_image
 from train.splits import Split, members_of_classes
 
 GROUP = 4  # images of one class in a row, as in the paper's code
-NO_LABEL = -100  # label of an image that could not be read; the heads ignore it
 
 
 def seed_of(*position: int) -> int:
@@ -83,8 +82,8 @@ class ImageFiles(TorchDataset):
     """The images of splits, and the batches of an epoch of one of these.
 
     files[split, train, index, *position in the training] are pixels, uint8 [size, size, 3]; draws
-    of the augmentation, [10] or [0] where there is none; label; and None, or a message where the
-    file cannot be read, when the pixels are zeros and the label is NO_LABEL.
+    of the augmentation, [10] or [0] where there is none; and label. Where the file cannot be read
+    they are a message instead.
     """
 
     def __init__(self, splits: list[Split], augment: str, size: int):
@@ -102,19 +101,16 @@ class ImageFiles(TorchDataset):
         draws = augment.draw_colours(self.augment == "imagenet") if train else torch.empty(0)
         torch.set_rng_state(state)  # without workers the training draws from this generator
         if isinstance(pixels, str):
-            return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), draws, NO_LABEL, pixels
-        return torch.from_numpy(pixels), draws, int(split.labels[index]), None
+            return pixels
+        return torch.from_numpy(pixels), draws, int(split.labels[index])
 
 
-def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Stacks images, draws and labels, and collects the messages. Training leaves bad images out,
-    which batch norm should not see, unless fewer than the two that it needs were left."""
-    messages = [message for *_, message in items if message]
-    if len(items[0][1]):
-        items = sorted(items, key=lambda item: item[3] is not None)  # puts bad ones last
-        items = items[: max(2, len(items) - len(messages))]
-    pixels, draws, labels, _ = zip(*items, strict=True)
-    return torch.stack(pixels), torch.stack(draws), torch.tensor(labels), messages
+def collate(items: list) -> tuple[Tensor, Tensor, Tensor] | str:
+    """Stacks images, draws and labels; or returns the first message."""
+    if messages := [item for item in items if isinstance(item, str)]:
+        return messages[0]
+    pixels, draws, labels = zip(*items, strict=True)
+    return torch.stack(pixels), torch.stack(draws), torch.tensor(labels)
 
 
 def heed_only_the_parent(worker: int) -> None:
@@ -179,14 +175,12 @@ class Loader:
         split: the images; those in memory are moved to the device once.
         readers: the processes that read files, and how these are prepared.
         statistics: mean and standard deviation, each [channels], to normalise images in memory.
-        skip_bad: leave out a file that cannot be read, and put its message into `bad`.
     """
 
-    def __init__(self, split, readers, *, train, flip=False, statistics=None, skip_bad=False):
+    def __init__(self, split, readers, *, train, flip=False, statistics=None):
         self.split, self.readers, self.device = split, readers, readers.device
-        self.train, self.flip, self.skip_bad = train, flip, skip_bad
+        self.train, self.flip = train, flip
         self.augment = readers.images.augment
-        self.bad: set[str] = set()
         self.in_memory = isinstance(split.images, Tensor)
         if self.in_memory:
             self.images, self.labels = (t.to(self.device) for t in (split.images, split.labels))
@@ -219,10 +213,9 @@ class Loader:
 
     def _from_files(self, order, batches, epoch_seed):
         found = self.readers.read(self.split, self.train, order, batches, epoch_seed)
-        for *batch, messages in found:
-            if messages and not self.skip_bad:
-                raise bad_image(messages[0])
-            self.bad.update(messages)
+        for batch in found:
+            if isinstance(batch, str):
+                raise bad_image(batch)
             pixels, draws, labels = (t.to(self.device, non_blocking=True) for t in batch)
             # A CPU takes a third of the time if its caches hold all of an image.
             size = 1 if self.device.type == "cpu" else len(pixels)

@@ -22,7 +22,7 @@ ARCHITECTURES = {"resnet10": "ResNet10Feature", "resnet50": "ResNet50Feature"}
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 SHARDS = "checkpoint"  # then a number: a directory of the head in shards; see sharded.py
 FIELDS = {"config", "stage", "epoch", "step", "net", "head", "optimizer"}
-FIELDS |= {"totals", "history", "best", "results", "bad_images", "shards"}
+FIELDS |= {"totals", "history", "best", "results", "shards"}
 
 
 def lock(config: Config, rank: int) -> TextIO:

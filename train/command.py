@@ -86,9 +86,8 @@ def describe(session: Session) -> None:
 def write_result(session: Session, results: dict[str, dict]) -> None:
     """Writes result.json (or evaluation.json) and prints the table."""
     config, data = session.config, session.data
-    bad = data.bad_images + len(session.bad_images())
     about = {"classes": data.num_classes, "val": 0, "counts": data.counts.tolist()}
-    about |= {name: len(split) for name, split in data.splits()} | {"bad_images": bad}
+    about |= {name: len(split) for name, split in data.splits()}
     about |= {"augment": data.augment, "image_size": data.image_size, "notes": data.notes}
     text = json.dumps({"config": config.as_dict(), "dataset": about} | results, indent=1) + "\n"
     if session.rank == 0:
@@ -96,7 +95,7 @@ def write_result(session: Session, results: dict[str, dict]) -> None:
         checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
         shutil.rmtree(config.out / "features", ignore_errors=True)
         print_table(session, results)
-        session.say(f"{bad} images could not be read and were left out" if bad else str(path))
+        session.say(str(path))
 
 
 def print_table(session: Session, results: dict[str, dict]) -> None:

@@ -27,7 +27,7 @@ ENOUGH_STEPS, SMALLEST_BATCH = 2000, 16
 FEW_IMAGES = 10
 # Fields that do not decide a run's result: --resume may change them, and runs that differ in them
 # alone are one group in a report.
-NO_RESULT = ("out", "resume", "data", "lists", "download", "bad_images")
+NO_RESULT = ("out", "resume", "data", "lists", "download")
 NO_RESULT += ("device", "workers", "checkpoint_minutes", "shard_classes")
 
 Dataset = Literal[tuple(RECIPES)]
@@ -59,8 +59,6 @@ class Config:
     """Share of each class's training images to keep, at least one: small-scale training."""
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of training labels to replace by another class, drawn uniformly: symmetric noise."""
-    bad_images: Literal["stop", "skip"] = "stop"
-    """What to do with an image that cannot be read; those skipped are counted."""
     augment: Literal["auto", "imagenet", "inat", "small"] = "auto"
     """Transforms: ImageNet's, iNaturalist's, or a shift of small images, which are kept in memory;
     auto: by image size."""

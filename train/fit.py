@@ -108,7 +108,7 @@ class Fit:
     def save(self) -> None:
         """Writes a checkpoint, unless the model is no longer finite."""
         session = self.session
-        totals, bad = distributed.total(self.totals), session.bad_images()
+        totals = distributed.total(self.totals)
         self.check_finite(totals[0].item())
         out = session.config.out
         session.saves += 1
@@ -122,7 +122,7 @@ class Fit:
             state |= {"config": session.identity(), "stage": self.stage}
             state |= {"epoch": self.epoch, "step": self.step, "totals": totals.cpu()}
             state |= {"history": self.history, "best": self.best, "results": session.results}
-            checkpoint.save(out, state | {"bad_images": sorted(bad)})
+            checkpoint.save(out, state)
             sharded.keep(out, session.saves)
         self.saved_at = time.monotonic()
 

@@ -11,22 +11,14 @@ import torch
 from train.config import Config, TrainError
 from train.splits import LongTailed, Paths, Split
 
-# Classes and training images as published: ImageNet and iNaturalist by their challenges, the
-# long-tailed sets by Liu et al. (OLTR, CVPR 2019).
+# Classes and training images as published, and how the names of the lists begin: ImageNet and
+# iNaturalist by their challenges, the long-tailed sets by Liu et al. (OLTR, CVPR 2019).
 PUBLISHED = {
-    "imagenet": (1000, 1_281_167),
-    "imagenetlt": (1000, 115_846),
-    "places-lt": (365, 62_500),
-    "inat2018": (8142, 437_513),
-    "inat2019": (1010, 265_213),
-}
-# How the names of the lists begin that OLTR and those after it give out.
-OFFICIAL = {
-    "imagenet": "ImageNet_",
-    "imagenetlt": "ImageNet_LT_",
-    "places-lt": "Places_LT_",
-    "inat2018": "iNaturalist18_",
-    "inat2019": "iNaturalist19_",
+    "imagenet": (1000, 1_281_167, "ImageNet_"),
+    "imagenetlt": (1000, 115_846, "ImageNet_LT_"),
+    "places-lt": (365, 62_500, "Places_LT_"),
+    "inat2018": (8142, 437_513, "iNaturalist18_"),
+    "inat2019": (1010, 265_213, "iNaturalist19_"),
 }
 # A path without the slashes before it, and a label behind the last blanks, tabs and commas; or else
 # a line that is not empty. A dot stands for all but a newline.
@@ -61,7 +53,8 @@ def read_list(path: Path, root: Path) -> Split:
 def find_lists(config: Config) -> dict[str, Split]:
     """The splits whose lists lie in --lists, or in --data if that is not given."""
     folder = config.lists or config.data
-    prefixes = dict.fromkeys(["", OFFICIAL.get(config.dataset, ""), *OFFICIAL.values()])
+    known = [config.dataset, *PUBLISHED] if config.dataset in PUBLISHED else PUBLISHED
+    prefixes = ["", *(PUBLISHED[name][2] for name in known)]
     found = {}
     for split in ("train", "val", "test"):
         names = (folder / f"{prefix}{split}.txt" for prefix in prefixes)

@@ -40,14 +40,14 @@ class Session:
         # Brackets and colons may belong to a path.
         self.console = Console(quiet=rank > 0, markup=False, emoji=False)
         self.mesh = distributed.mesh(self.device) if config.shard_classes else None
-        self.results, self.bad = {}, set()  # of the bad images those before a --resume
+        self.results = {}
         self.sample = sample(data.train, data.num_classes)
         self.log_prior = log_prior(data.counts).to(self.device)
         self.data_summary = data.summary()
         splits = (*data.splits(), ("sample", self.sample))
         files = ImageFiles([split for _, split in splits], data.augment, data.image_size)
         readers = Readers(files, config.workers, self.device)
-        options = {"flip": config.flip, "skip_bad": config.bad_images == "skip"}
+        options = {"flip": config.flip}
         if isinstance(data.train.images, Tensor):
             options["statistics"] = channel_statistics(data.train.images)
         self.loaders = {
@@ -115,7 +115,3 @@ class Session:
                 rows[positions] = image_rows(head, features, labels, self.log_prior)
         rows[torch.arange(size) % self.world != self.rank] = 0
         return distributed.total(rows).cpu()
-
-    def bad_images(self) -> set[str]:
-        """A message for each file that any process could not read. All processes must call this."""
-        return distributed.union(self.bad.union(*(loader.bad for loader in self.loaders.values())))

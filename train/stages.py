@@ -20,7 +20,8 @@ def build_net(session: Session) -> nn.Module:
     that size is refused, such as most vision transformers."""
     config, images, size = session.config, session.data.train.images, session.data.image_size
     channels = images.shape[1] if isinstance(images, Tensor) else 3
-    net = make_net(config.net, channels, config.pretrained).to(session.device)
+    net = make_net(config.net, channels, config.pretrained)
+    net.to(session.device, memory_format=torch.channels_last)  # convnet then takes 3/4 of the time
     try:
         with torch.no_grad():
             features = net.eval()(torch.zeros(1, channels, size, size, device=session.device))
@@ -55,7 +56,6 @@ def train(session: Session) -> dict[str, dict]:
     saved = None
     if config.resume:
         saved = checkpoint.load(config.out, session.identity(), session.warn)
-        session.bad |= set(saved["bad_images"])
     session.results = saved["results"] if saved else {}
     torch.manual_seed(config.seed)
     net = build_net(session)

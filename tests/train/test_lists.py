@@ -129,7 +129,7 @@ def test_lists_may_lie_elsewhere_and_val_may_be_the_test(tmp_path):
 )
 def test_official_names_of_lists(tmp_path, monkeypatch, prefix, dataset):
     if dataset in PUBLISHED:
-        monkeypatch.setitem(PUBLISHED, dataset, (2, 2))
+        monkeypatch.setitem(PUBLISHED, dataset, (2, 2, PUBLISHED[dataset][2]))
     write_lists(tmp_path, train=[0, 1], val=[1], test=[0])
     for split in ("train", "val", "test"):
         (tmp_path / f"{split}.txt").rename(tmp_path / f"{prefix}{split}.txt")
@@ -138,7 +138,7 @@ def test_official_names_of_lists(tmp_path, monkeypatch, prefix, dataset):
 
 
 def test_a_sets_own_list_comes_before_those_of_others(tmp_path, monkeypatch):
-    monkeypatch.setitem(PUBLISHED, "imagenetlt", (1, 1))
+    monkeypatch.setitem(PUBLISHED, "imagenetlt", (1, 1, "ImageNet_LT_"))
     write_lists(tmp_path, train=[0], test=[0])
     (tmp_path / "train.txt").rename(tmp_path / "ImageNet_LT_train.txt")
     (tmp_path / "ImageNet_train.txt").write_text("none.png 0\n")
@@ -176,4 +176,4 @@ def test_published_counts():
         "inat2018": (8142, 437_513),
         "inat2019": (1010, 265_213),
     }.items():
-        assert PUBLISHED[name] == published
+        assert PUBLISHED[name][:2] == published

@@ -139,10 +139,8 @@ def write(session, stage: int, net: nn.Module, head: nn.Module, rows: Tensor) ->
     weight_norm = distributed.full(weight_norm).tolist()
     if session.rank:
         return
-    seen, looked = data.test.take(torch.where(rows[:, 0] > 0)[0]), session.sample
-    looked = looked.take(torch.where(trained[:, 0] > 0)[0])
-    rows, trained = (r[r[:, 0] > 0].t() for r in (rows, trained))
-    test, train = (dict(zip(COLUMNS, r, strict=True)) for r in (rows, trained))
+    seen, looked = data.test, session.sample
+    test, train = (dict(zip(COLUMNS, r.t(), strict=True)) for r in (rows, trained))
     wrong = test["rank"] >= 1
     angle, train_angle = degrees(test["target_cosine"]), degrees(train["target_cosine"])
     mean, median = torch.mean, torch.median
