@@ -44,8 +44,8 @@ HEADS = {
     BASELINE: "--head cosine",
     "t-vMF κ=16": "--kappa 16",
 }
-FASHION = "--dataset fashion-mnist-lt --imbalance 1 --stage2-epochs 0 --channels-last"
-LIST = "--dataset list --stage2-epochs 5 --channels-last"
+FASHION = "--dataset fashion-mnist-lt --imbalance 1 --stage2-epochs 0"
+LIST = "--dataset list --stage2-epochs 5"
 TABLES = {
     "small": Table(
         "Fashion-MNIST, 60 images of each class",

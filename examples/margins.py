@@ -7,10 +7,10 @@ train`; --scale-lr 0 fixes the scale, which margins otherwise push down.
 """
 
 import argparse
+import functools
 
 from train import command, stages
-from train.config import parse_config
-from train.model import tvmf_head
+from train.config import TrainError, parse_config
 from train.shell import one_line_errors
 from tvmf_ext.margin import ldam
 
@@ -39,6 +39,8 @@ def main() -> None:
     )
     options, flags = parser.parse_known_args()
     config = parse_config(flags)
+    if config.head == "softmax":
+        raise TrainError("--head: got softmax, wanted cosine or tvmf: margins are those of cosines")
     train_stage1, make_head = stages.train_stage1, stages.make_head
 
     def train_with_margins(session, *rest):
@@ -47,19 +49,8 @@ def main() -> None:
             options.cosine_margin if options.ldam is None else ldam(counts, options.ldam)
         )
 
-        def make_head_with_margins(name, num_features, num_classes, config, prior, mesh):
-            return tvmf_head(
-                num_features,
-                num_classes,
-                mesh,
-                kappa=config.kappa if name == "tvmf" else 0.0,
-                cosine_margin=cosine_margin,
-                angular_margin=options.angular_margin,
-                scale=config.scale_start,
-                prior=prior,
-            )
-
-        stages.make_head = make_head_with_margins
+        margins = {"cosine_margin": cosine_margin, "angular_margin": options.angular_margin}
+        stages.make_head = functools.partial(make_head, **margins)
         try:
             return train_stage1(session, *rest)
         finally:

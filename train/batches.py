@@ -17,20 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from train.augment import (
-    STATISTICS,
-    augment_colours,
-    centre,
-    draw_colours,
-    draw_part,
-    mirror,
-    shift,
-)
+from train import augment
 from train.images import LostImages, bad_image, read_image
 from train.splits import Split, members_of_classes
 
 GROUP = 4  # images of one class in a row, as in the paper's code
-NO_LABEL = -100  # label of an image that could not be read; the heads ignore it
 
 
 def seed_of(*position: int) -> int:
@@ -79,24 +70,20 @@ SAMPLING = {
 }
 
 
-def steps_of(size: int, batch_size: int, parts: int) -> int:
-    """Steps of an epoch. A last batch is dropped if it gives a part fewer than two images."""
-    steps, rest = divmod(size, batch_size)
-    return steps + (rest >= 2 * parts) or 1
-
-
-def share(step: int, size: int, batch_size: int, part: int, parts: int) -> Tensor:
-    """The positions, in an epoch of `size` images, of one of the `parts` parts of a step."""
-    batch = torch.arange(step * batch_size, min(size, (step + 1) * batch_size))
-    return batch.tensor_split(parts)[part]
+def shares(size: int, batch_size: int, rank: int, world: int) -> list[Tensor]:
+    """The positions, in an epoch of `size` images, of a process's share of each step. A last step
+    that gives a process fewer than two images is dropped, unless it is the only one."""
+    steps = torch.arange(size).split(batch_size)
+    steps = steps[:-1] if len(steps[-1]) < 2 * world and len(steps) > 1 else steps
+    return [step.tensor_split(world)[rank] for step in steps]
 
 
 class ImageFiles(TorchDataset):
     """The images of splits, and the batches of an epoch of one of these.
 
     files[split, train, index, *position in the training] are pixels, uint8 [size, size, 3]; draws
-    of the augmentation, [10] or [0] where there is none; label; and None, or a message where the
-    file cannot be read, when the pixels are zeros and the label is NO_LABEL.
+    of the augmentation, [10] or [0] where there is none; and label. Where the file cannot be read
+    they are a message instead.
     """
 
     def __init__(self, splits: list[Split], augment: str, size: int):
@@ -109,24 +96,21 @@ class ImageFiles(TorchDataset):
         number, train, index, *position = item
         split, state = self.splits[number], torch.get_rng_state()
         torch.default_generator.manual_seed(seed_of(*position))
-        choose = draw_part if train else partial(centre, self.size)
+        choose = augment.draw_part if train else partial(augment.centre, self.size)
         pixels = read_image(split.images[index], self.size, choose)
-        draws = draw_colours(self.augment == "imagenet") if train else torch.empty(0)
+        draws = augment.draw_colours(self.augment == "imagenet") if train else torch.empty(0)
         torch.set_rng_state(state)  # without workers the training draws from this generator
         if isinstance(pixels, str):
-            return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), draws, NO_LABEL, pixels
-        return torch.from_numpy(pixels), draws, int(split.labels[index]), None
+            return pixels
+        return torch.from_numpy(pixels), draws, int(split.labels[index])
 
 
-def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Stacks images, draws and labels, and collects the messages. Training leaves bad images out,
-    which batch norm should not see, unless fewer than the two that it needs were left."""
-    messages = [message for *_, message in items if message]
-    if len(items[0][1]):
-        items = sorted(items, key=lambda item: item[3] is not None)  # puts bad ones last
-        items = items[: max(2, len(items) - len(messages))]
-    pixels, draws, labels, _ = zip(*items, strict=True)
-    return torch.stack(pixels), torch.stack(draws), torch.tensor(labels), messages
+def collate(items: list) -> tuple[Tensor, Tensor, Tensor] | str:
+    """Stacks images, draws and labels; or returns the first message."""
+    if messages := [item for item in items if isinstance(item, str)]:
+        return messages[0]
+    pixels, draws, labels = zip(*items, strict=True)
+    return torch.stack(pixels), torch.stack(draws), torch.tensor(labels)
 
 
 def heed_only_the_parent(worker: int) -> None:
@@ -191,29 +175,18 @@ class Loader:
         split: the images; those in memory are moved to the device once.
         readers: the processes that read files, and how these are prepared.
         statistics: mean and standard deviation, each [channels], to normalise images in memory.
-        skip_bad: leave out a file that cannot be read, and put its message into `bad`.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        readers: Readers,
-        *,
-        train: bool,
-        flip: bool = False,
-        statistics: tuple[Tensor, Tensor] | None = None,
-        skip_bad: bool = False,
-    ):
+    def __init__(self, split, readers, *, train, flip=False, statistics=None):
         self.split, self.readers, self.device = split, readers, readers.device
-        self.train, self.flip, self.skip_bad = train, flip, skip_bad
+        self.train, self.flip = train, flip
         self.augment = readers.images.augment
-        self.bad: set[str] = set()
         self.in_memory = isinstance(split.images, Tensor)
         if self.in_memory:
             self.images, self.labels = (t.to(self.device) for t in (split.images, split.labels))
             self.reach = max(1, round(readers.images.size / 14))  # 2 pixels for MNIST's 28
         else:
-            statistics = [torch.tensor(s) for s in STATISTICS[self.augment]]
+            statistics = [torch.tensor(s) for s in augment.STATISTICS[self.augment]]
         self.mean, self.std = (s.view(-1, 1, 1).to(self.device) for s in statistics)
 
     def __call__(
@@ -233,17 +206,16 @@ class Loader:
             if self.train:
                 drawn = draws[batch].to(self.device, non_blocking=True)
                 offsets = (drawn[:, :2] * (2 * self.reach + 1)).long().t() - self.reach
-                images = shift(images, offsets, self.reach)
+                images = augment.shift(images, offsets, self.reach)
                 if self.flip:
-                    images = mirror(images, drawn[:, 2])
+                    images = augment.mirror(images, drawn[:, 2])
             yield (images - self.mean) / self.std, self.labels[index]
 
     def _from_files(self, order, batches, epoch_seed):
         found = self.readers.read(self.split, self.train, order, batches, epoch_seed)
-        for *batch, messages in found:
-            if messages and not self.skip_bad:
-                raise bad_image(messages[0])
-            self.bad.update(messages)
+        for batch in found:
+            if isinstance(batch, str):
+                raise bad_image(batch)
             pixels, draws, labels = (t.to(self.device, non_blocking=True) for t in batch)
             # A CPU takes a third of the time if its caches hold all of an image.
             size = 1 if self.device.type == "cpu" else len(pixels)
@@ -254,6 +226,7 @@ class Loader:
         """Images [B, 3, height, width] of files, augmented as their draws say, and normalised."""
         images = pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
         if self.train:
-            images = mirror(images, draws[:, 0])
-            images = augment_colours(images, draws) if self.augment == "imagenet" else images
+            images = augment.mirror(images, draws[:, 0])
+            if self.augment == "imagenet":
+                images = augment.augment_colours(images, draws)
         return (images - self.mean) / self.std

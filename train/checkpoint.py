@@ -21,8 +21,8 @@ from train.config import Config, TrainError
 ARCHITECTURES = {"resnet10": "ResNet10Feature", "resnet50": "ResNet50Feature"}
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 SHARDS = "checkpoint"  # then a number: a directory of the head in shards; see sharded.py
-FIELDS = {"config", "stage", "epoch", "step", "net", "head", "optimizer", "scaler"}
-FIELDS |= {"totals", "history", "best", "results", "bad_images", "shards"}
+FIELDS = {"config", "stage", "epoch", "step", "net", "head", "optimizer"}
+FIELDS |= {"totals", "history", "best", "results", "shards"}
 
 
 def lock(config: Config, rank: int) -> TextIO:
@@ -50,7 +50,7 @@ def clear(out: Path) -> None:
     stages = (f"stage{n}.{kind}" for n in (1, 2) for kind in ("pt", "analysis.json"))
     for name in (NAME, PREVIOUS, *stages, "result.json", "metrics.jsonl"):
         (out / name).unlink(missing_ok=True)
-    for path in (out / "logs", *(path for path in out.glob(f"{SHARDS}.*") if path.is_dir())):
+    for path in filter(Path.is_dir, out.glob(f"{SHARDS}.*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -85,11 +85,6 @@ def save(out: Path, state: dict[str, Any]) -> None:
     write_atomically(out / NAME, lambda file: torch.save(state, file), before=PREVIOUS)
 
 
-def in_utf8(path: Path) -> bool:
-    """Whether a path is in UTF-8: Python keeps bytes that are not as halves of a surrogate pair."""
-    return not re.search("[\ud800-\udfff]", str(path))
-
-
 def read(path: Path, mapped: bool = False) -> Any:
     """Reads a file of torch.save; raises an exception of any kind where it is damaged. What is
     mapped takes no memory before it is used."""
@@ -100,7 +95,8 @@ def read(path: Path, mapped: bool = False) -> Any:
                 raise ValueError(f"wrong checksum of {damaged}")
             if any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("an attribute in its directory")  # torch.load would skip the entry
-    mapped = mapped and zipped and in_utf8(path)  # else torch fails
+    # torch maps no path with bytes that are not UTF-8, which Python keeps as halves of surrogates.
+    mapped = mapped and zipped and not re.search("[\ud800-\udfff]", str(path))
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 

@@ -12,7 +12,6 @@ from rich.table import Table
 from train import checkpoint, distributed
 from train.config import Config, TrainError, settle
 from train.data import load_data
-from train.log import has_tensorboard
 from train.metrics import FIGURES, SIZES
 from train.session import Session, Stopped
 from train.stages import test_model, train
@@ -31,7 +30,7 @@ def main(config: Config) -> None:
             raise
         raise TrainError(
             f"--batch-size: got {config.batch_size}, for which there is not enough memory "
-            f"({checkpoint.first_line(error)}); wanted fewer images, or --accumulate"
+            f"({checkpoint.first_line(error)}); wanted fewer images"
         ) from None
     finally:
         distributed.finish()
@@ -82,17 +81,13 @@ def describe(session: Session) -> None:
     )
     for note in data.notes:
         session.warn(note)
-    if not config.evaluate and not has_tensorboard(config.out):
-        install = "pip install -e '.[tensorboard]'"
-        session.say(f"OUT/logs is left out: it needs TensorBoard ({install}) and a path in UTF-8")
 
 
 def write_result(session: Session, results: dict[str, dict]) -> None:
     """Writes result.json (or evaluation.json) and prints the table."""
     config, data = session.config, session.data
-    bad = data.bad_images + len(session.bad_images())
     about = {"classes": data.num_classes, "val": 0, "counts": data.counts.tolist()}
-    about |= {name: len(split) for name, split in data.splits()} | {"bad_images": bad}
+    about |= {name: len(split) for name, split in data.splits()}
     about |= {"augment": data.augment, "image_size": data.image_size, "notes": data.notes}
     text = json.dumps({"config": config.as_dict(), "dataset": about} | results, indent=1) + "\n"
     if session.rank == 0:
@@ -100,7 +95,7 @@ def write_result(session: Session, results: dict[str, dict]) -> None:
         checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
         shutil.rmtree(config.out / "features", ignore_errors=True)
         print_table(session, results)
-        session.say(f"{bad} images could not be read and were left out" if bad else str(path))
+        session.say(str(path))
 
 
 def print_table(session: Session, results: dict[str, dict]) -> None:

@@ -1,4 +1,4 @@
-"""The configuration: one flat dataclass, filled from a recipe (TOML), then the command line."""
+"""The configuration: one flat dataclass, filled from recipes.toml, then the command line."""
 
 import argparse
 import dataclasses
@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")  # the link adds nothing to an error
 
 import tyro
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass
 
 if sys.version_info >= (3, 11):
@@ -20,31 +20,19 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-RECIPES = Path(__file__).with_name("recipes.toml")
+RECIPES = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
 # A batch of 0 becomes the largest power of two with which stage 1 has this many steps.
 ENOUGH_STEPS, SMALLEST_BATCH = 2000, 16
 # From fewer images a class than this, a net does not learn which places in an image mean the same.
 FEW_IMAGES = 10
 # Fields that do not decide a run's result: --resume may change them, and runs that differ in them
 # alone are one group in a report.
-NO_RESULT = (
-    "recipe",
-    "out",
-    "resume",
-    "data",
-    "lists",
-    "download",
-    "device",
-    "workers",
-    "checkpoint_minutes",
-    "bad_images",
-    "shard_classes",
-)
+NO_RESULT = ("out", "resume", "data", "lists", "download")
+NO_RESULT += ("device", "workers", "checkpoint_minutes", "shard_classes")
 
-Dataset = Literal[tuple(tomllib.loads(RECIPES.read_text(encoding="utf-8")))]
-Count = Annotated[int, Field(ge=1)]
+Dataset = Literal[tuple(RECIPES)]
+Count = Annotated[int, Field(ge=0, le=10**6)]
 NETS = "^(auto|convnet|gridnet|resnet10|resnet50|timm:.+)$"
-Kappa = Annotated[float, Field(gt=-0.5)]
 
 
 class TrainError(ValueError):
@@ -62,7 +50,7 @@ class Config:
     data: Path = Path("data")
     """Directory of the images, or of torchvision's files of MNIST and CIFAR."""
     lists: Path | None = None
-    """Directory of the list files (or iNaturalist's JSON), where that is not DATA."""
+    """Directory of the list files, where that is not DATA."""
     download: bool = False
     """Let torchvision download MNIST, Fashion-MNIST or CIFAR to DATA."""
     imbalance: Annotated[float, Field(ge=1)] = 100.0
@@ -71,8 +59,6 @@ class Config:
     """Share of each class's training images to keep, at least one: small-scale training."""
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of training labels to replace by another class, drawn uniformly: symmetric noise."""
-    bad_images: Literal["stop", "skip"] = "stop"
-    """What to do with an image that cannot be read; those skipped are counted."""
     augment: Literal["auto", "imagenet", "inat", "small"] = "auto"
     """Transforms: ImageNet's, iNaturalist's, or a shift of small images, which are kept in memory;
     auto: by image size."""
@@ -91,7 +77,7 @@ class Config:
     """Only test MODEL, with the head that it holds."""
     head: Literal["softmax", "cosine", "tvmf"] = "tvmf"
     """Head of stage 1."""
-    kappa: Kappa = 16.0
+    kappa: Annotated[float, Field(gt=-0.5)] = 16.0
     """Concentration of the t-vMF similarity; the other heads have none."""
     prior: NonNegativeFloat = 0.0
     """TAU of logit adjustment in stage 1: the loss adds TAU times the logarithm of the class
@@ -100,9 +86,9 @@ class Config:
     """Scale of the cosine and t-vMF heads at the start; 1 + ln 2 in the paper's code."""
     scale_lr: NonNegativeFloat = 1.0
     """Learning rate of the scale's parameter, as a multiple of the other parameters' rate."""
-    epochs: Count = 90
+    epochs: Annotated[int, Field(ge=1, le=10**6)] = 90
     """Epochs of stage 1: backbone and head, every image equally often."""
-    stage2_epochs: NonNegativeInt = 30
+    stage2_epochs: Count = 30
     """Epochs of stage 2: a new head on the frozen backbone, by default a cosine head that sees
     every class equally often."""
     sampling: Literal["classes", "sqrt", "images"] = "classes"
@@ -123,9 +109,9 @@ class Config:
     """The same in stage 2. 0: that of stage 1."""
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay of all parameters."""
-    bn: Literal["batch", "shift", "frozen"] = "batch"
+    bn: Literal["batch", "frozen"] = "batch"
     """Batch norm in stage 2: normalise by the batch and update the running statistics, as the
-    paper's code does; replace these once by those of class-balanced images; or leave them alone."""
+    paper's code does; or leave them alone."""
     views: NonNegativeInt = 2
     """Epochs of stage 2 whose features are computed once and then used again and again. 0: the
     backbone runs in every epoch."""
@@ -135,31 +121,21 @@ class Config:
     eval_every: NonNegativeInt = 0
     """Epochs between evaluations; the last is always evaluated. 0: so many that evaluation costs at
     most a fifth of the training."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of autocast."""
-    channels_last: bool = False
-    """Keep images and convolutions in channels-last order."""
-    compile: bool = False
-    """torch.compile the backbone."""
-    accumulate: Count = 1
-    """Parts into which a process divides its share of a batch, to take one after another."""
-    sync_bn: bool = False
-    """Batch statistics over all processes (GPUs only)."""
     shard_classes: bool = False
     """Spread the classes of the head over the processes, each of which then holds the vectors of
     its own classes alone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-    workers: NonNegativeInt = 4
+    workers: Annotated[int, Field(ge=0, le=256)] = 4
     """Processes that read image files, for each training process."""
     checkpoint_minutes: PositiveFloat = 15.0
     """Minutes after which a checkpoint is saved within an epoch, too."""
-    recipe: str = ""
-    """A table of train/recipes.toml, or a path that ends in .toml; flags override it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the initial weights, of the order of the images and of their augmentation."""
     out: Path = Path("out")
-    """Directory of checkpoint.pt, stage1.pt, stage2.pt, metrics.jsonl, result.json and logs/."""
+    """Directory of checkpoint.pt, stage1.pt, stage2.pt, metrics.jsonl and result.json."""
     resume: bool = False
     """Go on from the checkpoint in OUT; without it, an earlier run in OUT is replaced."""
 
@@ -190,41 +166,26 @@ def settle(config: Config, images: int, evaluated: int, classes: int, small: boo
     return dataclasses.replace(config, **chosen)
 
 
-def load_recipe(name: str) -> Config:
-    """A recipe as a configuration; TrainError names the key that does not fit."""
-    path = Path(name) if name.endswith(".toml") else RECIPES
-    try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainError(f"--recipe: got {name} ({error}), wanted a TOML file") from None
-    if path is RECIPES:
-        if name not in recipe:
-            known = ", ".join(recipe)
-            raise TrainError(f"--recipe: got {name!r}, wanted one of {known}, or a file *.toml")
-        recipe = recipe[name] | {"dataset": name}
-    try:
-        return Config(**recipe | {"recipe": name})
-    except ValidationError as errors:
-        first = errors.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        message = f"{path}: {key}: got {first['input']!r}, {first['msg']}"
-        known = f"; wanted keys of {', '.join(f.name for f in dataclasses.fields(Config))}"
-        raise TrainError(message + (known if "nexpected" in message else "")) from None
+def load_recipe(dataset: str) -> Config:
+    """The configuration of a data set where no flag says otherwise."""
+    return Config(**RECIPES[dataset] | {"dataset": dataset})
 
 
 def parse_config(args: Sequence[str]) -> Config:
-    """The recipe that `args` name, or that of their data set, overridden by the other flags."""
+    """The recipe of the data set that `args` name, overridden by the other flags."""
     first = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--dataset", default=Config.dataset)
+    first.add_argument("--dataset")
     given, _ = first.parse_known_args(args)
     # tyro refuses an unknown data set below.
-    dataset = given.dataset if given.dataset in get_args(Dataset) else Config.dataset
-    default = load_recipe(given.recipe or dataset)
+    default = load_recipe(given.dataset if given.dataset in RECIPES else Config.dataset)
     about = "Train a classifier on long-tailed data, in two stages."
     config = tyro.cli(Config, prog=first.prog, args=args, default=default, description=about)
     if config.pretrained and not config.net.startswith("timm:"):
         raise TrainError(f"--pretrained: got --net {config.net}, wanted timm:NAME")
+    if config.shard_classes and config.head == "softmax" and not config.model:
+        raise TrainError("--shard-classes: got --head softmax, wanted --head tvmf or cosine")
+    if config.out == Path():
+        raise TrainError("--out: got the current folder, wanted one of its own")
     if config.evaluate and not config.model:
         raise TrainError("--evaluate: got no --model, wanted a model file")
     return config

@@ -57,17 +57,16 @@ def check(data: LongTailed, config: Config) -> None:
     for name, split in data.splits():
         if not len(split):
             raise TrainError(f"--data: got no image in {name}, wanted at least one")
-        out = torch.where((split.labels < 0) | (split.labels >= data.num_classes))[0]
+        out = torch.where(split.labels >= data.num_classes)[0]
         if len(out):
-            where = name if isinstance(split.images, Tensor) else split.where(int(out[0]))
             raise TrainError(
-                f"{where}: got class {split.labels[out[0]]}, wanted one of the "
+                f"{split.where(int(out[0]))}: got class {split.labels[out[0]]}, wanted one of the "
                 f"{data.num_classes} classes (0 to {data.num_classes - 1})"
             )
     if not isinstance(data.train.images, Tensor):
-        check_files(data, skip=config.bad_images == "skip")
+        check_files(data)
     got = (len(data.train.labels.unique()), len(data.train))
-    classes, images = PUBLISHED.get(config.dataset, got)
+    classes, images, _ = PUBLISHED.get(config.dataset, (*got, ""))
     if got != (classes, images):
         raise TrainError(
             f"--data: got {got[1]:,} training images of {got[0]:,} classes, wanted the "
@@ -93,9 +92,9 @@ def keys_of(split: Split, folders: set[bytes]) -> np.ndarray:
     return found
 
 
-def check_files(data: LongTailed, skip: bool) -> None:
-    """Refuses files that are missing (with `skip`, only where all of a split are), and an image of
-    two splits or classes; notes images that a split has twice."""
+def check_files(data: LongTailed) -> None:
+    """Refuses files that are missing, and an image of two splits or classes; notes images that a
+    split has twice."""
     folders, splits = set(), list(data.splits())
     keys = [keys_of(split, folders) for _, split in splits]
     # A folder is listed once, which is faster than to ask for every file.
@@ -106,7 +105,7 @@ def check_files(data: LongTailed, skip: bool) -> None:
         order = key.argsort()  # in which a search is fast; np.isin would take 90 MB for a million
         key = key[order]
         missing = order[there.searchsorted(key) == there.searchsorted(key, "right")]
-        if len(missing) > (len(split) - 1 if skip else 0):
+        if len(missing):
             image, where = split.images[missing.min()], split.where(missing.min())
             raise TrainError(
                 f"{where}: got {image}, which is not there{other_form(image)}; wanted an image"
@@ -167,9 +166,4 @@ def choose_transforms(data: LongTailed, config: Config) -> None:
 def read_small_images(data: LongTailed, config: Config, quiet: bool) -> None:
     """Replaces the files of every split by their images in memory."""
     for name, split in list(data.splits()):
-        skip = config.bad_images == "skip"
-        read = into_memory(split, data.image_size, skip, f"{name} images", quiet)
-        if not len(read):
-            raise TrainError(f"--data: got no readable image in {name}, wanted at least one")
-        data.bad_images += len(split) - len(read)
-        setattr(data, name, read)
+        setattr(data, name, into_memory(split, data.image_size, f"{name} images", quiet))

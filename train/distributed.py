@@ -83,15 +83,6 @@ def any_of(*flags: bool) -> list[bool]:
     return total(torch.tensor(flags, dtype=torch.int32)).bool().tolist()
 
 
-def union(items: set[str]) -> set[str]:
-    """The union of the sets of all processes."""
-    if not dist.is_initialized():
-        return items
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, items)
-    return set().union(*gathered)
-
-
 def barrier() -> None:
     """Waits until all processes have come here."""
     if dist.is_initialized():

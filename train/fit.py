@@ -1,6 +1,5 @@
 """The training of one stage, epoch by epoch: what a step changes, and what a checkpoint holds."""
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -10,12 +9,11 @@ import torch
 from rich.progress import Progress, TaskID
 from torch import nn
 
-from train import advice, checkpoint, distributed, sharded
+from train import advice, checkpoint, distributed, log, sharded
 from train.batches import seed_of
 from train.config import Config, TrainError
 from train.images import LostImages
-from train.log import Log
-from train.metrics import COLUMNS, error_report, full_report
+from train.metrics import error_report, full_report
 from train.model import Classifier
 from train.report import analysis
 from train.session import Session, Stopped
@@ -47,45 +45,37 @@ def make_optimizer(net: nn.Module, head: nn.Module, config: Config) -> torch.opt
     )
 
 
+def scale_of(head: nn.Module) -> float | None:
+    """The scale of a head; a softmax head has none."""
+    return None if head.scale is None else head.scale.item()
+
+
 class Fit:
     """The training of one stage. `epoch` and `step` say where it stands.
 
     Args:
         cached: features of the frozen backbone (`stage2.cache_features`), from which the head
             then trains; None trains from images.
-        results: reports of the stages before, which a checkpoint keeps.
         saved: the checkpoint of this stage from which the training goes on; None begins anew.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        stage: int,
-        net: nn.Module,
-        head: nn.Module,
-        cached: dict[str, Any] | None,
-        results: dict[str, dict],
-        saved: dict[str, Any] | None,
-    ):
+    def __init__(self, session: Session, stage: int, net: nn.Module, head, cached, saved):
         config = session.config
         self.session, self.stage, self.net, self.head = session, stage, net, head
-        self.cached, self.results = cached, results
+        self.cached = cached
         self.epochs, self.batch_size, self.lr = config.epochs, config.batch_size, config.lr
         if stage == 2:
             self.epochs = config.stage2_epochs
             self.batch_size = config.stage2_batch_size or self.batch_size
             self.lr = config.stage2_lr or self.lr
-        self.has_scale = any(name == "s_" for name, _ in head.named_parameters())
         self.optimizer = make_optimizer(net, head, config)
-        scaler = sharded.GradScaler if session.mesh else torch.amp.GradScaler
-        self.scaler = scaler(session.device.type, enabled=config.precision == "fp16")
         net = nn.Identity() if cached else net
         if session.mesh:
-            rows = -(-self.batch_size // session.parts)
-            self.parallel = distributed.parallel(net, session.device)
-            self.model = sharded.ShardedClassifier(self.parallel, head, rows)
+            rows = -(-self.batch_size // session.world)
+            net = distributed.parallel(net, session.device)
+            self.model = sharded.ShardedClassifier(net, head, rows)
         else:
-            self.parallel = self.model = distributed.parallel(Classifier(net, head), session.device)
+            self.model = distributed.parallel(Classifier(net, head), session.device)
         self.select = config.select
         if self.select == "auto":
             self.select = "val" if session.data.val else "last"
@@ -108,7 +98,6 @@ class Fit:
             sharded.load(self.session.config.out, saved["shards"], self.head, self.optimizer)
         else:
             sharded.load_whole(self.head, self.optimizer, saved)
-        self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.best, self.history = saved["best"], saved["history"]
         if self.session.rank == 0:  # the checkpoint has the sums over all processes
@@ -119,21 +108,21 @@ class Fit:
     def save(self) -> None:
         """Writes a checkpoint, unless the model is no longer finite."""
         session = self.session
-        totals, bad = distributed.total(self.totals), session.bad_images()
+        totals = distributed.total(self.totals)
         self.check_finite(totals[0].item())
         out = session.config.out
         session.saves += 1
         if session.mesh:
             sharded.save(out, session.saves, self.head, self.optimizer)
         if session.rank == 0:
-            parts = ("net", "head", "optimizer", "scaler")
+            parts = ("net", "head", "optimizer")
             in_shards = ("head", "optimizer") if session.mesh else ()
             state = {n: {} if n in in_shards else getattr(self, n).state_dict() for n in parts}
             state["shards"] = session.saves if session.mesh else 0
             state |= {"config": session.identity(), "stage": self.stage}
             state |= {"epoch": self.epoch, "step": self.step, "totals": totals.cpu()}
-            state |= {"history": self.history, "best": self.best, "results": self.results}
-            checkpoint.save(out, state | {"bad_images": sorted(bad)})
+            state |= {"history": self.history, "best": self.best, "results": session.results}
+            checkpoint.save(out, state)
             sharded.keep(out, session.saves)
         self.saved_at = time.monotonic()
 
@@ -162,29 +151,23 @@ class Fit:
         """Trains the epochs that are left; leaves the chosen model in net and head and returns its
         report."""
         session, config = self.session, self.session.config
-        log = Log(session, self.stage, self.epoch) if session.rank == 0 else None
         with session.progress() as progress:
-            head = config.head if self.stage == 1 else "cosine"
-            bar = progress.add_task(f"{head}, stage {self.stage}", total=self.epochs, note="")
+            bar = progress.add_task(f"stage {self.stage}", total=self.epochs)
             try:
                 while self.epoch < self.epochs:
                     record = self.train_epoch(progress, bar)
                     number = self.epoch + 1
                     if number == self.epochs or number % (config.eval_every or 1) == 0:
                         self.evaluate(record)
-                    progress.update(bar, note=f"loss {record['loss']:.3f}")
-                    if log:
-                        log.write(record)
+                    if session.rank == 0:
+                        log.write(session, record)
                     self.end_epoch(record)
             except (Stopped, LostImages) as error:
                 # Images are lost in one process, while the others would not come to save.
                 if isinstance(error, Stopped) or session.world == 1:
                     self.save()
                 raise
-        report = self.report()
-        if log:
-            log.close(report)
-        return report
+        return self.report()
 
     def train_epoch(self, progress: Progress, bar: TaskID) -> dict[str, Any]:
         """Trains the steps of the epoch that are left; returns the epoch's record."""
@@ -203,44 +186,34 @@ class Fit:
             if self.step % LOOK == 0:
                 loss, count = self.totals[:2].tolist()
                 self.check_finite(loss)
-                progress.update(bar, note=f"loss {loss / max(count, 1):.3f}")
+                about = f"stage {self.stage}, loss {loss / max(count, 1):.3f}"
+                progress.update(bar, description=about)
             if self.step < len(sizes) and (session.world == 1 or self.step % AGREE == 0):
                 minutes = (time.monotonic() - self.saved_at) / 60
                 self.save_or_stop(due=minutes > config.checkpoint_minutes)
         loss, count, wrong1, wrong5 = distributed.total(self.totals).tolist()
         seconds, count = time.perf_counter() - began, max(count, 1)
         self.check_finite(loss)
-        return {
-            "stage": self.stage,
-            "epoch": self.epoch + 1,
-            "epochs": self.epochs,
-            "lr": lr,
-            "steps": len(sizes),
-            "scale": self.head.scale.item() if self.has_scale else None,
-            "loss": loss / count,
-            "error1": 100 * wrong1 / count,
-            "error5": 100 * wrong5 / count,
-            "images_per_s": images / seconds,
-            "seconds": seconds,
-        }
+        record = {"stage": self.stage, "epoch": self.epoch + 1, "epochs": self.epochs, "lr": lr}
+        record |= {"steps": len(sizes), "scale": scale_of(self.head), "loss": loss / count}
+        record |= {"error1": 100 * wrong1 / count, "error5": 100 * wrong5 / count}
+        return record | {"images_per_s": images / seconds, "seconds": seconds}
 
     def batches(self) -> tuple[list[int], Iterator]:
         """The number of images of each step of the epoch, over all processes; and this process's
-        batches from `step` on, `accumulate` of them a step."""
+        batches from `step` on."""
         session, config = self.session, self.session.config
         view = self.epoch % len(self.cached["train"]) if self.cached else self.epoch
         order, mine, seed = session.epoch(self.stage, view)
         sizes = [len(part) for part in order.split(self.batch_size)]
-        turn = list(range(len(mine) // config.accumulate))
         if not self.cached:
-            mine = mine[self.step * config.accumulate :]
-            return [sizes[i] for i in turn], session.loaders["train"](order, mine, seed)
+            loader = session.loaders["train"]
+            return sizes[: len(mine)], loader(order, mine[self.step :], seed)
+        turn = list(range(len(mine)))
         if self.epoch != view:  # the view's steps in another order, in all processes alike
             draw = torch.Generator().manual_seed(seed_of(config.seed, self.stage, self.epoch))
             turn = torch.randperm(len(turn), generator=draw).tolist()
-        parts = range(config.accumulate)
-        numbers = (i * config.accumulate + part for i in turn[self.step :] for part in parts)
-        return [sizes[i] for i in turn], map(self.cached["train"][view].batch, numbers)
+        return [sizes[i] for i in turn], map(self.cached["train"][view].batch, turn[self.step :])
 
     def train_step(self, batches: Iterator, size: int) -> None:
         """One step of the optimizer, on `size` images over all processes."""
@@ -248,20 +221,14 @@ class Fit:
         # Dropout draws from the global generator.
         torch.manual_seed(seed_of(config.seed, self.stage, self.epoch, self.step, session.rank))
         # Before anything changes, as an image that cannot be read makes the run save and end.
-        parts = [next(batches) for _ in range(config.accumulate)]
-        for part, (images, labels) in enumerate(parts):
-            if not self.cached:
-                images = session.laid_out(images)
-            wait = hasattr(self.parallel, "no_sync") and part + 1 < config.accumulate
-            with self.parallel.no_sync() if wait else contextlib.nullcontext():
-                with session.autocast():
-                    loss, counts = self.model(images, labels)
-                # DDP takes the mean over processes; the mean over images is wanted.
-                self.scaler.scale(loss * (session.world / size)).backward()
-            self.totals[0] += loss.detach()
-            self.totals[1:] += counts
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        images, labels = next(batches)
+        with session.autocast():
+            loss, counts = self.model(images, labels)
+        # DDP takes the mean over processes; the mean over images is wanted.
+        (loss * (session.world / size)).backward()
+        self.totals[0] += loss.detach()
+        self.totals[1:] += counts
+        self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
 
@@ -298,15 +265,13 @@ class Fit:
         states = checkpoint.load_model(self.model_file, "--resume")
         for module, state in zip((self.net, self.head), states, strict=True):
             module.load_state_dict(state)
-        more = analysis.rows_and_norms, analysis.WIDTH
-        rows = session.evaluate("test", self.net, self.head, self.cached, *more)
+        rows = session.evaluate("test", self.net, self.head, self.cached)
         analysis.write(session, self.stage, self.net, self.head, rows)
-        rows = rows[:, : len(COLUMNS)]
         report = full_report(rows, session.data.test.labels, session.data.counts)
         report["selected_on"] = "last epoch" if self.select == "last" else self.select
         report["epoch"] = self.best[1]
-        report["scale"] = self.head.scale.item() if self.has_scale else None
-        report["kappa"] = self.head.kappa.mean().item() if self.has_scale else None
+        report["scale"] = scale_of(self.head)
+        report["kappa"] = None if report["scale"] is None else self.head.kappa.mean().item()
         report["steps"] = sum(epoch["steps"] for epoch in self.history)
         report["train_loss"] = self.history[-1]["loss"]
         report["train_error1"] = self.history[-1]["error1"]
@@ -321,10 +286,10 @@ class Fit:
         if self.stage == 1:
             text = advice.too_short(session.config, self.history, report["steps"])
         elif report["selection_error1"] is not None:
-            text = advice.worse_than_stage1(report, self.results)
+            text = advice.worse_than_stage1(report, session.results)
         else:
             classes = session.data.num_classes
-            text = advice.stage2_spoilt(session.config, classes, self.history, self.results)
+            text = advice.stage2_spoilt(session.config, classes, self.history, session.results)
         report["warning"] = text
         if text:
             session.warn(text)

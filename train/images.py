@@ -59,7 +59,7 @@ def read_image(path: str, size: int, choose: Callable = whole) -> np.ndarray | s
 
 def bad_image(message: str) -> LostImages:
     """The error for a message of `read_image`."""
-    return LostImages(f"{message}, wanted a readable one; --bad-images skip leaves such out")
+    return LostImages(f"{message}, wanted a readable one")
 
 
 def typical_size(paths: Paths) -> int:
@@ -71,18 +71,13 @@ def typical_size(paths: Paths) -> int:
     return int(np.median(sizes)) if sizes else 224
 
 
-def into_memory(split: Split, size: int, skip: bool, title: str, quiet: bool = True) -> Split:
-    """Reads all images, [N, 3, size, size]. A file that cannot be read raises TrainError, or is
-    left out with `skip`."""
+def into_memory(split: Split, size: int, title: str, quiet: bool = True) -> Split:
+    """Reads all images, [N, 3, size, size]."""
     images = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
-    good = torch.ones(len(split), dtype=torch.bool)
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda i: read_image(split.images[i], size), range(len(split)))
         for i, image in enumerate(track(found, title, len(split), disable=quiet)):
             if isinstance(image, str):
-                if not skip:
-                    raise bad_image(image)
-                good[i] = False
-            else:
-                images[i] = torch.from_numpy(image).permute(2, 0, 1)
-    return Split(images, split.labels).take(torch.where(good)[0])
+                raise bad_image(image)
+            images[i] = torch.from_numpy(image).permute(2, 0, 1)
+    return Split(images, split.labels)

@@ -1,6 +1,5 @@
-"""Data sets of image files that lists name: lines `relative/path label`, or iNaturalist's JSON."""
+"""Data sets of image files that lists name, in lines `relative/path label`."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,22 +11,14 @@ import torch
 from train.config import Config, TrainError
 from train.splits import LongTailed, Paths, Split
 
-# Classes and training images as published: ImageNet and iNaturalist by their challenges, the
-# long-tailed sets by Liu et al. (OLTR, CVPR 2019).
+# Classes and training images as published, and how the names of the lists begin: ImageNet and
+# iNaturalist by their challenges, the long-tailed sets by Liu et al. (OLTR, CVPR 2019).
 PUBLISHED = {
-    "imagenet": (1000, 1_281_167),
-    "imagenetlt": (1000, 115_846),
-    "places-lt": (365, 62_500),
-    "inat2018": (8142, 437_513),
-    "inat2019": (1010, 265_213),
-}
-# How the names of the lists begin that OLTR and those after it give out.
-OFFICIAL = {
-    "imagenet": "ImageNet_",
-    "imagenetlt": "ImageNet_LT_",
-    "places-lt": "Places_LT_",
-    "inat2018": "iNaturalist18_",
-    "inat2019": "iNaturalist19_",
+    "imagenet": (1000, 1_281_167, "ImageNet_"),
+    "imagenetlt": (1000, 115_846, "ImageNet_LT_"),
+    "places-lt": (365, 62_500, "Places_LT_"),
+    "inat2018": (8142, 437_513, "iNaturalist18_"),
+    "inat2019": (1010, 265_213, "iNaturalist19_"),
 }
 # A path without the slashes before it, and a label behind the last blanks, tabs and commas; or else
 # a line that is not empty. A dot stands for all but a newline.
@@ -37,16 +28,12 @@ LINE = re.compile(
 )
 
 
-def read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise TrainError(f"--data: got {path} ({error.strerror}), wanted a list to read") from None
-
-
 def read_list(path: Path, root: Path) -> Split:
     """The images of a list file. It may have a million lines, of which arrays keep places alone."""
-    text = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise TrainError(f"--data: got {path} ({error.strerror}), wanted a list to read") from None
     if text[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in text:
         raise TrainError(f"{path}: got UTF-16 or zero bytes, wanted a list in UTF-8")
 
@@ -63,36 +50,16 @@ def read_list(path: Path, root: Path) -> Split:
     return Split(Paths(str(root), text, begin, end), torch.from_numpy(labels), f"{path}:")
 
 
-def read_inat_json(path: Path, root: Path) -> Split:
-    """iNaturalist's own annotations: images with a file_name, annotations with a category_id."""
-    text = read_bytes(path)
-    try:
-        content = json.loads(text)
-        files = {image["id"]: image["file_name"].lstrip("/") for image in content["images"]}
-        names = [files[a["image_id"]] for a in content["annotations"]]
-        labels = torch.tensor([int(a["category_id"]) for a in content["annotations"]])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise TrainError(
-            f"{path}: got JSON without {error}, wanted iNaturalist's images and annotations"
-        ) from None
-    if not names:
-        raise TrainError(f"{path}: got no annotation, wanted one for each image")
-    return Split(Paths.of(str(root), names), labels, f"{path}, annotation ")
-
-
 def find_lists(config: Config) -> dict[str, Split]:
     """The splits whose lists lie in --lists, or in --data if that is not given."""
     folder = config.lists or config.data
-    prefixes = dict.fromkeys(["", OFFICIAL.get(config.dataset, ""), *OFFICIAL.values()])
+    known = [config.dataset, *PUBLISHED] if config.dataset in PUBLISHED else PUBLISHED
+    prefixes = ["", *(PUBLISHED[name][2] for name in known)]
     found = {}
     for split in ("train", "val", "test"):
         names = (folder / f"{prefix}{split}.txt" for prefix in prefixes)
         if path := next((name for name in names if name.is_file()), None):
             found[split] = read_list(path, config.data)
-        # iNaturalist's train2018.json and val2018.json; its test2018.json has no labels.
-        official = folder / f"{split}{config.dataset.removeprefix('inat')}.json"
-        if split not in (*found, "test") and official.is_file():
-            found[split] = read_inat_json(official, config.data)
     # Without a list of test images that of val is the test set, as in the paper's code.
     if "test" not in found and "val" in found:
         found["test"] = found.pop("val")
@@ -100,7 +67,7 @@ def find_lists(config: Config) -> dict[str, Split]:
 
 
 def load_lists(config: Config) -> LongTailed:
-    """A data set of list files or of iNaturalist's JSON."""
+    """A data set of list files."""
     found = find_lists(config)
     for split in ("train", "test"):
         if split not in found:

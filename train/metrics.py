@@ -7,39 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train import sharded
-from train.config import TrainError
 from tvmf_ext import ShardedTvMFLoss, tvmf_logits
 
 # Training images of a class in each group, as in Liu et al. (OLTR, 2019) and Kang et al. (2020).
 GROUPS = {"many": (101, float("inf")), "medium": (20, 100), "few": (0, 19)}
 SIZES = {"many": "> 100", "medium": "20..100", "few": "< 20"}
 # The figures in percent, each with its heading in tables; train.report shows all of them.
-FIGURES = {
-    "error1": "error@1",
-    "adjusted_error1": "adjusted",
-    "error5": "error@5",
-    "many": "many",
-    "medium": "medium",
-    "few": "few",
-    "macro_f1": "macro-F1",
-    "ece": "ECE",
-}
-COLUMNS = ("known", "loss", "rank", "predicted", "confidence", "target_cosine", "other_cosine")
-COLUMNS += ("adjusted_rank", "adjusted_predicted")
+FIGURES = {"error1": "error@1", "adjusted_error1": "adjusted", "error5": "error@5"}
+FIGURES |= {name: name for name in GROUPS} | {"macro_f1": "macro-F1", "ece": "ECE"}
+COLUMNS = ("loss", "rank", "predicted", "confidence", "target_cosine", "other_cosine")
+COLUMNS += ("adjusted_rank", "adjusted_predicted", "norm")
 BINS, EDGES = 15, torch.linspace(-1, 1, 51)
 
 
-@torch.no_grad()
-def image_rows(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
-    """[B, COLUMNS] float64 for features [B, D] and labels [B]; zeros where the label is negative,
-    that is, unknown. The adjusted columns come from the logits less `prior` [C], the logarithms of
-    the class frequencies: logit adjustment after training (Menon et al., ICLR 2021)."""
-    if isinstance(head, ShardedTvMFLoss):
-        return sharded.image_rows(head, features, labels, prior)
+def columns(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor) -> tuple:
+    """COLUMNS but the last."""
     logits = head.logits(features).float()
     cosine = tvmf_logits(features, head.weight, kappa=0.0)
-    at = labels.clamp(min=0)[:, None]
-    loss = F.cross_entropy(logits, at[:, 0], reduction="none")
+    at = labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="none")
     # As in both heads, a class that ties with the target is no error, and a NaN is one.
     rank = (~(logits <= logits.gather(1, at))).sum(1)
     confidence, predicted = logits.softmax(1).nan_to_num(0).max(1)
@@ -47,10 +33,17 @@ def image_rows(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor)
     other = cosine.scatter(1, at, -1.0).amax(1)
     adjusted = logits - prior
     adjusted_rank = (~(adjusted <= adjusted.gather(1, at))).sum(1)
-    columns = (torch.ones_like(loss), loss, rank, predicted, confidence, own, other)
-    columns += (adjusted_rank, adjusted.argmax(1))
-    rows = torch.stack([c.double() for c in columns], 1)
-    return torch.where((labels >= 0)[:, None], rows, 0)
+    return loss, rank, predicted, confidence, own, other, adjusted_rank, adjusted.argmax(1)
+
+
+@torch.no_grad()
+def image_rows(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
+    """[B, COLUMNS] float64 for features [B, D] and labels [B]. The adjusted columns come from the
+    logits less `prior` [C], the logarithms of the class frequencies: logit adjustment after
+    training (Menon et al., ICLR 2021). The norm is that of the feature."""
+    of = sharded.columns if isinstance(head, ShardedTvMFLoss) else columns
+    found = *of(head, features, labels, prior), features.double().norm(dim=1)
+    return torch.stack([column.double() for column in found], 1)
 
 
 def percent(wrong: Tensor) -> float | None:
@@ -59,12 +52,8 @@ def percent(wrong: Tensor) -> float | None:
 
 
 def error_report(rows: Tensor) -> dict[str, float]:
-    """Mean loss, and error@1 and error@5 in percent, of the images whose label is known."""
-    known = rows[:, 0] > 0
-    if not known.any():
-        raise TrainError("--data: got no image for evaluation that can be read, wanted one or more")
-    rank = rows[known, 2]
-    loss = rows[known, 1].mean().item()
+    """Mean loss, and error@1 and error@5 in percent, of all images."""
+    loss, rank = rows[:, 0].mean().item(), rows[:, 1]
     return {"error1": percent(rank >= 1), "error5": percent(rank >= 5), "loss": loss}
 
 
@@ -120,10 +109,8 @@ def full_report(rows: Tensor, labels: Tensor, counts: Tensor) -> dict[str, Any]:
 
     rows [M, COLUMNS], labels [M] the true classes, counts [C] training images of each class.
     """
-    known = rows[:, 0] > 0
     report = error_report(rows)
-    rows, labels = rows[known], labels[known]
-    _, _, rank, predicted, confidence, own, other, adjusted_rank, adjusted_predicted = rows.t()
+    _, rank, predicted, confidence, own, other, adjusted_rank, adjusted_predicted, *_ = rows.t()
     size, classes = counts[labels], len(counts)
     groups = {g: (size >= low) & (size <= high) for g, (low, high) in GROUPS.items()}
     adjusted = class_figures(adjusted_rank, adjusted_predicted, labels, groups, classes)

@@ -53,18 +53,15 @@ def make_net(name: str, channels: int, pretrained: bool = False) -> nn.Module:
         return resnet(BasicBlock, [1, 1, 1, 1], channels)
     if name == "resnet50":
         return resnet(Bottleneck, [3, 4, 6, 3], channels)
+    name, options = name.removeprefix("timm:"), {"num_classes": 0, "in_chans": channels}
     try:
         import timm
-    except ImportError as error:
-        raise TrainError(f"--net: got {name} ({error}), wanted: pip install timm") from None
-    try:
-        net = timm.create_model(
-            name.removeprefix("timm:"), pretrained, num_classes=0, in_chans=channels
-        )
+
+        net = timm.create_model(name, pretrained, **options)
     except Exception as error:  # a download fails in ways of the library that does it
         raise TrainError(
-            f"--net: got {name} ({error}), wanted a name of timm.list_models(), whose weights can "
-            "be loaded with --pretrained"
+            f"--net: got timm:{name} ({error}), wanted a name of timm.list_models() (after pip "
+            "install timm), whose weights can be loaded with --pretrained"
         ) from None
     # MobileNetV3, VGG and others have a layer between pooling and classifier.
     net.num_features = getattr(net, "head_hidden_size", None) or net.num_features
@@ -97,9 +94,7 @@ class SoftmaxHead(nn.Linear):
         return stats.loss.sum()
 
 
-def tvmf_head(
-    num_features: int, num_classes: int, mesh: DeviceMesh | None, **options: Any
-) -> TvMFLoss:
+def tvmf_head(num_features: int, num_classes: int, mesh: DeviceMesh | None = None, **options):
     """A t-vMF head whose loss is a sum over images, and whose classes are spread over the mesh."""
     if mesh is None:
         return TvMFLoss(num_features, num_classes, reduction="sum", **options)
@@ -121,26 +116,14 @@ def draw_as_one(head: ShardedTvMFLoss) -> None:
         head.weight.to_local()[low - begin : high - begin] = drawn[low - first : high - first]
 
 
-def make_head(
-    name: str,
-    num_features: int,
-    num_classes: int,
-    config: Config,
-    prior: Tensor | None = None,
-    mesh: DeviceMesh | None = None,
-) -> nn.Module:
-    """The head of that name, whose loss is a sum over images; `prior` [C] is added to its logits
-    in the loss alone."""
+def make_head(name: str, num_features: int, num_classes: int, config: Config, **options) -> Any:
+    """The head of that name, whose loss is a sum over images. `options` are those of `tvmf_head`,
+    such as the `prior` [C] that is added to the logits in the loss alone."""
     if name == "softmax":
-        return SoftmaxHead(num_features, num_classes, prior=prior)
-    return tvmf_head(
-        num_features,
-        num_classes,
-        mesh,
-        kappa=config.kappa if name == "tvmf" else 0.0,
-        scale=config.scale_start,
-        prior=prior,
-    )
+        options.pop("mesh", None)  # parse_config refuses to spread its classes
+        return SoftmaxHead(num_features, num_classes, **options)
+    options |= {"kappa": config.kappa if name == "tvmf" else 0.0, "scale": config.scale_start}
+    return tvmf_head(num_features, num_classes, **options)
 
 
 def head_of_state(state: dict[str, Tensor], mesh: DeviceMesh | None = None) -> nn.Module:

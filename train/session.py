@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from train import distributed
 from train.augment import channel_statistics
-from train.batches import SAMPLING, ImageFiles, Loader, Readers, seed_of, share, steps_of
+from train.batches import SAMPLING, ImageFiles, Loader, Readers, seed_of, shares
 from train.config import Config
 from train.metrics import COLUMNS, image_rows
 from train.report.analysis import sample
 from train.splits import LongTailed
 from tvmf_ext.margin import log_prior
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVAL_BATCH = 256
 
 
@@ -33,22 +32,22 @@ class Session:
 
     stopping = False
     saves = 0  # checkpoints so far, which number the directories of shards
+    results: dict[str, dict]  # the reports of the stages that are done
 
     def __init__(self, config: Config, data: LongTailed, rank=0, world=1, device="cpu"):
         self.config, self.data, self.rank, self.world = config, data, rank, world
         self.device = torch.device(device)
         # Brackets and colons may belong to a path.
         self.console = Console(quiet=rank > 0, markup=False, emoji=False)
-        self.parts = world * config.accumulate
         self.mesh = distributed.mesh(self.device) if config.shard_classes else None
-        self.bad: set[str] = set()
+        self.results = {}
         self.sample = sample(data.train, data.num_classes)
         self.log_prior = log_prior(data.counts).to(self.device)
         self.data_summary = data.summary()
         splits = (*data.splits(), ("sample", self.sample))
         files = ImageFiles([split for _, split in splits], data.augment, data.image_size)
         readers = Readers(files, config.workers, self.device)
-        options = {"flip": config.flip, "skip_bad": config.bad_images == "skip"}
+        options = {"flip": config.flip}
         if isinstance(data.train.images, Tensor):
             options["statistics"] = channel_statistics(data.train.images)
         self.loaders = {
@@ -67,29 +66,21 @@ class Session:
         self.say(f"warning: {text}", "yellow")
 
     def autocast(self) -> AbstractContextManager:
-        dtype = DTYPES[self.config.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def progress(self) -> Progress:
-        return Progress(
-            *Progress.get_default_columns(), "{task.fields[note]}", console=self.console
-        )
+        return Progress(console=self.console)
 
     def epoch(self, stage: int, epoch: int) -> tuple[Tensor, list[Tensor], int]:
-        """The order of an epoch's images; this process's batches, each of positions in that order,
-        `accumulate` batches a step; and the seed of the augmentation."""
+        """The order of an epoch's images; this process's batches, each of positions in that order;
+        and the seed of the augmentation."""
         config, seed = self.config, seed_of(self.config.seed, stage, epoch)
         sampling, size = "images", config.batch_size
         if stage == 2:
             sampling, size = config.sampling, config.stage2_batch_size or size
         order = SAMPLING[sampling](self.data.train.labels, size, seed)
-        first = self.rank * config.accumulate
-        batches = [
-            share(step, len(order), size, part, self.parts)
-            for step in range(steps_of(len(order), size, self.parts))
-            for part in range(first, first + config.accumulate)
-        ]
-        return order, batches, seed
+        return order, shares(len(order), size, self.rank, self.world), seed
 
     def test_epoch(self, size: int) -> tuple[Tensor, list[Tensor], int]:
         """The same for the evaluation of `size` images, each of which counts in one process."""
@@ -105,39 +96,22 @@ class Session:
             if self.stopping and self.world == 1:  # others might wait for this process
                 raise Stopped
             with self.autocast():
-                features = net(self.laid_out(images))
+                features = net(images)
             yield features, labels
 
-    def laid_out(self, images: Tensor) -> Tensor:
-        """The images in the order in memory that --channels-last asks for."""
-        last = self.config.channels_last
-        return images.contiguous(memory_format=torch.channels_last) if last else images
-
     @torch.no_grad()
-    def evaluate(
-        self,
-        split: str,
-        net: nn.Module,
-        head: nn.Module,
-        cached=None,
-        rows_of=image_rows,
-        width: int = len(COLUMNS),
-    ) -> Tensor:
-        """The rows [M, width] that `rows_of` makes of the M images of a split, in every process;
-        from the features in `cached` where it is given."""
+    def evaluate(self, split: str, net: nn.Module, head: nn.Module, cached=None) -> Tensor:
+        """The rows [M, COLUMNS] of the M images of a split, in every process; from the features in
+        `cached` where it is given."""
         net.eval()
         size = len(self.sample if split == "sample" else getattr(self.data, split))
-        rows = torch.zeros(size, width, dtype=torch.float64, device=self.device)
+        rows = torch.zeros(size, len(COLUMNS), dtype=torch.float64, device=self.device)
         epoch = self.test_epoch(size)
         batches = self.features(net, split, *epoch)
         if cached:
             batches = map(cached[split].batch, range(len(epoch[1])))
         for positions, (features, labels) in zip(epoch[1], batches, strict=True):
             with self.autocast():
-                rows[positions] = rows_of(head, features, labels, self.log_prior)
+                rows[positions] = image_rows(head, features, labels, self.log_prior)
         rows[torch.arange(size) % self.world != self.rank] = 0
         return distributed.total(rows).cpu()
-
-    def bad_images(self) -> set[str]:
-        """A message for each file that any process could not read. All processes must call this."""
-        return distributed.union(self.bad.union(*(loader.bad for loader in self.loaders.values())))

@@ -19,11 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from train import distributed
-from train.batches import NO_LABEL
 from train.checkpoint import SHARDS, no_room
 from train.model import Classifier
 from tvmf_ext import ShardedTvMFLoss, TvMFLoss
-from tvmf_ext.distributed import GradScaler as GradScaler
+
+NO_LABEL = -100  # the heads ignore it
 
 
 class ShardedClassifier(Classifier):
@@ -69,8 +69,8 @@ def as_tested(
     return made.eval()
 
 
-def image_rows(head: ShardedTvMFLoss, features: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
-    """`metrics.image_rows` without the logits of all classes. All processes must call this, with as
+def columns(head: ShardedTvMFLoss, features: Tensor, labels: Tensor, prior: Tensor) -> tuple:
+    """`metrics.columns` without the logits of all classes. All processes must call this, with as
     many images."""
     features, scale = features.float(), head.scale.detach()
     shift = distribute_tensor(-prior / scale, head.mesh, [Shard(0)], src_data_rank=None)
@@ -89,10 +89,8 @@ def image_rows(head: ShardedTvMFLoss, features: Tensor, labels: Tensor, prior: T
     loss = F.softplus(stats.others - stats.target)
     confidence = (best - stats.lse).exp().nan_to_num(0)
     other = nearest.masked_fill(classes == labels[:, None], -1).amax(1)
-    columns = (torch.ones_like(loss), loss, stats.rank, predicted, confidence, stats.cosine, other)
-    columns += (adjusted_rank, adjusted_predicted)
-    rows = torch.stack([c.double() for c in columns], 1)
-    return torch.where((labels >= 0)[:, None], rows, 0)
+    found = (loss, stats.rank, predicted, confidence, stats.cosine, other)
+    return *found, adjusted_rank, adjusted_predicted
 
 
 @torch.no_grad()

@@ -87,8 +87,6 @@ class LongTailed:
     """[C]: training images of each class, after --subset and before --label-noise."""
     augment: str = "small"
     image_size: int = 0
-    bad_images: int = 0
-    """Images left out while small images were read; Session counts those that it meets later."""
     names: list[str] | None = None
     """[C]: names of the classes, where each has a folder of its own."""
     notes: list[str] = dataclasses.field(default_factory=list)

@@ -1,16 +1,52 @@
 """Stage 2's frozen backbone: its batch norm, and its features, computed once for the head."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from train import distributed, sharded
-from train.features import Cached
+from train.config import TrainError
 from train.session import Session
+
+
+class Cached:
+    """Batches of features [B, D] and labels [B], numbered as they were written to disk; they are
+    mapped into memory, so that the head trains without images."""
+
+    def __init__(self, path: Path, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device):
+        labels, sizes, self.device = [], [], device
+        try:
+            # The file is written before it is mapped: a full disk then raises OSError, whereas a
+            # write to a mapping would end in a bus error.
+            with open(path, "wb") as file:
+                for features, label in batches:
+                    file.write(features.contiguous().cpu().view(torch.uint8).numpy().data)
+                    labels.append(label.cpu())
+                    sizes.append(len(label))
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise TrainError(
+                f"--views: got {error.strerror} on writing features to {path}, wanted room for "
+                "them; --views 0 needs none"
+            ) from None
+        if not sizes:  # there are more processes than images
+            return
+        # torch.from_file takes no path that is not UTF-8.
+        content = torch.from_numpy(np.memmap(path, mode="c"))
+        self.features = content.view(features.dtype).view(sum(sizes), -1)
+        self.labels, self.ends = torch.cat(labels), [0, *accumulate(sizes)]
+
+    def batch(self, i: int) -> list[Tensor]:
+        """Features and labels of the i-th batch, on the device."""
+        rows = slice(self.ends[i], self.ends[i + 1])
+        return [t[rows].to(self.device, non_blocking=True) for t in (self.features, self.labels)]
 
 
 def freeze(net: nn.Module, bn: str) -> None:
@@ -22,28 +58,13 @@ def freeze(net: nn.Module, bn: str) -> None:
 
 
 @torch.no_grad()
-def shift_statistics(session: Session, net: nn.Module) -> None:
-    """Replaces batch norm's running statistics by their mean over an epoch of class-balanced
-    batches. MiSLAS (Zhong et al., CVPR 2021) updates them in every epoch; here this is done once,
-    and stage 2 normalises by the result."""
-    freeze(net, "batch")
-    for module in net.modules():
-        if isinstance(module, _BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None  # PyTorch then takes the mean over all batches
-    for _ in session.features(net, "train", *session.epoch(2, 0)):
-        pass
-    distributed.average_buffers(net)
-
-
-@torch.no_grad()
 def start_from_means(session: Session, net: nn.Module, head: nn.Module) -> None:
     """Sets the weight of each class in the head to the mean direction of its training features.
     A class without an image keeps its random weight."""
     net.eval()
     weight, first = sharded.own_classes(head)
     sums = torch.zeros_like(weight)
-    rows = -(-session.config.batch_size // session.parts)
+    rows = -(-session.config.batch_size // session.world)
     # The epoch after the last of stage 1: every image once, with an augmentation of its own.
     epoch = session.epoch(1, session.config.epochs)
     for features, labels in session.features(net, "train", *epoch):
@@ -69,16 +90,11 @@ def cache_features(session: Session, net: nn.Module) -> dict[str, Any]:
     epochs = {name: session.epoch(2, view) for view, name in enumerate(views)}
     tested = {n: session.test_epoch(len(split)) for n, split in data.splits() if n != "train"}
     with session.progress() as progress:
-        steps = sum(len(batches) for _, batches, _ in (epochs | tested).values())
-        bar = progress.add_task("features for stage 2", total=steps, note="")
 
         def cache(name: str, split: str, epoch: tuple) -> Cached:
-            def counted() -> Iterator[tuple[Tensor, Tensor]]:
-                for batch in session.features(net, split, *epoch):
-                    progress.advance(bar)
-                    yield batch
-
-            return Cached(folder / f"{name}, rank {session.rank}", counted(), session.device)
+            features, steps = session.features(net, split, *epoch), len(epoch[1])
+            features = progress.track(features, steps, description=f"features, {name}")
+            return Cached(folder / f"{name}, rank {session.rank}", features, session.device)
 
         freeze(net, config.bn)
         # In the order of the epochs, which batch norm's running statistics follow.

@@ -11,55 +11,40 @@ from train.fit import Fit
 from train.metrics import full_report
 from train.model import head_of_state, make_head, make_net
 from train.session import Session
-from train.stage2 import cache_features, shift_statistics, start_from_means
+from train.stage2 import cache_features, start_from_means
 from tvmf_ext.margin import log_prior
 
 
 def build_net(session: Session) -> nn.Module:
-    """The backbone that the flags ask for, on the session's device."""
-    config, images = session.config, session.data.train.images
+    """The backbone that the flags ask for, on the session's device. One that cannot take images of
+    that size is refused, such as most vision transformers."""
+    config, images, size = session.config, session.data.train.images, session.data.image_size
     channels = images.shape[1] if isinstance(images, Tensor) else 3
-    net = make_net(config.net, channels, config.pretrained).to(session.device)
-    check_net(net, config.net, channels, session.data.image_size)
-    if config.sync_bn:
-        if session.device.type != "cuda":
-            raise TrainError("--sync-bn: got CPU processes, wanted GPUs: PyTorch has none for CPUs")
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    if config.channels_last:
-        net = net.to(memory_format=torch.channels_last)
-    if config.compile:
-        net.compile()
-    return net
-
-
-def check_net(net: nn.Module, name: str, channels: int, size: int) -> None:
-    """Refuses a net that cannot take images of that size, such as most vision transformers."""
+    net = make_net(config.net, channels, config.pretrained)
+    net.to(session.device, memory_format=torch.channels_last)  # convnet then takes 3/4 of the time
     try:
         with torch.no_grad():
-            images = torch.zeros(1, channels, size, size, device=next(net.parameters()).device)
-            features = net.eval()(images)
+            features = net.eval()(torch.zeros(1, channels, size, size, device=session.device))
         if features.shape != (1, net.num_features):
             raise ValueError(f"its output is {list(features.shape)}")
     except Exception as error:  # each net of timm fails in a way of its own
         raise TrainError(
-            f"--net: got {name} ({checkpoint.first_line(error)}), wanted a net that makes features "
-            f"of {size} x {size} pixels, or another --image-size"
+            f"--net: got {config.net} ({checkpoint.first_line(error)}), wanted a net that makes "
+            f"features of {size} x {size} pixels, or another --image-size"
         ) from None
-    net.train()
+    return net.train()
 
 
 def check_session(session: Session) -> None:
-    """Refuses a selection without images for it, and batches too small for their parts."""
+    """Refuses a selection without images for it, and batches too small for the processes."""
     config, data = session.config, session.data
-    if config.shard_classes and config.head == "softmax" and not config.model:
-        raise TrainError("--shard-classes: got --head softmax, wanted --head tvmf or cosine")
     if config.select == "val" and not data.val:
         raise TrainError("--select: got val, wanted last or test: there are no images of val")
     smallest = min(config.batch_size, len(data.train))
-    if smallest < 2 * session.parts:
+    if smallest < 2 * session.world:
         raise TrainError(
-            f"--batch-size: got {smallest} images for {session.world} process(es) x --accumulate "
-            f"{config.accumulate}, wanted 2 for each: {2 * session.parts} or more"
+            f"--batch-size: got {smallest} images for {session.world} process(es), wanted 2 for "
+            f"each: {2 * session.world} or more"
         )
 
 
@@ -71,8 +56,7 @@ def train(session: Session) -> dict[str, dict]:
     saved = None
     if config.resume:
         saved = checkpoint.load(config.out, session.identity(), session.warn)
-        session.bad |= set(saved["bad_images"])
-    results = saved["results"] if saved else {}
+    session.results = saved["results"] if saved else {}
     torch.manual_seed(config.seed)
     net = build_net(session)
     if config.model:
@@ -81,47 +65,45 @@ def train(session: Session) -> dict[str, dict]:
         checkpoint.clear(config.out)  # only now, as nothing is left that could refuse the run
     distributed.barrier()
     if config.model is None and (saved is None or saved["stage"] == 1):
-        results["stage1"] = train_stage1(session, net, saved, results)
+        session.results["stage1"] = train_stage1(session, net, saved)
         saved = None
     if config.stage2_epochs:
-        results["stage2"] = train_stage2(session, net, saved, results)
-    return results
+        session.results["stage2"] = train_stage2(session, net, saved)
+    return session.results
 
 
-def train_stage1(
-    session: Session, net: nn.Module, saved: dict | None, results: dict[str, dict]
-) -> dict:
+def new_head(session: Session, name: str, num_features: int, tau: float) -> nn.Module:
+    """A head on the session's device, with the logarithm of the class frequencies times `tau`."""
+    counts = session.data.counts
+    prior = log_prior(counts, tau) if tau else None
+    size = num_features, len(counts)
+    head = make_head(name, *size, session.config, prior=prior, mesh=session.mesh)
+    return head.to(session.device)
+
+
+def train_stage1(session: Session, net: nn.Module, saved: dict | None) -> dict:
     """Trains backbone and head on every image equally often."""
     config = session.config
-    prior = log_prior(session.data.counts, config.prior) if config.prior else None
-    classes = session.data.num_classes
-    head = make_head(config.head, net.num_features, classes, config, prior, session.mesh)
-    return Fit(session, 1, net, head.to(session.device), None, results, saved).run()
+    head = new_head(session, config.head, net.num_features, config.prior)
+    return Fit(session, 1, net, head, None, saved).run()
 
 
-def train_stage2(
-    session: Session, net: nn.Module, saved: dict | None, results: dict[str, dict]
-) -> dict:
+def train_stage2(session: Session, net: nn.Module, saved: dict | None) -> dict:
     """Trains a new cosine head on the frozen backbone, on every class equally often."""
     config = session.config
     source = (config.model, "--model") if config.model else (config.out / "stage1.pt", "--resume")
     before = checkpoint.fill(net, source[0], config.net, source[1])["weight"]
     net.requires_grad_(False)
     torch.manual_seed(seed_of(config.seed, 2))
-    counts, tau = session.data.counts, config.stage2_prior
-    prior = log_prior(counts, tau) if tau else None
-    head = make_head("cosine", net.num_features, len(counts), config, prior, session.mesh)
-    if config.bn == "shift":
-        shift_statistics(session, net)
+    head = new_head(session, "cosine", net.num_features, config.stage2_prior)
     cached = cache_features(session, net) if config.views else None
-    head = head.to(session.device)
     if config.stage2_start == "stage1" and before.shape == head.weight.shape:
         with torch.no_grad():
             weight, first = sharded.own_classes(head)
             weight.copy_(F.normalize(before[first : first + len(weight)]))
     elif config.stage2_start != "fresh" and saved is None:  # --model may have other classes
         start_from_means(session, net, head)
-    return Fit(session, 2, net, head, cached, results, saved).run()
+    return Fit(session, 2, net, head, cached, saved).run()
 
 
 def test_model(session: Session) -> dict[str, dict]:

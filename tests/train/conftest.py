@@ -40,13 +40,12 @@ def small_net(monkeypatch):
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """A run with the net of small_net: its data, settings, results, and the files that it left."""
+    """A run with the net of small_net: its data, results, and the files that it left."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the tests, which compare bits
     out, data = tmp_path_factory.mktemp("runs") / "undisturbed", in_memory()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "make_net", lambda *_: mlp())
-        settings = {"bn": "shift"}
-        results = train_both(configure(out, **settings), data)
+        results = train_both(configure(out), data)
     torch.set_num_threads(threads)
-    return data, settings, results, left(out)
+    return data, results, left(out)

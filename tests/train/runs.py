@@ -30,7 +30,6 @@ FLAGS = ("--dataset", "list", "--device", "cpu", "--batch-size", "32", "--lr", "
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
     [
-        "torch.utils.tensorboard",
         "torch.nn.parallel",
         "torchvision.transforms.v2",
         "tvmf_ext",

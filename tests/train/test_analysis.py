@@ -127,8 +127,8 @@ def test_angles_and_norms_are_those_of_training_images_as_they_are(small_net, tm
     from train.model import make_head
 
     net, head = stages.build_net(session), make_head("tvmf", 16, 4, config)
-    rows = session.evaluate("test", net, head, None, analysis.rows_and_norms, analysis.WIDTH)
-    assert rows.shape == (len(data.test), len(COLUMNS) + 1)
+    rows = session.evaluate("test", net, head)
+    assert rows.shape == (len(data.test), len(COLUMNS))
     analysis.write(session, 1, net, head, rows)
     images = data.train.images.double() / 255
     images = ((images - images.mean()) / images.std(correction=0)).float()

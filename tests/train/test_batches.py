@@ -1,7 +1,5 @@
 """The order of an epoch's images, their division into parts, and their augmentation."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -18,8 +16,7 @@ from train.batches import (
     balanced_over_images,
     balanced_over_square_roots,
     seed_of,
-    share,
-    steps_of,
+    shares,
 )
 from train.splits import Paths, Split
 
@@ -93,33 +90,34 @@ def test_seeds_of_positions_differ():
     assert seed_of(1, 2) == seed_of(1, 2)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 8])
-@pytest.mark.parametrize("size", [64, 65, 79, 83, 16, 5])
-def test_shares_are_disjoint_and_complete(parts, size):
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [64, 80, 16])
+def test_shares_are_disjoint_and_complete(world, size):
+    every = [shares(size, 32, rank, world) for rank in range(world)]
     seen = []
-    for step in range(math.ceil(size / 32)):
-        shares = [share(step, size, 32, part, parts) for part in range(parts)]
+    for step, parts in enumerate(zip(*every, strict=True)):
         wanted = range(32 * step, min(size, 32 * (step + 1)))
-        assert torch.cat(shares).tolist() == list(wanted)
-        lengths = [len(s) for s in shares]
+        assert torch.cat(parts).tolist() == list(wanted)
+        lengths = [len(part) for part in parts]
         assert max(lengths) - min(lengths) <= 1
-        seen += torch.cat(shares).tolist()
+        seen += torch.cat(parts).tolist()
     assert seen == list(range(size))
 
 
 @pytest.mark.parametrize(
-    "size, parts, steps",
+    "size, world, steps",
     [
         *[(100, 1, 10), (101, 1, 10), (102, 1, 11), (109, 1, 11)],
         *[(103, 2, 10), (104, 2, 11), (105, 3, 10), (106, 3, 11)],
         *[(10, 2, 1), (5, 1, 1), (1, 1, 1), (3, 2, 1)],
     ],
 )
-def test_a_last_batch_of_less_than_two_images_a_part_is_dropped(size, parts, steps):
-    assert steps_of(size, 10, parts) == steps
-    if size >= 2 * parts:
-        for step in range(steps):
-            assert min(len(share(step, size, 10, part, parts)) for part in range(parts)) >= 2
+def test_a_last_batch_of_less_than_two_images_a_process_is_dropped(size, world, steps):
+    for rank in range(world):
+        mine = shares(size, 10, rank, world)
+        assert len(mine) == steps
+        if size >= 2 * world:
+            assert min(map(len, mine)) >= 2
 
 
 def test_shift_moves_each_image_by_its_own_offset():

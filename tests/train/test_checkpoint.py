@@ -17,8 +17,8 @@ from train.config import TrainError
 @pytest.fixture
 def interrupted(monkeypatch, small_net, undisturbed, tmp_path):
     """A run killed in stage 1 that has two checkpoints, its data, and what it should leave."""
-    data, settings, _, wanted = undisturbed
-    config = configure(tmp_path / "run", **settings, checkpoint_minutes=NOW)
+    data, _, wanted = undisturbed
+    config = configure(tmp_path / "run", checkpoint_minutes=NOW)
     assert killed(monkeypatch, config, data, checkpoint, "save", 3)
     return dataclasses.replace(config, resume=True), data, wanted
 

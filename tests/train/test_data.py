@@ -16,7 +16,7 @@ def test_small_listed_images_are_read_into_memory(tmp_path):
     write_lists(tmp_path, train=[0, 2, 2, 1], test=[1, 0], val=[2])
     data = load(tmp_path)
     assert (data.num_classes, data.counts.tolist()) == (3, [1, 1, 2])
-    assert (data.augment, data.image_size, data.bad_images) == ("small", 8, 0)
+    assert (data.augment, data.image_size) == ("small", 8)
     assert data.train.images.shape == (4, 3, 8, 8) and data.train.images.dtype == torch.uint8
     for split, there, labels in (
         (data.train, [0, 1, 2, 3], [0, 2, 2, 1]),
@@ -39,7 +39,7 @@ def test_class_out_of_range_is_named_with_its_line(tmp_path, monkeypatch):
     write_lists(tmp_path, train=[0, 2], test=[1, 3, 2])
     with pytest.raises(TrainError, match=r"test\.txt:2: got class 3, wanted .*\(0 to 2\)"):
         load(tmp_path)
-    monkeypatch.setitem(PUBLISHED, "inat2019", (2, 2))
+    monkeypatch.setitem(PUBLISHED, "inat2019", (2, 2, "iNaturalist19_"))
     with pytest.raises(TrainError, match=r"train\.txt:2: got class 2, wanted .*\(0 to 1\)"):
         load(tmp_path, "inat2019")
 
@@ -73,10 +73,10 @@ def test_published_sets_are_held_to_their_counts(tmp_path, monkeypatch):
     write_lists(tmp_path, train=[0, 1, 1], test=[1])
     with pytest.raises(TrainError, match=r"got 3 .*wanted the 115,846 .*imagenetlt as published"):
         load(tmp_path, "imagenetlt")
-    monkeypatch.setitem(PUBLISHED, "imagenetlt", (3, 3))
+    monkeypatch.setitem(PUBLISHED, "imagenetlt", (3, 3, "ImageNet_LT_"))
     with pytest.raises(TrainError, match=r" 2 classes.* 3 .*--dataset list"):
         load(tmp_path, "imagenetlt")
-    monkeypatch.setitem(PUBLISHED, "imagenetlt", (2, 3))
+    monkeypatch.setitem(PUBLISHED, "imagenetlt", (2, 3, "ImageNet_LT_"))
     recipe = parse_config(["--dataset", "imagenetlt", "--data", str(tmp_path)])
     data = load_data(recipe)
     # The recipe's transforms hold for images of any size.
@@ -139,27 +139,8 @@ def test_image_size_decides(tmp_path, sizes, options, augment, wanted):
 
 @pytest.mark.parametrize("how", ["truncated", "text", "empty", "folder"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_bad_image_in_memory_is_named_or_left_out(tmp_path, how, split):
+def test_bad_image_in_memory_is_named(tmp_path, how, split):
     write_lists(tmp_path, train=[0, 1, 2], test=[2, 1, 0], val=[1])
     spoil(tmp_path / split / ("1.png" if split == "train" else "4.png"), how)
-    with pytest.raises(TrainError, match=rf"{split}/[14]\.png: got .*wanted .*--bad-images skip"):
+    with pytest.raises(TrainError, match=rf"{split}/[14]\.png: got .*wanted a readable one"):
         load(tmp_path)
-    data = load(tmp_path, bad_images="skip")
-    assert data.bad_images == 1 and numbers(data.val) == [6]
-    train, test = ([0, 2], [3, 4, 5]) if split == "train" else ([0, 1, 2], [3, 5])
-    assert (numbers(data.train), data.train.labels.tolist()) == (train, train)
-    assert (numbers(data.test), data.test.labels.tolist()) == (test, [5 - i for i in test])
-    assert data.counts.tolist() == [
-        1,
-        int(split == "test"),
-        1,
-    ]  # counted without the image that was left out
-    assert data.num_classes == 3
-
-
-def test_a_split_without_a_readable_image_is_refused(tmp_path):
-    write_lists(tmp_path, train=[0], test=[0, 0])
-    for i in (1, 2):
-        spoil(tmp_path / f"test/{i}.png", "text")
-    with pytest.raises(TrainError, match="got no readable image in test"):
-        load(tmp_path, bad_images="skip")

@@ -1,6 +1,5 @@
 """What a user or the machine does to a run: it ends with one line, and nothing is lost silently."""
 
-import json
 import multiprocessing
 import os
 import re
@@ -86,17 +85,6 @@ def test_a_run_that_loses_images_saves_its_work(lists, tmp_path, fault):
     assert equal(left(tmp_path / "out"), left(tmp_path / "whole"))
 
 
-def test_skipping_images_that_are_not_there(lists, tmp_path):
-    (lists / "train/0/3.png").unlink()
-    main(flags_of(lists, tmp_path / "out", "--bad-images", "skip"))
-    result = json.loads((tmp_path / "out/result.json").read_text())
-    assert result["dataset"]["bad_images"] == 1
-    for path in (lists / "test").rglob("*.png"):
-        path.unlink()
-    with pytest.raises(TrainError, match=r"test\.txt:1: got .* which is not there"):
-        main(flags_of(lists, tmp_path / "out", "--bad-images", "skip"))
-
-
 def test_one_pool_reads_all_splits(lists, tmp_path):
     log, count = tmp_path / "log.txt", tmp_path / "count"
     flags = flags_of(lists, tmp_path / "out", "--select", "val")
@@ -109,7 +97,8 @@ def test_a_damaged_model_is_not_resumed_from(folder, tmp_path):
     main(flags)
     path = tmp_path / "stage1.pt"
     content, tensor = path.read_bytes(), load_state(path)["feat_state_dict"]
-    largest = max(tensor.values(), key=torch.Tensor.numel).numpy().tobytes()
+    largest = max(tensor.values(), key=torch.Tensor.numel)
+    largest = largest.permute(0, 2, 3, 1).numpy().tobytes()  # of a convolution, in channels-last
     place = content.index(largest) + len(largest) // 2
     path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     with pytest.raises(TrainError, match=r"--resume: got .*stage1\.pt, unreadable \(wrong check"):
@@ -198,7 +187,7 @@ def test_shell_of_another_locale(folder, tmp_path):
     flags, out = [*FLAGS, "--data", folder, "--net", "convnet", *SHORT], tmp_path / "öß"
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     code, printed, _ = shell(*flags, "--out", out, **locale)
-    assert code == 0 and "/result.json" in printed and "path in UTF-8" in printed
+    assert code == 0 and "/result.json" in printed
     assert (out / "result.json").exists()
 
 
@@ -246,11 +235,11 @@ def test_too_little_memory_is_told(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "train", full)
     flags = [*map(str, [*FLAGS, "--data", folder, "--out", tmp_path])]
-    with pytest.raises(TrainError, match=r"--batch-size: got 32, .*memory .*2 GiB.*--accumulate"):
+    with pytest.raises(TrainError, match=r"--batch-size: got 32, .*memory .*2 GiB.*fewer images"):
         command.main(parse_config(flags))
     assert checkpoint.first_line(ValueError()) == "ValueError"
 
 
 def test_an_error_is_one_line(tmp_path):
-    code, _, errors = shell("--recipe", tmp_path / "none.toml")
-    assert code == 1 and errors.startswith("error: --recipe: got") and errors.count("\n") == 1
+    code, _, errors = shell("--dataset", "list", "--data", tmp_path / "none")
+    assert code == 1 and errors.startswith("error: --data: got") and errors.count("\n") == 1

@@ -114,8 +114,8 @@ def test_divergence(small_net, tmp_path):
 @pytest.mark.parametrize("number", [6, 8, 11])  # within epoch 2, in its last step, in stage 2
 def test_nan(monkeypatch, undisturbed, small_net, tmp_path, minutes, poison, number):
     """A NaN in the loss of one step, or in its gradient alone, which shows one step later."""
-    data, settings, _, wanted = undisturbed
-    config = configure(tmp_path, **settings, checkpoint_minutes=minutes)
+    data, _, wanted = undisturbed
+    config = configure(tmp_path, checkpoint_minutes=minutes)
     forward, calls = Classifier.forward, itertools.count(1)
 
     def poisoned(*args):
@@ -181,7 +181,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("views", [0, 1])
 @pytest.mark.parametrize(
-    "settings", [{}, {"head": "softmax", "accumulate": 2}, {"precision": "fp16", "bn": "frozen"}]
+    "settings", [{}, {"head": "softmax"}, {"precision": "bf16", "bn": "frozen"}]
 )
 def test_no_wait_per_step(monkeypatch, small_net, tmp_path, views, settings):
     """Both stages, trained on images in memory, wait no more often in three times as many steps (as

@@ -50,7 +50,7 @@ def test_imagenet_is_folders_of_the_published_size(tmp_path, monkeypatch):
     recipe = parse_config(["--dataset", "imagenet", "--data", str(tmp_path)])
     with pytest.raises(TrainError, match=r"got 3 .*1,281,167"):
         load_data(recipe)
-    monkeypatch.setitem(PUBLISHED, "imagenet", (2, 3))
+    monkeypatch.setitem(PUBLISHED, "imagenet", (2, 3, "ImageNet_"))
     data = load_data(recipe)
     assert (len(data.train), len(data.test), data.val) == (3, 2, None)
     assert (data.augment, data.image_size) == ("imagenet", 224)

@@ -1,6 +1,5 @@
-"""Data sets of list files, and iNaturalist's JSON."""
+"""Data sets of list files."""
 
-import json
 import os
 import re
 import time
@@ -10,9 +9,8 @@ import pytest
 import torch
 
 from tests.train.image_files import append, load, names, numbers, png, write_lists
-from train.config import TrainError, parse_config
-from train.data import load_data
-from train.lists import PUBLISHED, read_inat_json, read_list
+from train.config import TrainError
+from train.lists import PUBLISHED, read_list
 
 
 def test_list_lines(tmp_path):
@@ -131,7 +129,7 @@ def test_lists_may_lie_elsewhere_and_val_may_be_the_test(tmp_path):
 )
 def test_official_names_of_lists(tmp_path, monkeypatch, prefix, dataset):
     if dataset in PUBLISHED:
-        monkeypatch.setitem(PUBLISHED, dataset, (2, 2))
+        monkeypatch.setitem(PUBLISHED, dataset, (2, 2, PUBLISHED[dataset][2]))
     write_lists(tmp_path, train=[0, 1], val=[1], test=[0])
     for split in ("train", "val", "test"):
         (tmp_path / f"{split}.txt").rename(tmp_path / f"{prefix}{split}.txt")
@@ -140,7 +138,7 @@ def test_official_names_of_lists(tmp_path, monkeypatch, prefix, dataset):
 
 
 def test_a_sets_own_list_comes_before_those_of_others(tmp_path, monkeypatch):
-    monkeypatch.setitem(PUBLISHED, "imagenetlt", (1, 1))
+    monkeypatch.setitem(PUBLISHED, "imagenetlt", (1, 1, "ImageNet_LT_"))
     write_lists(tmp_path, train=[0], test=[0])
     (tmp_path / "train.txt").rename(tmp_path / "ImageNet_LT_train.txt")
     (tmp_path / "ImageNet_train.txt").write_text("none.png 0\n")
@@ -178,51 +176,4 @@ def test_published_counts():
         "inat2018": (8142, 437_513),
         "inat2019": (1010, 265_213),
     }.items():
-        assert PUBLISHED[name] == published
-
-
-def write_json(path, rows):
-    """Writes ids that are not positions, and images in another order than annotations."""
-    images = [{"id": 100 + i, "file_name": file} for i, (file, _) in enumerate(rows)]
-    labels = [{"id": i, "image_id": 100 + i, "category_id": c} for i, (_, c) in enumerate(rows)]
-    path.write_text(json.dumps({"info": {}, "images": images[::-1], "annotations": labels}))
-
-
-@pytest.mark.parametrize("year", ["2018", "2019"])
-def test_inaturalist_json(tmp_path, monkeypatch, year):
-    monkeypatch.setitem(PUBLISHED, f"inat{year}", (3, 4))
-    files = [f"train_val{year}/Aves/{n}.png" for n in range(6)]
-    for n, file in enumerate(files):
-        png(tmp_path / file, n)
-    labels = [2, 0, 1, 0]
-    write_json(tmp_path / f"train{year}.json", list(zip(files, labels, strict=False)))
-    write_json(tmp_path / f"val{year}.json", [(files[4], 1), (files[5], 2)])
-    # The official file of test images has no labels and is left alone.
-    (tmp_path / f"test{year}.json").write_text(json.dumps({"images": []}))
-    data = load_data(parse_config(["--dataset", f"inat{year}", "--data", str(tmp_path)]))
-    assert names(data.train, tmp_path) == files[:4] and data.train.labels.tolist() == labels
-    assert names(data.test, tmp_path) == files[4:] and data.test.labels.tolist() == [1, 2]
-    assert data.val is None and data.counts.tolist() == [2, 1, 1]
-    assert (data.augment, data.image_size) == ("inat", 224)
-
-    (tmp_path / files[3]).unlink()
-    with pytest.raises(TrainError, match=rf"train{year}\.json, annotation 4: got .*Aves/3\.png"):
-        load(tmp_path, f"inat{year}")
-
-
-@pytest.mark.parametrize(
-    "text, wanted",
-    [
-        ("{", "got JSON without"),
-        ('{"images": []}', "without 'annotations'"),
-        ('{"images": [], "annotations": []}', "got no annotation"),
-        ('{"images": [], "annotations": [{"image_id": 7, "category_id": 0}]}', "without 7"),
-        ('{"images": [{"id": 7}], "annotations": []}', "without 'file_name'"),
-        ("[]", "got JSON without"),
-    ],
-)
-def test_bad_json_is_named(tmp_path, text, wanted):
-    path = tmp_path / "train2018.json"
-    path.write_text(text)
-    with pytest.raises(TrainError, match=rf"train2018\.json: .*{wanted}.*wanted"):
-        read_inat_json(path, tmp_path)
+        assert PUBLISHED[name][:2] == published

@@ -9,14 +9,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score
 
-from train.config import Config, TrainError
+from train.config import Config
 from train.metrics import COLUMNS, error_report, full_report, image_rows
 from train.model import SoftmaxHead, make_head
-
-
-def test_nothing_to_evaluate_is_refused():
-    with pytest.raises(TrainError, match="no image for evaluation that can be read"):
-        error_report(torch.zeros(3, len(COLUMNS), dtype=torch.float64))
 
 
 def rows_of(*columns):
@@ -27,25 +22,24 @@ def test_image_rows_by_hand():
     head = SoftmaxHead(2, 4)
     weight = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [1.0, 1.0]])
     head.load_state_dict({"weight": weight, "bias": torch.tensor([0.0, 0.5, 0.0, 0.0])})
-    features = torch.tensor([[2.0, 0.0], [0.6, 0.8], [2.0, 0.0], [1.0, 1.0]])
-    labels = torch.tensor([0, 3, 1, -100])
+    features = torch.tensor([[2.0, 0.0], [0.6, 0.8], [2.0, 0.0]])
+    labels = torch.tensor([0, 3, 1])
     prior = torch.tensor([0.0, 0.0, -9.0, -1.0])
     rows = image_rows(head, features, labels, prior)
-    assert rows.shape == (4, len(COLUMNS)) and rows.dtype == torch.float64
+    assert rows.shape == (3, len(COLUMNS)) and rows.dtype == torch.float64
     logits = [[2.0, 0.5, -6.0, 2.0], [0.6, 2.1, -1.8, 1.4], [2.0, 0.5, -6.0, 2.0]]
     lse = [math.log(sum(map(math.exp, z))) for z in logits]
     half = math.sqrt(0.5)
-    assert rows[0, 2] == 0  # class 3 ties with the target
+    assert rows[0, 1] == 0  # class 3 ties with the target
     wanted = [
-        # known, loss, rank, predicted, confidence, target cosine, other cosine; then rank and
-        # predicted of the logits [2, 0.5, 3, 3], [0.6, 2.1, 7.2, 2.4] and again the first
-        [1, lse[0] - 2.0, 0, 0, math.exp(2.0 - lse[0]), 1.0, half, 2, 2],
-        [1, lse[1] - 1.4, 1, 1, math.exp(2.1 - lse[1]), 1.4 * half, 0.8, 1, 2],
-        [1, lse[2] - 0.5, 2, 0, math.exp(2.0 - lse[2]), 0.0, 1.0, 3, 2],
-        [0] * 9,
+        # loss, rank, predicted, confidence, target cosine, other cosine; then rank and
+        # predicted of the logits [2, 0.5, 3, 3], [0.6, 2.1, 7.2, 2.4] and again the first; norm
+        [lse[0] - 2.0, 0, 0, math.exp(2.0 - lse[0]), 1.0, half, 2, 2, 2],
+        [lse[1] - 1.4, 1, 1, math.exp(2.1 - lse[1]), 1.4 * half, 0.8, 1, 2, 1],
+        [lse[2] - 0.5, 2, 0, math.exp(2.0 - lse[2]), 0.0, 1.0, 3, 2, 2],
     ]
-    rows[0, 3] = rows[2, 3] = 0  # the first or the other of two that tie
-    rows[0, 8] = rows[2, 8] = 2
+    rows[0, 2] = rows[2, 2] = 0  # the first or the other of two that tie
+    rows[0, 7] = rows[2, 7] = 2
     torch.testing.assert_close(rows, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
@@ -57,32 +51,31 @@ def test_image_rows_of_a_similarity_head():
     cosine = F.linear(F.normalize(features), F.normalize(head.weight))
     own = cosine[torch.arange(30), labels]
     other = torch.stack([cosine[:, [j for j in range(6) if j != c]].amax(1) for c in range(6)], 1)
-    torch.testing.assert_close(rows[:, 5], own.double())
-    torch.testing.assert_close(rows[:, 6], other[torch.arange(30), labels].double())
-    torch.testing.assert_close(rows[:, 2], (cosine > own[:, None]).sum(1).double())
+    torch.testing.assert_close(rows[:, 4], own.double())
+    torch.testing.assert_close(rows[:, 5], other[torch.arange(30), labels].double())
+    torch.testing.assert_close(rows[:, 1], (cosine > own[:, None]).sum(1).double())
     loss = F.cross_entropy(head.logits(features), labels, reduction="none")
-    torch.testing.assert_close(rows[:, 1], loss.double())
+    torch.testing.assert_close(rows[:, 0], loss.double())
 
 
 def test_error_report_by_hand():
-    rows = rows_of([1, 1, 0, 1, 1], [1, 2, 0, 3, 6], [0, 4, 0, 5, 9], *[[0] * 5] * 6)
+    rows = rows_of([1, 2, 3, 6], [0, 4, 5, 9], *[[0] * 4] * 6)
     assert error_report(rows) == {"error1": 75, "error5": 50, "loss": 3}
 
 
 def example():
-    """Ten images of which one is unknown; class 4 has no test image."""
-    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 3, 3])
+    """Nine images; class 4 has none."""
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 3])
     counts = torch.tensor([101, 100, 20, 19, 50])
-    predicted = [0, 0, 1, 0, 1, 4, 0, 2, 3, 0]
-    known = [1] * 9 + [0]
-    rank = [0, 0, 1, 0, 0, 6, 2, 0, 0, 0]
-    confidence = [0.95, 0.95, 0.95, 0.5, 0.55, 0.6, 0.95, 0.5, 1.0, 0.0]
-    own = [0.9, 0.7, 0.5, 0.9, 0.2, 0.4, -1.0, 0.0, 1.0, 0.0]
-    other = [0.1, 0.2, 0.6, 0.1, 0.1, 0.5, 0.3, -0.2, 0.0, 0.0]
-    loss = [0.5, 0.5, 2.0, 0.5, 0.5, 3.0, 1.5, 0.3, 0.2, 0.0]
-    adjusted_rank = [0, 5, 0, 0, 0, 0, 2, 0, 0, 0]
-    adjusted = [0, 4, 0, 0, 1, 1, 0, 2, 3, 0]
-    columns = (known, loss, rank, predicted, confidence, own, other, adjusted_rank, adjusted)
+    predicted = [0, 0, 1, 0, 1, 4, 0, 2, 3]
+    rank = [0, 0, 1, 0, 0, 6, 2, 0, 0]
+    confidence = [0.95, 0.95, 0.95, 0.5, 0.55, 0.6, 0.95, 0.5, 1.0]
+    own = [0.9, 0.7, 0.5, 0.9, 0.2, 0.4, -1.0, 0.0, 1.0]
+    other = [0.1, 0.2, 0.6, 0.1, 0.1, 0.5, 0.3, -0.2, 0.0]
+    loss = [0.5, 0.5, 2.0, 0.5, 0.5, 3.0, 1.5, 0.3, 0.2]
+    adjusted_rank = [0, 5, 0, 0, 0, 0, 2, 0, 0]
+    adjusted = [0, 4, 0, 0, 1, 1, 0, 2, 3]
+    columns = (loss, rank, predicted, confidence, own, other, adjusted_rank, adjusted)
     return rows_of(*columns), labels, counts
 
 
@@ -102,7 +95,7 @@ def test_full_report_by_hand():
     # f1 of the classes: 6 / 8, 2 * 2 / 4, 2 / 3, 2 / 2
     assert adjusted["macro_f1"] == pytest.approx(100 * (6 / 8 + 1 + 2 / 3 + 1) / 4)
 
-    f1 = f1_score(labels[:9], rows[:9, 3], labels=[0, 1, 2, 3], average="macro")
+    f1 = f1_score(labels, rows[:, 2], labels=[0, 1, 2, 3], average="macro")
     assert report["macro_f1"] == pytest.approx(100 * f1)
     # Bins are 1/15 wide. 0.95 and 1.0 are in the last, 0.55 and 0.6 in (8/15, 9/15], 0.5 below.
     last, next_, half = 4 * 0.95 + 1.0 - 3, 0.55 + 0.6 - 1, 2 * 0.5 - 2
@@ -127,7 +120,7 @@ def test_full_report_by_hand():
     histogram = report["cosine_histogram"]
     edges = histogram["edges"]
     assert len(edges) == 51 and (edges[0], edges[-1]) == (-1, 1)
-    for kind, values in (("target", rows[:9, 5]), ("other", rows[:9, 6])):
+    for kind, values in (("target", rows[:, 4]), ("other", rows[:, 5])):
         assert {g: sum(h) for g, h in histogram[kind].items()} == {"many": 4, "medium": 4, "few": 1}
         together = np.sum(list(histogram[kind].values()), 0)
         assert together.tolist() == np.histogram(values.float(), np.float32(edges))[0].tolist()
@@ -163,7 +156,7 @@ def test_full_report_against_sklearn_and_plain_loops():
     rank = (predicted != labels).double() * 3
     confidence = torch.rand(n, generator=generator).double()
     zeros = torch.zeros(n).double()
-    columns = (zeros + 1, zeros, rank, predicted, confidence, zeros, zeros, rank, predicted)
+    columns = (zeros, rank, predicted, confidence, zeros, zeros, rank, predicted)
     rows = torch.stack(columns, 1)
     report = full_report(rows, labels, torch.arange(classes) * 20)
     f1 = f1_score(labels, predicted, labels=range(classes - 1), average="macro")
@@ -183,5 +176,5 @@ def test_a_model_of_nan_has_a_report():
     features[2] = math.nan
     rows = image_rows(head, features, labels, torch.zeros(head.weight.shape[0]))
     report = full_report(rows, labels, torch.full((5,), 50))
-    assert rows[2, 2] >= 5 and report["error5"] == pytest.approx(100 / 6)
+    assert rows[2, 1] >= 5 and report["error5"] == pytest.approx(100 / 6)
     assert math.isfinite(report["ece"]) and math.isfinite(report["macro_f1"])

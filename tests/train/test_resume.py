@@ -32,19 +32,17 @@ from tests.train.runs import (
     train_both,
     wait_for,
 )
-from train import checkpoint, stage2, stages
-from train.log import Log
+from train import checkpoint, log, stage2, stages
 from train.session import Session, Stopped
 
 VARIANTS = {  # settings, and the net if it is not convnet
     "batch": ({"views": 0, "bn": "batch"}, None),
-    "batch, cached": ({"views": 2, "bn": "batch", "accumulate": 2}, None),
-    "shift": ({"views": 0, "bn": "shift", "accumulate": 2}, None),
-    "shift, views reused": ({"views": 1, "bn": "shift", "stage2_epochs": 3}, None),
+    "batch, cached": ({"views": 2, "bn": "batch"}, None),
+    "batch, views reused": ({"views": 1, "bn": "batch", "stage2_epochs": 3}, None),
     "frozen, dropout, softmax": ({"views": 0, "bn": "frozen", "head": "softmax"}, mlp),
     "frozen, dropout, views reused": ({"views": 2, "bn": "frozen", "stage2_epochs": 3}, mlp),
     "bf16": ({"precision": "bf16", "views": 2}, mlp),
-    "fp16": ({"precision": "fp16", "views": 0}, mlp),
+    "bf16, uncached": ({"precision": "bf16", "views": 0}, mlp),
 }
 
 
@@ -65,9 +63,8 @@ def test_killed_after_every_step(monkeypatch, tmp_path, settings, net):
         assert lives < 40  # every resumed run makes progress
         torch.manual_seed(lives)  # as generators differ in another process
         np.random.seed(lives)  # noqa: NPY002
-    # An epoch has 4 steps in stage 1 (26 images) and 3 in stage 2 (24). --accumulate 2 drops the
-    # last batch of stage 1, whose 2 images are too few for 2 parts.
-    steps = (3 if settings.get("accumulate") else 4) * 2 + 3 * part.stage2_epochs
+    # An epoch has 4 steps in stage 1 (26 images) and 3 in stage 2 (24).
+    steps = 4 * 2 + 3 * part.stage2_epochs
     assert lives >= steps
     assert equal(left(part.out), left(whole.out))
     assert equal(train_both(part, data), results)
@@ -75,10 +72,9 @@ def test_killed_after_every_step(monkeypatch, tmp_path, settings, net):
 
 
 CALLS = {  # which calls of each function a run is killed at
-    (Log, "write"): (1, 4),
+    (log, "write"): (1, 4),
     (Session, "evaluate"): (2, 3, 5, 6),
     (stage2, "Cached"): (1, 3),
-    (stages, "shift_statistics"): (1,),
     (checkpoint, "save_model"): (1, 2),
     (torch.optim.SGD, "step"): (1, 6, 12),
     (os, "replace"): (1, 3, 4, 5, 8, 9),
@@ -90,8 +86,8 @@ MOMENTS = [(*call, number) for call, numbers in CALLS.items() for number in numb
 @pytest.mark.parametrize("where, name, number", MOMENTS, ids=lambda v: getattr(v, "__name__", v))
 def test_killed_between(monkeypatch, small_net, undisturbed, tmp_path, where, name, number):
     """Killed between any two things that a run does, and then at the next checkpoint."""
-    data, settings, results, wanted = undisturbed
-    config = configure(tmp_path, **settings)
+    data, results, wanted = undisturbed
+    config = configure(tmp_path)
     before = bool(number % 2)
     assert killed(monkeypatch, config, data, where, name, number, before=before)
 

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from train import distributed
 from train.checkpoint import write_atomically
 from train.images import to_rgb
-from train.metrics import BINS, COLUMNS, GROUPS, image_rows
+from train.metrics import BINS, COLUMNS, GROUPS
 from train.splits import Paths, Split
 
 SAMPLE = 20_000  # training images to look at, which costs about as much as a test
 LEAST = 4  # of each class, however many classes there are
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PAIRS, EXAMPLES, SIDE = 12, 3, 64  # confused pairs, images of each, pixels of an image
-WIDTH = len(COLUMNS) + 1
 
 
 def sample(train: Split, num_classes: int) -> Split:
@@ -35,13 +34,6 @@ def sample(train: Split, num_classes: int) -> Split:
     spread = number * sizes.repeat_interleave(taken) // taken.repeat_interleave(taken)
     first = (sizes.cumsum(0) - sizes).repeat_interleave(taken)
     return train.take(train.labels.argsort(stable=True)[first + spread])
-
-
-@torch.no_grad()
-def rows_and_norms(head: nn.Module, features: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
-    """[B, WIDTH]: image_rows, and the norm of each feature."""
-    norm = features.double().norm(dim=1, keepdim=True)
-    return torch.cat([image_rows(head, features, labels, prior), norm], 1)
 
 
 def degrees(cosine: Tensor) -> Tensor:
@@ -139,18 +131,16 @@ def confused_pairs(
 def write(session, stage: int, net: nn.Module, head: nn.Module, rows: Tensor) -> None:
     """Writes the analysis of a stage's model. All processes must call this.
 
-    rows [M, WIDTH]: `rows_and_norms` of the test images.
+    rows [M, COLUMNS]: `metrics.image_rows` of the test images.
     """
     data, counts, classes = session.data, session.data.counts, session.data.num_classes
-    trained = session.evaluate("sample", net, head, None, rows_and_norms, WIDTH)
+    trained = session.evaluate("sample", net, head)
     weight_norm = torch.linalg.vector_norm(head.weight.detach(), dim=1, dtype=torch.float64)
     weight_norm = distributed.full(weight_norm).tolist()
     if session.rank:
         return
-    seen, looked = data.test.take(torch.where(rows[:, 0] > 0)[0]), session.sample
-    looked = looked.take(torch.where(trained[:, 0] > 0)[0])
-    rows, trained = (r[r[:, 0] > 0].t() for r in (rows, trained))
-    test, train = (dict(zip(COLUMNS, r, strict=False)) for r in (rows, trained))
+    seen, looked = data.test, session.sample
+    test, train = (dict(zip(COLUMNS, r.t(), strict=True)) for r in (rows, trained))
     wrong = test["rank"] >= 1
     angle, train_angle = degrees(test["target_cosine"]), degrees(train["target_cosine"])
     mean, median = torch.mean, torch.median
@@ -159,8 +149,8 @@ def write(session, stage: int, net: nn.Module, head: nn.Module, rows: Tensor) ->
         "tested": torch.bincount(seen.labels, minlength=classes).tolist(),
         "train_images": len(looked),
         "weight_norm": [rounded(norm) for norm in weight_norm],
-        "feature_norm": by_class(looked.labels, classes, trained[-1], mean),
-        "test_feature_norm": by_class(seen.labels, classes, rows[-1], mean),
+        "feature_norm": by_class(looked.labels, classes, train["norm"], mean),
+        "test_feature_norm": by_class(seen.labels, classes, test["norm"], mean),
         "angle": by_class(looked.labels, classes, train_angle, median),
         "test_angle": by_class(seen.labels, classes, angle, median),
         "angles": angle_quantiles(train_angle, looked.labels, counts),
