@@ -1,7 +1,7 @@
 """Trains a classifier on long-tailed data in two stages and reports its error by class size.
 
 Stage 1 trains backbone and head on every image equally often. Stage 2 freezes the backbone and
-trains a new cosine head on every class equally often. `python -m train --help` lists the flags.
+trains a new cosine head that balances the classes. `python -m train --help` lists the flags.
 """
 
 import sys

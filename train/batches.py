@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from train import augment
-from train.images import LostImages, bad_image, read_image
+from train.images import LostImages, read_image
 from train.splits import Split, members_of_classes
 
 GROUP = 4  # images of one class in a row, as in the paper's code
@@ -215,7 +215,9 @@ class Loader:
         found = self.readers.read(self.split, self.train, order, batches, epoch_seed)
         for batch in found:
             if isinstance(batch, str):
-                raise bad_image(batch)
+                raise LostImages(
+                    f"{batch}, wanted a readable one in its place; --resume then goes on"
+                )
             pixels, draws, labels = (t.to(self.device, non_blocking=True) for t in batch)
             # A CPU takes a third of the time if its caches hold all of an image.
             size = 1 if self.device.type == "cpu" else len(pixels)

@@ -89,8 +89,7 @@ class Config:
     epochs: Annotated[int, Field(ge=1, le=10**6)] = 90
     """Epochs of stage 1: backbone and head, every image equally often."""
     stage2_epochs: Count = 30
-    """Epochs of stage 2: a new head on the frozen backbone, by default a cosine head that sees
-    every class equally often."""
+    """Epochs of stage 2: a new cosine head on the frozen backbone, which balances the classes."""
     sampling: Literal["classes", "sqrt", "images"] = "classes"
     """Stage 2 draws every class equally often, by the square root of its size, or every image
     equally often."""

@@ -84,7 +84,7 @@ class Fit:
 
         self.epoch = self.step = 0
         self.best = None  # error@1 and number, from 1 on, of the epoch whose model is chosen
-        self.history = []  # loss, error1 and scale of each epoch
+        self.history = []  # loss, error1, scale and steps of each epoch
         # Loss, images, errors at 1 and at 5: sums over this process's images of the epoch so far.
         self.totals = torch.zeros(4, dtype=torch.float64, device=session.device)
         self.saved_at = time.monotonic()

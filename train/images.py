@@ -57,11 +57,6 @@ def read_image(path: str, size: int, choose: Callable = whole) -> np.ndarray | s
         return f"{path}: got an image that cannot be read ({reason})"
 
 
-def bad_image(message: str) -> LostImages:
-    """The error for a message of `read_image`."""
-    return LostImages(f"{message}, wanted a readable one")
-
-
 def typical_size(paths: Paths) -> int:
     """Median of the shorter side of about 64 of the images, in pixels."""
     sizes = []
@@ -78,6 +73,6 @@ def into_memory(split: Split, size: int, title: str, quiet: bool = True) -> Spli
         found = pool.map(lambda i: read_image(split.images[i], size), range(len(split)))
         for i, image in enumerate(track(found, title, len(split), disable=quiet)):
             if isinstance(image, str):
-                raise bad_image(image)
+                raise TrainError(f"{image}, wanted a readable one")
             images[i] = torch.from_numpy(image).permute(2, 0, 1)
     return Split(images, split.labels)

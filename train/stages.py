@@ -89,7 +89,7 @@ def train_stage1(session: Session, net: nn.Module, saved: dict | None) -> dict:
 
 
 def train_stage2(session: Session, net: nn.Module, saved: dict | None) -> dict:
-    """Trains a new cosine head on the frozen backbone, on every class equally often."""
+    """Trains a new cosine head on the frozen backbone, on images as --sampling draws them."""
     config = session.config
     source = (config.model, "--model") if config.model else (config.out / "stage1.pt", "--resume")
     before = checkpoint.fill(net, source[0], config.net, source[1])["weight"]
