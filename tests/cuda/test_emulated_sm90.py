@@ -133,7 +133,7 @@ def test_tiles_of_dx_with_fewer_parts_than_there_are_partial_sums(C, l2, chunks)
     assert len(counts) > 1 and max(counts) <= plan["partial_features"]
 
 
-@pytest.mark.parametrize("mix", [*MIXES, *NARROW])
+@pytest.mark.parametrize("mix", [*MIXES, "bf16"])
 @PATHS
 @pytest.mark.parametrize("statistics", [False, True], ids=["loss", "statistics"])
 def test_segments_of_rows(statistics, path, mix):

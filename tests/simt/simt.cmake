@@ -28,7 +28,7 @@ set(kernel_options -x c++ -include cuda_runtime.h -g1 -fno-tree-vectorize -fno-t
   -fno-threadsafe-statics -Wno-unknown-pragmas)
 set(hooks_kernels -O2 -fsanitize=thread --param=tsan-instrument-func-entry-exit=0)
 set(hooks_runtime -O3)
-set(asan_kernels -O1 -fsanitize=address,undefined -fno-sanitize-recover=all)
+set(asan_kernels -Og -fsanitize=address,undefined -fno-sanitize-recover=all)
 set(asan_runtime -O2 -g1 -fsanitize=address)
 
 # The files that are the same in both modules are compiled once.
