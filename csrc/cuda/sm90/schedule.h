@@ -70,8 +70,8 @@ struct ProductSchedule {
 struct ScheduleLoad {
   int64_t partials;  // partial sums of dx
   int64_t parts;     // parts of tiles of dx that blocks make
-  int steps,
-      tiles;  // of the block that takes longest: its steps, and the tiles or parts that it ends
+  // Of the block that takes longest: its steps, and the tiles and parts of tiles that it ends.
+  int steps, tiles;
 };
 
 // The schedule of a chunk of so many classes on `sms` multiprocessors, with the fewest steps in the
