@@ -64,9 +64,10 @@ TABLES = {
         3,
         f"{LIST} --epochs 10 --batch-size 32 --eval-every 10",
         {
-            BASELINE: "--head cosine",
-            "t-vMF κ=16": "--kappa 16",
+            **HEADS,
             "cosine, prior 1": "--head cosine --prior 1",
+            "t-vMF κ=16, prior 1": "--kappa 16 --prior 1",
+            "cosine, scale 20": "--head cosine --scale-start 20 --scale-lr 0",
             "cosine, LDAM": "--head cosine --scale-start 20 --scale-lr 0 --ldam 0.5",
         },
     ),
@@ -74,11 +75,7 @@ TABLES = {
         "617 icons, 11 to 1 images of each",
         3,
         f"{LIST} --epochs 15 --batch-size 16 --eval-every 15",
-        {
-            BASELINE: "--head cosine",
-            "t-vMF κ=16": "--kappa 16",
-            "cosine, prior 1": "--head cosine --prior 1",
-        },
+        {**HEADS, "cosine, prior 1": "--head cosine --prior 1"},
     ),
 }
 
