@@ -7,17 +7,20 @@ namespace tvmf::sm80 {
 namespace {
 
 // Types of one kernel and the layout of its shared memory.
-template <Math kMath_, class W_>
+template <Math kMath_, class W_, int kClasses_>
 struct ClassGradient {
   static constexpr Math kMath = kMath_;
   using W = W_;
   using X = typename MathTraits<kMath>::X;
   using T = typename MathTraits<kMath>::Acc;
   using Params = ClassGradientParams<T>;
-  using GradientTile = sm80::GradientTile<kMath>;
-  using WeightTile = sm80::WeightTile<kMath>;
+  static constexpr int kClasses = kClasses_;
+  using GradientTile = sm80::GradientTile<kMath, kClasses>;
+  using WeightTile = sm80::WeightTile<kMath, kClasses>;
   static_assert(GradientTile::kThreads == WeightTile::kThreads, "one block makes both");
-  static constexpr int kClasses = GradientTile::kCols, kThreads = GradientTile::kThreads;
+  static constexpr int kThreads = GradientTile::kThreads;
+  // Whether this is an instance of the latency path, whose launches can make both parts.
+  static constexpr bool kLatency = kClasses == kSmallTile;
   static constexpr int kDepth = kTileD<kMath>;
 
   // Cosines: rows x classes.
@@ -27,7 +30,7 @@ struct ClassGradient {
   using LayoutG = OperandTile<X, WeightTile::kRows, kMath, true>;
   using LayoutXt = OperandTile<X, WeightTile::kCols, kMath, true>;
   using RoundedW = OperandTile<X, GradientTile::kCols, kMath, false>;
-  static constexpr int kWeightStages = kTensorCores<kMath> ? 3 : kStages<kMath, X>;
+  static constexpr int kWeightStages = kTensorCores<kMath> && kLatency ? 3 : kStages<kMath, X>;
   static constexpr int kCosineStages = kRounded<kMath, W> ? kStages<kMath, W> : kWeightStages;
   static constexpr int kCosineStage =
       LayoutX::kBytes + LayoutW::kBytes + (kRounded<kMath, W> ? RoundedW::kBytes : 0);
@@ -44,7 +47,7 @@ struct ClassGradient {
   };
   // Stages, tail, and then the gradient tile of all rows where it is resident.
   static constexpr int kBytes = kStagesBytes + int(sizeof(Tail));
-  static_assert(kBytes == gradient_shared_bytes(kMath, kRounded<kMath, W>),
+  static_assert(!kLatency || kBytes == gradient_shared_bytes(kMath, kRounded<kMath, W>),
                 "the plan counts on it");
   static int shared_bytes(int64_t N, bool resident) {
     return kBytes + (resident ? int(round_up(N, GradientTile::kRows) * LayoutG::kLineBytes) : 0);
@@ -58,15 +61,16 @@ struct ClassGradient {
   }
 };
 
-// A block has 64 classes. It makes the gradient tiles of its rows, or the weight gradient from
-// those of all rows, or both in turn.
-template <Math kMath, class W>
-__global__ void __launch_bounds__(GradientTile<kMath>::kThreads, kMath == Math::kF64 ? 1 : 2)
+// A block has kClasses. It makes the gradient tiles of its rows, or the weight gradient from those
+// of all rows, or both in turn.
+template <Math kMath, class W, int kClasses>
+__global__ void __launch_bounds__(GradientTile<kMath, kClasses>::kThreads,
+                                  kMath == Math::kF64 ? 1 : 2)
     class_gradient(const __grid_constant__ ClassGradientParams<typename MathTraits<kMath>::Acc> p) {
-  using K = ClassGradient<kMath, W>;
+  using K = ClassGradient<kMath, W, kClasses>;
   unsigned char* smem = static_cast<unsigned char*>(shared_memory());
   if (p.work.gradient) make_gradient_tiles<K>(p, smem);
-  if (!p.work.weight) return;
+  if (K::kLatency ? !p.work.weight : p.work.gradient) return;
   finish_columns<K>(p, smem);
   if (p.out.weight.data) make_weight_gradient<K>(p, smem);
 }
@@ -76,14 +80,21 @@ __global__ void __launch_bounds__(GradientTile<kMath>::kThreads, kMath == Math::
 template <class T>
 cudaError_t launch_class_gradient(const ClassGradientParams<T>& p, const Plan& plan,
                                   cudaStream_t stream) {
-  const int64_t tiles = ceil_div(p.chunk.count, kClassTile);
+  const int64_t tiles = ceil_div(p.chunk.count, plan.class_tile);
   const int64_t sharers = p.work.weight ? p.work.feature_splits : p.work.row_groups;
   const dim3 grid{unsigned(tiles), unsigned(sharers)};
   return with_math_of<T>(plan.math, p.head.weight.dtype, [&](auto math, auto weight) {
     constexpr Math kMath = decltype(math)::value;
     using W = decltype(weight);
-    return launch_kernel(class_gradient<kMath, W>, grid, GradientTile<kMath>::kThreads,
-                         ClassGradient<kMath, W>::shared_bytes(p.head.N, plan.resident), stream, p);
+    const auto launch = [&](auto tile) {
+      constexpr int kClasses = decltype(tile)::value;
+      using K = ClassGradient<kMath, W, kClasses>;
+      return launch_kernel(class_gradient<kMath, W, kClasses>, grid, K::kThreads,
+                           K::shared_bytes(p.head.N, plan.resident), stream, p);
+    };
+    if constexpr (has_large_classes(kMath))
+      if (plan.class_tile == kLargeTile) return launch(std::integral_constant<int, kLargeTile>{});
+    return launch(std::integral_constant<int, kSmallTile>{});
   });
 }
 template cudaError_t launch_class_gradient(const ClassGradientParams<float>&, const Plan&,

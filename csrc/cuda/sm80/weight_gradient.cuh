@@ -16,7 +16,7 @@ __device__ __forceinline__ void finish_columns(const typename K::Params& p, unsi
   using T = typename K::T;
   const CudaHead& head = p.head;
   auto& tail = K::tail(smem);
-  const bool both = p.work.gradient && p.work.weight;
+  const bool both = K::kLatency && p.work.gradient;
   const int64_t first_slot = both ? blockIdx.y : 0, slots = both ? 1 : p.work.row_groups;
   const bool per_class_kappa = p.out.kappa.data && head.kappa.stride != 0;
   for (int i = threadIdx.x; i < K::kClasses; i += K::kThreads) {
@@ -51,6 +51,7 @@ __device__ __forceinline__ void make_weight_gradient(const typename K::Params& p
   const auto x = Operand<X>::of(p.x, head.N, head.D);
   const auto weight = Operand<W>::of(head.weight, head.C, head.D);
   const auto gradient = Operand<X>::of(p.gradient.data, p.chunk.size, 1, head.N, p.chunk.size);
+  const bool resident = K::kLatency && p.work.resident;
   const int64_t first_column = K::first_column();
   const int64_t all_tiles = (head.D + WeightTile::kCols - 1) / WeightTile::kCols;
   const int64_t per_split = (all_tiles + p.work.feature_splits - 1) / p.work.feature_splits;
@@ -61,7 +62,7 @@ __device__ __forceinline__ void make_weight_gradient(const typename K::Params& p
   TileLoader<LayoutG, K::kThreads> load_g(gradient);
   TileLoader<LayoutXt, K::kThreads> load_x(x);
   const auto load_a = [&](int, int step, int stage) {
-    if (!p.work.resident)
+    if (!resident)
       load_g.load(int64_t(step) * K::kDepth, first_column, step == 0,
                   smem + stage * K::kWeightStage);
   };
@@ -72,7 +73,7 @@ __device__ __forceinline__ void make_weight_gradient(const typename K::Params& p
   const auto multiply = [&](int step, int stage) {
     const unsigned char* g_smem = smem + stage * K::kWeightStage;
     const unsigned char* x_smem = g_smem + LayoutG::kBytes;
-    if (p.work.resident) g_smem = smem + K::kBytes + step * K::kDepth * LayoutG::kLineBytes;
+    if (resident) g_smem = smem + K::kBytes + step * K::kDepth * LayoutG::kLineBytes;
     multiply_stage<K::kMath, WeightTile, LayoutG, LayoutXt>(g_smem, x_smem, lane, acc);
   };
   const auto finish = [&](int tile) {
