@@ -115,15 +115,17 @@ class Sm80Plan:
     class_splits: int
     """blocks that share the classes; the grid is row_tiles x class_splits"""
     tiles_per_split: int
+    class_tile: int
+    """gradients: classes of a block"""
     chunk: int
     """classes per launch of the backward pass"""
     chunks: int
     resident: bool
     """whether a block's gradient tile stays in shared memory"""
     row_groups: int
-    """blocks that share the rows of 64 classes"""
+    """blocks that share the rows of class_tile classes"""
     feature_splits: int
-    """blocks that share the weight gradient of 64 classes"""
+    """blocks that share the weight gradient of class_tile classes"""
     input_tile: int
     """gradient of the features: a block makes a tile of input_tile x input_tile"""
     input_splits: int
@@ -141,10 +143,12 @@ class Sm80Plan:
 
     def backward_grids(self, problem: _Problem) -> list[str]:
         classes, tile = min(self.chunk, problem.C), self.input_tile
+        class_tiles = -(-classes // self.class_tile)
         place = "in shared memory" if self.resident else "in the workspace"
         return [
-            f"  weight gradient  {-(-classes // 64)} tiles of 64 classes x {self.row_groups} row "
-            f"groups x {self.feature_splits} feature splits, gradient tile {place}",
+            f"  weight gradient  {class_tiles} tiles of {self.class_tile} classes x "
+            f"{self.row_groups} row groups x {self.feature_splits} feature splits, gradient tile "
+            f"{place}",
             f"  input gradient   tile {tile} x {tile}, grid {-(-problem.N // tile)} x "
             f"{-(-problem.D // tile)} x {self.input_splits}",
         ]

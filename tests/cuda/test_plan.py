@@ -124,7 +124,7 @@ def test_launches_traffic_and_tiles_add_up(problem):
         classes = variant.class_splits * variant.tiles_per_split * variant.tile
         assert classes >= C > classes - (variant.tiles_per_split + 1) * variant.tile
     assert variant.chunks * variant.chunk >= C > (variant.chunks - 1) * variant.chunk
-    assert variant.chunk % 64 == 0
+    assert variant.chunk % (64 if hopper else variant.class_tile) == 0
     assert latency <= (variant.chunks == 1)
     itemsize = 8 if options["dtype"] == torch.float64 else 4
     assert result.kept == 0 or (result.kept % 16 == 0 and result.kept >= C)
@@ -156,6 +156,9 @@ def test_the_sizes_of_long_tailed_training_take_the_latency_plan_and_faces_the_o
         assert small.forward_launches == 3 and small.backward_launches == 4
     large = plan(1024, 10**6, 512, **bf16)
     assert not large.variant.latency and large.kept == 0 and large.variant.chunks > 1
+    assert large.variant.class_tile == 128
+    few_rows = plan(64, 10**6, 512, **bf16)
+    assert not few_rows.variant.latency and few_rows.variant.class_tile == 64
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
