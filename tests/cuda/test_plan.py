@@ -1,6 +1,7 @@
 """The plan: pure, within its bounds on memory, launches and traffic for any size, and printed."""
 
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -247,6 +248,23 @@ def test_hopper_keeps_products_of_few_rows_and_small_tiles_within_the_budget(
     assert result.saved + result.workspace <= 64 * MIB + 1e6
     assert result.saved >= shape[1] * shape[0] * 4 + weights
     assert ("rounded weights" in str(result)) == (weight == torch.float32)
+
+
+@pytest.mark.parametrize("gpu", ["H100", "H200"])
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16], ids=str)
+def test_it_pays_wherever_products_are_kept(weight, gpu):
+    options = {"dtype": torch.bfloat16, "weight_dtype": weight, "device": gpu}
+    kept = 0
+    for N, C, D in itertools.product(
+        (1, 64, 256, 257, 512, 513, 1024),
+        (1, 100, 1000, 2000, 4000, 8142, 16000),
+        (64, 256, 512, 1024, 2048, 4096),
+    ):
+        result, again = (plan(N, C, D, **options, backward=b) for b in (True, False))
+        seconds = [p.forward_seconds + p.backward_seconds for p in (result, again)]
+        kept += result.kept > 0
+        assert seconds[0] < seconds[1] or not result.kept, (N, C, D)
+    assert kept > 50
 
 
 def test_the_rows_of_which_products_are_kept_are_as_many_as_the_budget_has_room_for():

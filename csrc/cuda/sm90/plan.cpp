@@ -299,9 +299,12 @@ BackwardWorkspace::BackwardWorkspace(const CudaProblem& problem, const Plan& pla
 
 namespace {
 
-// A tile of dx has so many parts that all multiprocessors have one, and one more at either end.
-int64_t most_parts(const CudaProblem& p, const Gpu& gpu) {
-  return gpu.sms / (ceil_div(p.N, kProductRows) * ceil_div(p.D, kProductCols)) + 3;
+// A tile of dx has so many parts that all multiprocessors have one, and one more at either end,
+// unless their partial sums take more than 24 MiB.
+int64_t most_partials(const CudaProblem& p, const Gpu& gpu) {
+  const int64_t tiles = ceil_div(p.N, kProductRows) * ceil_div(p.D, kProductCols);
+  const int64_t bytes = std::max<int64_t>(p.N * p.D * 4, 1);  // of one partial dx
+  return std::max<int64_t>(std::min(gpu.sms / tiles + 3, 24 * kMiB / bytes), 1);
 }
 
 Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, const Gpu& gpu) {
@@ -326,15 +329,13 @@ Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, cons
   plan.merges_rows = plan.small_tiles && segments == 1 &&
                      rows::finish_block_rows(p.N, plan.statistics_blocks) == p.N;
 
-  const int64_t partial_bytes = std::max<int64_t>(p.N * p.D * 4, 1);  // of one partial dx
-  plan.partial_features =
-      std::max<int64_t>(std::min(most_parts(p, gpu), 24 * kMiB / partial_bytes), 1);
+  plan.partial_features = most_partials(p, gpu);
 
   // A chunk's gradient and rounded weights have 44 MiB. They get less where the parts that do not
   // depend on the classes would take the workspace over its budget, and never more than the L2
   // cache holds. A chunk is made of whole waves of tiles.
   plan.column_slots = plan.slots();
-  const int64_t other_bytes = plan.partial_features * partial_bytes +
+  const int64_t other_bytes = plan.partial_features * std::max<int64_t>(p.N * p.D * 4, 1) +
                               4 * plan.arranged_rows * plan.arranged_columns + p.N * 48 +
                               plan.row_blocks * most_blocks * 128 + kMiB;
   const int64_t cached = gpu.l2 * 9 / 10;
@@ -380,22 +381,16 @@ Plan kept_plan(const CudaProblem& p, int64_t kept, const Gpu& gpu) {
   plan.chunk = plan.class_tiles * plan.tile_classes();
   plan.chunks = 1;
   plan.column_slots = plan.slots();
-  // dx has as many partial sums as there is room for.
-  const int64_t partial_bytes = round_up(std::max<int64_t>(p.N * p.D * 4, 1), 256);
-  plan.partial_features = 1;
-  const int64_t room =
-      kWorkspaceBudget - KeptLayout(p).bytes - BackwardWorkspace(p, plan).size + partial_bytes;
-  const int64_t wanted = most_parts(p, gpu);
-  const int64_t most = std::clamp(std::min(room, 24 * kMiB) / partial_bytes, int64_t(1), wanted);
-  plan.partial_features = load_of(make_schedule(p.N, p.D, p.C, gpu.sms, most)).partials;
+  plan.partial_features = most_partials(p, gpu);
+  plan.partial_features = load_of(plan.schedule_of(p.N, p.D, p.C)).partials;
   return plan;
 }
 
 // Whether products are kept, if the caller offers to. It is so for a few rows and small tiles,
 // whose kernels alone can keep them, where all that the step holds beside its results stays within
-// the workspace's budget: what is kept, and the workspace. Each of these conditions holds for fewer
-// rows where it holds for some. float16 weights lie where they have no room for unit rows, without
-// which the gradient tile would leave float16's range.
+// the workspace's budget: what is kept, and the workspace with all partial sums of dx that are
+// wanted. float16 weights lie where they have no room for unit rows, without which the gradient
+// tile would leave float16's range.
 bool keeps(const CudaProblem& p, const Gpu& gpu) {
   if (p.N > kMostKeptRows || (p.x == DType::kFloat16 && p.given_weight == p.x)) return false;
   const Plan plan = kept_plan(p, 1, gpu);
@@ -408,10 +403,11 @@ constexpr int64_t kFewRows = 2048;
 
 }  // namespace
 
+// Memory grows with the rows, but a tile of dx has fewer parts where rows are in more tiles. So the
+// rows are tried from the fewest on, 32 at a time, which have the same tiles.
 KeptProducts kept_products(const CudaProblem& p, const Gpu& gpu) {
   int64_t rows = 0;
-  for (int64_t step = kMostKeptRows; step > 0; step /= 2)
-    if (keeps(first_rows(p, rows + step), gpu)) rows += step;
+  while (rows < kMostKeptRows && keeps(first_rows(p, rows + 32), gpu)) rows += 32;
   const KeptLayout one_row(first_rows(p, 1));
   return {.most_rows = rows,
           .row_multiple = one_row.stride,
