@@ -30,8 +30,6 @@ constexpr int64_t gradient_shared_bytes(Math math, bool rounded) {
 static_assert(kLargeTile <= kLargestTile && kGradientRows <= kLargestTile);
 
 struct Plan {
-  static constexpr bool kKeepsProducts = true;
-
   Math math;
   // Few launches, for a small N x C: one chunk of classes, whose gradient tile and weight gradient
   // are made in one launch. Otherwise the backward pass takes three launches a chunk.

@@ -26,9 +26,20 @@ double cosine_bytes(const CudaProblem& p, const Plan& plan) {
          double(plan.class_tiles) * arranged_bytes(plan);
 }
 
+// Whether what a chunk's products read stays in the cache: its weights cross the memory interface
+// once then, and its gradient tile and rounded weights never. Otherwise these are written and read
+// again.
+bool cached(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
+  return 2 * double(plan.chunk) * double(p.N + 3 * p.D) <= double(gpu.l2 * 7 / 10);
+}
+
 // Instructions that a multiprocessor issues a cycle in an epilogue, where four are the most that it
 // can: only two warps share each of its schedulers.
 constexpr double kIssued = 1.8;
+
+// Bytes that a block of kept_gradient reads to make the terms of a row: its label, once more for
+// the weight of all rows, its norm and four statistics.
+constexpr double kKeptRowBytes = 36;
 
 // Prediction of a kernel whose persistent blocks make products in tiles: what the multiprocessor
 // with the most tiles does. A tile that is stored ends in waits of its own, since a block's next
@@ -94,12 +105,14 @@ PassCost forward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu, do
 
   TileTimes times = cosine_times(p, plan, gpu, instructions);
   times.tiles = most_tiles(plan, plan.class_tiles, plan.statistics_blocks);
+  times.stored = plan.keeps();
+  const double kept = plan.keeps() ? double(KeptLayout(p).bytes) : 0;
   const KernelCost statistics{
       .name = "statistics",
       .launches = 1,
       .flops = 2 * N * C * D,
-      .hbm = C * D * w,
-      .l2 = cosine_bytes(p, plan) + splits * N * (p.with_sum ? 28 : 24) + C * acc};
+      .hbm = C * D * w + (cached(p, plan, gpu) ? 0 : kept),
+      .l2 = cosine_bytes(p, plan) + splits * N * (p.with_sum ? 28 : 24) + C * acc + kept};
   PassCost pass;
   pass.kernels = {prepare, tile_kernel(statistics, times, gpu)};
   const double merge_bytes = splits * N * (p.with_sum ? 20 : 16) + N * 20;
@@ -149,19 +162,48 @@ KernelCost products_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
   return kernel;
 }
 
+// kept_gradient: each block makes the terms of all rows, which is a chain of waits, and then its
+// tiles, elementwise.
+KernelCost kept_gradient_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
+                              double instructions, double tile_bytes) {
+  const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, acc = 4;
+  const double stride = double(KeptLayout(p).stride), blocks = double(plan.kept_tiles.blocks);
+  const double tiles = std::ceil(double(plan.kept_tiles.tiles) / blocks);
+  const double elements = double(round_up(p.N, 32)) * double(plan.kept_tiles.classes());
+  // To arrange the features by columns, every sector of a row is read eight times.
+  const double arrange = 8 * N * D * x + N * double(plan.arranged_columns) * x;
+  const double kept = C * stride * acc;
+  KernelCost kernel{.name = "kept_gradient",
+                    .launches = 1,
+                    .hbm = (cached(p, plan, gpu) ? 0 : kept) + tile_bytes + N * D * x,
+                    .l2 = kept + C * double(plan.gradient_stride) * x + arrange +
+                          blocks * N * kKeptRowBytes + C * acc * 2};
+  kernel.between = tiles * elements / 32 * instructions / (kIssued * gpu.clock);
+  const double rounds = std::ceil(N / kKeptThreads);
+  kernel.alone = (rows::kPrepareGradientWaits * rounds + KernelCost::kTile) * gpu.wait_seconds;
+  return kernel;
+}
+
 PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
-                       double instructions) {
+                       const EpilogueInstructions& instructions) {
   const double N = double(p.N), C = double(p.C), D = double(p.D), x = 2, acc = 4;
   const double w = double(size_of(p.given_weight)), chunks = double(plan.chunks);
   const double slots = double(plan.column_slots), blocks = double(plan.gradient_blocks);
   const double sums = double(plan.partial_features) * N * D * acc;
-  // If a chunk stays in the cache, its weights cross the memory interface once, and its gradient
-  // tile and rounded weights never. Otherwise these are written and read again.
-  const double cached_bytes = 2 * double(plan.chunk) * (N + 3 * D);
-  const bool cached = cached_bytes <= double(gpu.l2 * 7 / 10);
-  const double tile_bytes = cached ? 0 : C * N * x, rounded_bytes = cached ? 0 : C * D * x;
+  const bool in_cache = cached(p, plan, gpu);
+  const double tile_bytes = in_cache ? 0 : C * N * x, rounded_bytes = in_cache ? 0 : C * D * x;
 
-  TileTimes times = cosine_times(p, plan, gpu, instructions);
+  KernelCost finish = rows::finish_gradient_cost(p, sums + N * D * (x + x) + N * D / 2, gpu);
+  finish.hbm = N * D * x;
+  const KernelCost products = products_cost(p, plan, gpu, tile_bytes + rounded_bytes);
+  if (plan.keeps()) {
+    PassCost pass;
+    pass.kernels = {kept_gradient_cost(p, plan, gpu, instructions.kept_gradient, tile_bytes),
+                    products, finish};
+    return pass;
+  }
+
+  TileTimes times = cosine_times(p, plan, gpu, instructions.gradient);
   times.stored = true;
   times.tiles = over_chunks(p, plan, [&](int64_t classes) {
     return most_tiles(plan, ceil_div(classes, plan.tile_classes()), plan.gradient_blocks);
@@ -178,11 +220,8 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu,
       (plan.narrow_weight ? 9 : 12) * N * D * x + 2 * arranged_bytes(plan) + 4 * N * kSectorBytes;
   KernelCost prepare = rows::prepare_gradient_cost(p, arrange, gpu);
   prepare.hbm = N * D * x;
-  KernelCost finish = rows::finish_gradient_cost(p, sums + N * D * (x + x) + N * D / 2, gpu);
-  finish.hbm = N * D * x;
   PassCost pass;
-  pass.kernels = {prepare, tile_kernel(gradient, times, gpu),
-                  products_cost(p, plan, gpu, tile_bytes + rounded_bytes), finish};
+  pass.kernels = {prepare, tile_kernel(gradient, times, gpu), products, finish};
   return pass;
 }
 
@@ -231,6 +270,12 @@ bool serves(const CudaProblem& p, const Gpu& gpu) {
          p.C < kMostClasses;
 }
 
+KeptLayout::KeptLayout(const CudaProblem& problem)
+    : stride(round_up(problem.N, 32)),
+      weight(problem.C * stride * 4),
+      weight_stride(round_up(problem.D, 8)),
+      bytes(weight + (problem.given_weight == problem.x ? 0 : problem.C * weight_stride * 2)) {}
+
 ForwardWorkspace::ForwardWorkspace(const CudaProblem& problem, const Plan& plan) {
   Cursor cursor;
   rows = rows::ForwardWorkspace::take(cursor, first_rows(problem, plan.segment_rows),
@@ -246,13 +291,21 @@ BackwardWorkspace::BackwardWorkspace(const CudaProblem& problem, const Plan& pla
   rows = rows::BackwardWorkspace::take(cursor, first_rows(problem, plan.segment_rows), counts);
   gradient = cursor.take(plan.chunk * plan.gradient_stride * 2);
   column_sums = cursor.take(plan.column_slots * 3 * plan.chunk * 4);
-  arranged = cursor.take(plan.arranged_rows * plan.arranged_columns * 2);
+  arranged = cursor.take(plan.keeps() ? 0 : plan.arranged_rows * plan.arranged_columns * 2);
   arranged_columns = cursor.take(plan.segment_rows * plan.arranged_columns * 2);
-  weight = cursor.take(plan.chunk * plan.weight_stride * 2);
+  weight = cursor.take(plan.keeps() ? 0 : plan.chunk * plan.weight_stride * 2);
   size = cursor.at;
 }
 
 namespace {
+
+// A tile of dx has so many parts that all multiprocessors have one, and one more at either end,
+// unless their partial sums take more than 24 MiB.
+int64_t most_partials(const CudaProblem& p, const Gpu& gpu) {
+  const int64_t tiles = ceil_div(p.N, kProductRows) * ceil_div(p.D, kProductCols);
+  const int64_t bytes = std::max<int64_t>(p.N * p.D * 4, 1);  // of one partial dx
+  return std::max<int64_t>(std::min(gpu.sms / tiles + 3, 24 * kMiB / bytes), 1);
+}
 
 Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, const Gpu& gpu) {
   Plan plan{};
@@ -276,17 +329,13 @@ Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, cons
   plan.merges_rows = plan.small_tiles && segments == 1 &&
                      rows::finish_block_rows(p.N, plan.statistics_blocks) == p.N;
 
-  // A tile of dx has so many parts that all multiprocessors have one, and one more at either end.
-  const int64_t feature_tiles = ceil_div(p.N, kProductRows) * ceil_div(p.D, kProductCols);
-  const int64_t partial_bytes = std::max<int64_t>(p.N * p.D * 4, 1);  // of one partial dx
-  plan.partial_features =
-      std::max<int64_t>(std::min(gpu.sms / feature_tiles + 3, 24 * kMiB / partial_bytes), 1);
+  plan.partial_features = most_partials(p, gpu);
 
   // A chunk's gradient and rounded weights have 44 MiB. They get less where the parts that do not
   // depend on the classes would take the workspace over its budget, and never more than the L2
   // cache holds. A chunk is made of whole waves of tiles.
-  plan.column_slots = plan.row_blocks * (plan.small_tiles ? 2 : 1);
-  const int64_t other_bytes = plan.partial_features * partial_bytes +
+  plan.column_slots = plan.slots();
+  const int64_t other_bytes = plan.partial_features * std::max<int64_t>(p.N * p.D * 4, 1) +
                               4 * plan.arranged_rows * plan.arranged_columns + p.N * 48 +
                               plan.row_blocks * most_blocks * 128 + kMiB;
   const int64_t cached = gpu.l2 * 9 / 10;
@@ -308,15 +357,69 @@ Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, cons
   return plan;
 }
 
+// The rows of which products are kept are few enough for their terms to lie in the 48 KiB of shared
+// memory that every block can have, beside the sums of a tile's classes.
+constexpr int64_t kMostKeptRows = 1024;
+
+KeptTiles kept_tiles(const CudaProblem& p, const Gpu& gpu) {
+  int row_warps = 1;
+  while (row_warps < kKeptWarps && row_warps * 32 < p.N) row_warps *= 2;
+  // Tiles have fewer classes where there would be fewer tiles than multiprocessors.
+  int class_warps = kKeptWarps / row_warps;
+  const auto tiles = [&](int warps) { return ceil_div(p.C, warps * kWarpClasses); };
+  while (class_warps > 1 && tiles(class_warps / 2) <= gpu.sms) class_warps /= 2;
+  const int count = int(tiles(class_warps));
+  return {row_warps, class_warps, count, int(std::min<int64_t>(count, gpu.sms))};
+}
+
+// The plan of a problem whose products are kept.
+Plan kept_plan(const CudaProblem& p, int64_t kept, const Gpu& gpu) {
+  Plan plan = plan_for(p, 1, p.N, gpu);
+  plan.kept = kept;
+  plan.kept_tiles = kept_tiles(p, gpu);
+  plan.gradient_blocks = plan.kept_tiles.blocks;
+  plan.chunk = plan.class_tiles * plan.tile_classes();
+  plan.chunks = 1;
+  plan.column_slots = plan.slots();
+  plan.partial_features = most_partials(p, gpu);
+  plan.partial_features = load_of(plan.schedule_of(p.N, p.D, p.C)).partials;
+  return plan;
+}
+
+// Whether products are kept, if the caller offers to. It is so for a few rows and small tiles,
+// whose kernels alone can keep them, where all that the step holds beside its results stays within
+// the workspace's budget: what is kept, and the workspace with all partial sums of dx that are
+// wanted. float16 weights lie where they have no room for unit rows, without which the gradient
+// tile would leave float16's range.
+bool keeps(const CudaProblem& p, const Gpu& gpu) {
+  if (p.N > kMostKeptRows || (p.x == DType::kFloat16 && p.given_weight == p.x)) return false;
+  const Plan plan = kept_plan(p, 1, gpu);
+  return plan.small_tiles &&
+         KeptLayout(p).bytes + BackwardWorkspace(p, plan).size <= kWorkspaceBudget;
+}
+
 // Segments no shorter than this are split for speed; shorter ones only to save memory.
 constexpr int64_t kFewRows = 2048;
 
 }  // namespace
 
+// Memory grows with the rows, but a tile of dx has fewer parts where rows are in more tiles. So the
+// rows are tried from the fewest on, 32 at a time, which have the same tiles.
+KeptProducts kept_products(const CudaProblem& p, const Gpu& gpu) {
+  int64_t rows = 0;
+  while (rows < kMostKeptRows && keeps(first_rows(p, rows + 32), gpu)) rows += 32;
+  const KeptLayout one_row(first_rows(p, 1));
+  return {.most_rows = rows,
+          .row_multiple = one_row.stride,
+          .beside = (one_row.bytes - one_row.weight) / 4 / std::max<int64_t>(p.C, 1)};
+}
+
 // The rows are split into as few segments as leave the workspace within its budget, and a tile of
 // the weight's gradient for every multiprocessor: with all of many rows at once, the gradient tile
 // of a chunk has room for few classes.
 Plan make_plan(const CudaProblem& p, const Gpu& gpu, int64_t most_rows) {
+  if (p.kept * p.N * 4 >= KeptLayout(p).bytes && p.kept > 0 && p.N <= most_rows && keeps(p, gpu))
+    return kept_plan(p, p.kept, gpu);
   const int64_t most = ceil_div(std::max<int64_t>(p.N, 1), kCosineRows);
   for (int64_t wanted = 1;; wanted *= 2) {
     const int64_t rows = wanted == 1 ? p.N : round_up(ceil_div(p.N, wanted), kCosineRows);
@@ -331,7 +434,7 @@ Plan make_plan(const CudaProblem& p, const Gpu& gpu, int64_t most_rows) {
 }
 
 Memory memory_of(const CudaProblem& problem, const Plan& plan) {
-  const SavedLayout saved(problem.N, problem.C, 0);
+  const SavedLayout saved(problem.N, problem.C, plan.kept);
   return {.saved = saved.size * accumulator_size(problem.x),
           .forward = ForwardWorkspace(problem, plan).size,
           .backward = BackwardWorkspace(problem, plan).size};
@@ -346,7 +449,7 @@ Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu,
     const Plan of_part = plan.of_rows(rows);
     add(cost.forward, forward_cost(part, of_part, gpu, instructions.statistics, last),
         double(count));
-    add(cost.backward, backward_cost(part, of_part, gpu, instructions.gradient), double(count));
+    add(cost.backward, backward_cost(part, of_part, gpu, instructions), double(count));
   };
   add_segments(plan.segment_rows, plan.segments - 1, false);
   add_segments(plan.rows_of(plan.segments - 1, problem.N), 1, true);
@@ -359,7 +462,8 @@ Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu,
 std::vector<PlanField> fields_of(const Plan& plan) {
   return {
       {"architecture", "sm90"},
-      {"kept", 0},
+      {"kept", plan.kept},
+      {"kept_weights", plan.keeps() && !plan.narrow_weight},
       {"segments", plan.segments},
       {"segment_rows", plan.segment_rows},
       {"tile_rows", kCosineRows},
@@ -367,6 +471,7 @@ std::vector<PlanField> fields_of(const Plan& plan) {
       {"row_blocks", plan.row_blocks},
       {"class_tiles", plan.class_tiles},
       {"statistics_blocks", plan.statistics_blocks},
+      {"gradient_classes", plan.keeps() ? plan.kept_tiles.classes() : plan.tile_classes()},
       {"gradient_blocks", plan.gradient_blocks},
       {"product_blocks", plan.blocks},
       {"chunk", plan.chunk},
