@@ -26,6 +26,7 @@ void bind_runtime(py::module_& module) {
   module.def("reset", simt::reset);
   module.def("reports", simt::reports);
 #define FIELD(name) .def_readonly(#name, &simt::SiteReport::name)
+  // A process can load two of the emulator's modules, each with its own report types.
   py::class_<simt::SiteReport>(module, "SiteReport", py::module_local()) FIELD(where) FIELD(kind)
       FIELD(requests) FIELD(bytes) FIELD(sectors) FIELD(wavefronts) FIELD(conflicts);
 #undef FIELD
