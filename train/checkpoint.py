@@ -181,6 +181,7 @@ def fill(net: nn.Module, path: Path, name: str, flag: str = "--model") -> dict[s
     """Loads a model file's backbone into net; returns the state_dict of its head."""
     feat, head = load_model(path, flag)
     got, wanted = ({k: list(v.shape) for k, v in s.items()} for s in (feat, net.state_dict()))
+    got["num_features"], wanted["num_features"] = head["weight"].shape[1], net.num_features
     if odd := next((k for k in [*wanted, *got] if got.get(k) != wanted.get(k)), None):
         was = read(path, mapped=True).get("arch", "another net")
         raise TrainError(

@@ -242,10 +242,8 @@ class Fit:
         rows = session.evaluate(self.evaluated, self.net, self.head, self.cached)
         record[self.evaluated] = error_report(rows)
         error = record[self.evaluated]["error1"]
-        if self.select == "last":
-            chosen = number == self.epochs
-        else:
-            chosen = self.best is None or error < self.best[0]
+        better = self.best is None or error < self.best[0]
+        chosen = number == self.epochs if self.select == "last" else better
         if chosen:
             self.best = (error, number)
             head = sharded.whole(self.head)

@@ -81,6 +81,6 @@ def into_memory(split: Split, size: int, title: str, quiet: bool = True) -> Spli
     if lost:
         raise TrainError(
             f"--data: got {len(lost):,} of {len(split):,} {title} that cannot be read, wanted "
-            f"readable ones in their place; the first: {'; '.join(lost[:NAMED])}"
+            f"readable ones in their place: {'; '.join(lost[:NAMED])}"
         )
     return Split(images, split.labels)

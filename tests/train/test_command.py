@@ -193,7 +193,7 @@ def test_bad_images_are_named_together(tmp_path, monkeypatch):
     bad = [data / f"train/0/{i}.png" for i in (1, 4, 9)]
     for path in bad:
         path.write_text("no image")
-    named = rf"got 3 of 21 train images .*first: {bad[0]} \(.*\); {bad[1]} \([^;]*\)$"
+    named = rf"got 3 of 21 train images .*in their place: {bad[0]} \(.*\); {bad[1]} \([^;]*\)$"
     with pytest.raises(TrainError, match=named):
         main([*FLAGS, "--data", data, "--out", tmp_path / "out"])
 
