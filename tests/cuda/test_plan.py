@@ -176,6 +176,9 @@ def test_the_sizes_of_long_tailed_training_take_the_latency_plan_and_faces_the_o
     assert large.variant.class_tile == 128
     few_rows = plan(64, 10**6, 512, **bf16)
     assert not few_rows.variant.latency and few_rows.variant.class_tile == 64
+    # float16 has no large tiles of classes, and of an L40S's multiprocessor they would take all.
+    for other in ({"dtype": torch.float16}, {"device": "L40S"}):
+        assert plan(1024, 10**6, 512, **bf16 | other).variant.class_tile == 64
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -47,7 +47,8 @@ struct ClassGradient {
   };
   // Stages, tail, and then the gradient tile of all rows where it is resident.
   static constexpr int kBytes = kStagesBytes + int(sizeof(Tail));
-  static_assert(!kLatency || kBytes == gradient_shared_bytes(kMath, kRounded<kMath, W>),
+  static_assert(kBytes == (kLatency ? gradient_shared_bytes(kMath, kRounded<kMath, W>)
+                                    : kLargeGradientBytes),
                 "the plan counts on it");
   static int shared_bytes(int64_t N, bool resident) {
     return kBytes + (resident ? int(round_up(N, GradientTile::kRows) * LayoutG::kLineBytes) : 0);

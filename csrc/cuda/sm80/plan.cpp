@@ -69,12 +69,14 @@ Plan plan_for(const CudaProblem& p, bool latency, const Gpu& gpu) {
   plan.latency = latency && (fits || (p.N <= 1024 && all_tiles >= gpu.sms));
   plan.resident = plan.latency && fits;
   // Large tiles of classes read half the bytes of features. Only the throughput path has them,
-  // where both of its launches have a block for nearly every multiprocessor.
+  // where two blocks fit on a multiprocessor, and where both of its launches have a block for
+  // nearly every multiprocessor.
   const int64_t row_tiles = ceil_div(p.N, kGradientRows);
   const int64_t feature_tiles = ceil_div(p.D, kFeatureTile);
   const int64_t large_chunk = chunk_of(p, kLargeTile, gpu);
   const bool large_classes =
       has_large_classes(plan.math) && !plan.latency &&
+      2 * (kLargeGradientBytes + 1024) <= gpu.shared_per_sm &&
       large_chunk / kLargeTile * std::min(row_tiles, feature_tiles) * 4 >= gpu.sms * 3;
   plan.class_tile = large_classes ? kLargeTile : kSmallTile;
   plan.chunk = plan.latency    ? round_up(p.C, kSmallTile)

@@ -13,8 +13,8 @@ constexpr int64_t kStepBytes = 64;  // bytes of a row of features in one step of
 
 constexpr bool on_tensor_cores(Math math) { return math != Math::kF32 && math != Math::kF64; }
 // Whether class_gradient has instances with large tiles of classes. TF32's would need more
-// registers than a thread has.
-constexpr bool has_large_classes(Math math) { return math == Math::kF16 || math == Math::kBf16; }
+// registers than a thread has, and each takes the compiler half a minute.
+constexpr bool has_large_classes(Math math) { return math == Math::kBf16; }
 // Warps of class_gradient that share a row, each with a partial row sum. Without tensor cores a
 // warp has half as many products, because its operands take more registers.
 constexpr int64_t row_parts(Math math) { return on_tensor_cores(math) ? 2 : 4; }
@@ -26,6 +26,8 @@ constexpr int64_t gradient_shared_bytes(Math math, bool rounded) {
   if (math == Math::kF32) return 52544;
   return rounded ? 44320 : 40224;
 }
+
+constexpr int64_t kLargeGradientBytes = 72224;  // the same with large tiles of classes
 
 static_assert(kLargeTile <= kLargestTile && kGradientRows <= kLargestTile);
 
