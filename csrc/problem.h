@@ -51,7 +51,8 @@ struct Saved {
   T* x_rnorm;        // [N]  1 / |x_n|
   T* weight_rnorm;   // [C]  1 / |w_c|, then zeros
   T* product;        // <x_n, w_c> of the first `kept` classes: [N, kept] on a GPU, where w_c is a
-                     // unit row if it is float32 and x_n float16; on the CPU one tile after another
+                     // unit row if it is float32 and x_n float16, and on Hopper what
+                     // sm90::KeptLayout says; on the CPU one tile after another
   int64_t kept;      // on a GPU C or more, or 0 where no products are kept
 
   static Saved of(T* buffer, int64_t N, int64_t C, int64_t kept) {

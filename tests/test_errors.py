@@ -368,4 +368,4 @@ def test_a_saved_buffer_of_two_dimensions_is_refused():
 def test_the_question_of_kept_products_has_sizes(C, D):
     message = rf"^C and D must be at least 1, got {C}, {D}$"
     with pytest.raises(ValueError, match=message):
-        torch.ops.tvmf_ext.keeps_products(C, D, "float16", "float32", 8, 1, True, "H200")
+        torch.ops.tvmf_ext.kept_products(C, D, "float16", "float32", 8, 1, True, "H200")

@@ -42,10 +42,8 @@ def draw_colours(jitter: bool) -> Tensor:
     if jitter:
         turns, *factors, _ = transforms.ColorJitter.get_params(JITTER, JITTER, JITTER, None)
         turns = [turn for turn in turns.tolist() if turn < 3]  # 3 would be the hue
-        draws[1:] = [
-            torch.tensor([*turns, *(factors[t] for t in turns)]),
-            torch.randn(3) * LIGHTING,
-        ]
+        turns += [factors[turn] for turn in turns]
+        draws[1:] = [torch.tensor(turns), torch.randn(3) * LIGHTING]
     return torch.cat(draws)
 
 

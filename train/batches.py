@@ -106,9 +106,9 @@ class ImageFiles(TorchDataset):
 
 
 def collate(items: list) -> tuple[Tensor, Tensor, Tensor] | str:
-    """Stacks images, draws and labels; or returns the first message."""
+    """Stacks images, draws and labels; or joins the messages, where there are some."""
     if messages := [item for item in items if isinstance(item, str)]:
-        return messages[0]
+        return "; ".join(messages)
     pixels, draws, labels = zip(*items, strict=True)
     return torch.stack(pixels), torch.stack(draws), torch.tensor(labels)
 
@@ -216,7 +216,8 @@ class Loader:
         for batch in found:
             if isinstance(batch, str):
                 raise LostImages(
-                    f"{batch}, wanted a readable one in its place; --resume then goes on"
+                    f"--data: got images that cannot be read, {batch}; wanted readable ones in "
+                    "their place, with which --resume goes on"
                 )
             pixels, draws, labels = (t.to(self.device, non_blocking=True) for t in batch)
             # A CPU takes a third of the time if its caches hold all of an image.

@@ -180,11 +180,15 @@ def load_model(path: Path, flag: str = "--model") -> tuple[dict[str, Any], dict[
 def fill(net: nn.Module, path: Path, name: str, flag: str = "--model") -> dict[str, torch.Tensor]:
     """Loads a model file's backbone into net; returns the state_dict of its head."""
     feat, head = load_model(path, flag)
-    try:
-        net.load_state_dict(feat)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise TrainError(f"{flag}: got {path}, which is no --net {name}: {reason}") from None
+    got, wanted = ({k: list(v.shape) for k, v in s.items()} for s in (feat, net.state_dict()))
+    got["num_features"], wanted["num_features"] = head["weight"].shape[1], net.num_features
+    if odd := next((k for k in [*wanted, *got] if got.get(k) != wanted.get(k)), None):
+        was = read(path, mapped=True).get("arch", "another net")
+        raise TrainError(
+            f"{flag}: got {path}, a model of {was} whose {odd} is {got.get(odd, 'absent')}; wanted "
+            f"one of --net {name}, whose {odd} is {wanted.get(odd, 'absent')}"
+        )
+    net.load_state_dict(feat)
     return head
 
 

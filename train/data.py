@@ -147,9 +147,8 @@ def choose_transforms(data: LongTailed, config: Config) -> None:
     """Sets the transforms and their size, by the size of the images unless flags name them."""
     in_memory = isinstance(data.train.images, Tensor)
     size = data.train.images.shape[-1] if in_memory else config.image_size
-    if in_memory and (
-        config.augment not in ("auto", "small") or config.image_size not in (0, size)
-    ):
+    other = config.augment not in ("auto", "small") or config.image_size not in (0, size)
+    if in_memory and other:
         raise TrainError(
             f"--augment, --image-size: got {config.augment}, {config.image_size}, wanted small, "
             f"{size}: {config.dataset} is in memory as it is"

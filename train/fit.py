@@ -90,6 +90,8 @@ class Fit:
         self.saved_at = time.monotonic()
         if saved:
             self.restore(saved)
+        elif session.world > 1:  # they cannot save where one of them loses images
+            self.save()
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Goes back to where a checkpoint was saved."""
@@ -240,10 +242,8 @@ class Fit:
         rows = session.evaluate(self.evaluated, self.net, self.head, self.cached)
         record[self.evaluated] = error_report(rows)
         error = record[self.evaluated]["error1"]
-        if self.select == "last":
-            chosen = number == self.epochs
-        else:
-            chosen = self.best is None or error < self.best[0]
+        better = self.best is None or error < self.best[0]
+        chosen = number == self.epochs if self.select == "last" else better
         if chosen:
             self.best = (error, number)
             head = sharded.whole(self.head)
@@ -269,12 +269,10 @@ class Fit:
         analysis.write(session, self.stage, self.net, self.head, rows)
         report = full_report(rows, session.data.test.labels, session.data.counts)
         report["selected_on"] = "last epoch" if self.select == "last" else self.select
-        report["epoch"] = self.best[1]
-        report["scale"] = scale_of(self.head)
+        report |= {"epoch": self.best[1], "scale": scale_of(self.head)}
         report["kappa"] = None if report["scale"] is None else self.head.kappa.mean().item()
         report["steps"] = sum(epoch["steps"] for epoch in self.history)
-        report["train_loss"] = self.history[-1]["loss"]
-        report["train_error1"] = self.history[-1]["error1"]
+        report |= {f"train_{name}": self.history[-1][name] for name in ("loss", "error1")}
         selects = self.evaluated == "val" or self.select == "test"
         report["selection_error1"] = self.best[0] if selects else None
         self.advise(report)

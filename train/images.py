@@ -12,6 +12,8 @@ from rich.progress import track
 from train.config import TrainError
 from train.splits import Paths, Split
 
+NAMED = 20  # images in one message, of those that cannot be read
+
 
 class LostImages(TrainError):
     """Images that a step waits for do not come; what was trained before can be saved."""
@@ -54,7 +56,7 @@ def read_image(path: str, size: int, choose: Callable = whole) -> np.ndarray | s
             return np.array(rgb)
     except Exception as error:  # a damaged file fails in many ways, few of them documented
         reason = (str(error) or repr(error)).splitlines()[0]
-        return f"{path}: got an image that cannot be read ({reason})"
+        return f"{path} ({reason})"
 
 
 def typical_size(paths: Paths) -> int:
@@ -67,12 +69,18 @@ def typical_size(paths: Paths) -> int:
 
 
 def into_memory(split: Split, size: int, title: str, quiet: bool = True) -> Split:
-    """Reads all images, [N, 3, size, size]."""
-    images = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
+    """Reads all images, [N, 3, size, size]. Those that cannot be read are refused together."""
+    images, lost = torch.empty(len(split), 3, size, size, dtype=torch.uint8), []
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda i: read_image(split.images[i], size), range(len(split)))
         for i, image in enumerate(track(found, title, len(split), disable=quiet)):
             if isinstance(image, str):
-                raise TrainError(f"{image}, wanted a readable one")
-            images[i] = torch.from_numpy(image).permute(2, 0, 1)
+                lost.append(image)
+            else:
+                images[i] = torch.from_numpy(image).permute(2, 0, 1)
+    if lost:
+        raise TrainError(
+            f"--data: got {len(lost):,} of {len(split):,} {title} that cannot be read, wanted "
+            f"readable ones in their place: {'; '.join(lost[:NAMED])}"
+        )
     return Split(images, split.labels)

@@ -73,11 +73,8 @@ def cosine_report(own: Tensor, other: Tensor, labels: Tensor) -> dict[str, float
     size = torch.bincount(labels).clamp(min=1)
     mean = torch.bincount(labels, own) / size
     spread = (own - mean[labels]).square().mean().sqrt()
-    return {
-        "target_mean": own.mean().item(),
-        "target_spread": spread.item(),
-        "other_mean": other.mean().item(),
-    }
+    report = {"target_mean": own.mean(), "target_spread": spread, "other_mean": other.mean()}
+    return {name: figure.item() for name, figure in report.items()}
 
 
 def class_figures(

@@ -13,6 +13,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from train.config import Config, TrainError
 from tvmf_ext import ShardedTvMFLoss, TvMFLoss
 
+GRIDS = {"convnet": 1, "gridnet": 3}
+RESNETS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet50": (Bottleneck, [3, 4, 6, 3])}
 DRAWN = 4096  # classes whose first vectors are drawn at once
 
 
@@ -45,14 +47,10 @@ def resnet(block: type[nn.Module], layers: list[int], channels: int) -> ResNet:
 
 def make_net(name: str, channels: int, pretrained: bool = False) -> nn.Module:
     """The backbone of that name; its attribute num_features is the length of a feature."""
-    if name == "convnet":
-        return ConvNet(channels)
-    if name == "gridnet":
-        return ConvNet(channels, grid=3)
-    if name == "resnet10":
-        return resnet(BasicBlock, [1, 1, 1, 1], channels)
-    if name == "resnet50":
-        return resnet(Bottleneck, [3, 4, 6, 3], channels)
+    if name in GRIDS:
+        return ConvNet(channels, GRIDS[name])
+    if name in RESNETS:
+        return resnet(*RESNETS[name], channels)
     name, options = name.removeprefix("timm:"), {"num_classes": 0, "in_chans": channels}
     try:
         import timm

@@ -53,9 +53,7 @@ def train(session: Session) -> dict[str, dict]:
     report}."""
     config = session.config
     check_session(session)
-    saved = None
-    if config.resume:
-        saved = checkpoint.load(config.out, session.identity(), session.warn)
+    saved = checkpoint.load(config.out, session.identity(), session.warn) if config.resume else None
     session.results = saved["results"] if saved else {}
     torch.manual_seed(config.seed)
     net = build_net(session)
@@ -77,8 +75,7 @@ def new_head(session: Session, name: str, num_features: int, tau: float) -> nn.M
     counts = session.data.counts
     prior = log_prior(counts, tau) if tau else None
     size = num_features, len(counts)
-    head = make_head(name, *size, session.config, prior=prior, mesh=session.mesh)
-    return head.to(session.device)
+    return make_head(name, *size, session.config, prior=prior, mesh=session.mesh).to(session.device)
 
 
 def train_stage1(session: Session, net: nn.Module, saved: dict | None) -> dict:

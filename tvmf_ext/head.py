@@ -16,7 +16,8 @@ IGNORE_INDEX = -100  # torch's default, which None stands for
 
 # The forward pass keeps products for the backward pass. On the CPU they and the working tile share
 # a number of bytes, so that the extra memory stays under 64 MB whatever C is; a tile has 2 MiB, or
-# 256 classes of many rows (csrc/cpu/plan.cpp). On CUDA all products are kept, or none. With fewer
+# 256 classes of many rows (csrc/cpu/plan.cpp). On CUDA all products are kept, or none, and Hopper's
+# kernels keep rounded weights as well (csrc/cuda/sm90/plan.cpp has their rule). With fewer
 # features than this, a product takes about as little time to recompute as to write and read.
 _KEEP_BYTES = 50 * 1024 * 1024
 _TILE_BYTES, _TILE_CLASSES = 2 * 1024 * 1024, 256
@@ -36,14 +37,28 @@ class SoftplusScale(NamedTuple):
         return F.softplus(self.s if dtype is None else self.s.to(dtype)) + 1
 
 
-def products_to_keep(N: int, C: int, D: int, dtype: torch.dtype, cuda: bool) -> int:
-    """The number of classes, a multiple of 16, whose products the forward pass keeps."""
-    fewest = _CUDA_KEEP_MIN_FEATURES if cuda else _KEEP_MIN_FEATURES
-    if fewest > D:
+class KeptProducts(NamedTuple):
+    """What the kernels that serve a weight on a CUDA device keep of its products: KeptProducts of
+    csrc/cuda/cost.h."""
+
+    most_rows: int = 2**31
+    row_multiple: int = 1
+    beside: int = 0
+
+    def elements(self, N: int, C: int, D: int, dtype: torch.dtype) -> int:
+        """Elements for each row that the forward pass keeps, a multiple of 16, or 0."""
+        few = N * C * ops.compute_dtype(dtype).itemsize <= _CUDA_KEEP_BYTES
+        if D < _CUDA_KEEP_MIN_FEATURES or N < 1 or self.most_rows < N or not few:
+            return 0
+        rows = (N + self.row_multiple - 1) // self.row_multiple * self.row_multiple
+        return (C * (rows + self.beside) + 16 * N - 1) // (16 * N) * 16
+
+
+def products_to_keep(N: int, C: int, D: int, dtype: torch.dtype) -> int:
+    """The number of classes, a multiple of 16, whose products the CPU's forward pass keeps."""
+    if D < _KEEP_MIN_FEATURES:
         return 0
     itemsize, every = ops.compute_dtype(dtype).itemsize, (C + 15) // 16 * 16
-    if cuda:
-        return every if N * C * itemsize <= _CUDA_KEEP_BYTES else 0
     left = max(0, _KEEP_BYTES - max(0, N * _TILE_CLASSES * itemsize - _TILE_BYTES))
     return min(every, 16 * (left // (itemsize * 16) // max(N, 1)))
 
@@ -57,7 +72,7 @@ def _constant_to_compile(function: Callable[..., Any]) -> Any:
 
 @_constant_to_compile
 @functools.lru_cache(maxsize=1024)
-def _uses_kept_products(
+def _kept_products(
     C: int,
     D: int,
     dtype: torch.dtype,
@@ -66,19 +81,32 @@ def _uses_kept_products(
     col_stride: int,
     aligned: bool,
     device: int,
-) -> bool:
-    """Whether the kernels that serve such a weight on a CUDA device use products that the forward
-    pass kept. Hopper's own kernels do not."""
+) -> KeptProducts:
+    """What the kernels that serve such a weight on a CUDA device keep."""
     if not (ops.HAS_CUDA and torch.cuda.is_available()):
-        return True  # a fake tensor, whose device need not exist
-    names = (str(each).removeprefix("torch.") for each in (dtype, weight_dtype))
+        return KeptProducts()  # a fake tensor, whose device need not exist
     layout = (row_stride, col_stride, aligned)
-    return torch.ops.tvmf_ext.keeps_products(C, D, *names, *layout, f"cuda:{device}")
+    return kept_products(C, D, dtype, weight_dtype, layout, f"cuda:{device}")
+
+
+def kept_products(
+    C: int,
+    D: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    layout: tuple[int, int, bool],
+    device: str,
+) -> KeptProducts:
+    """The same on any GPU that has a name. The layout is the strides of the weight in elements,
+    and whether its first element lies on a 16-byte boundary."""
+    names = (str(each).removeprefix("torch.") for each in (dtype, weight_dtype))
+    return KeptProducts(*torch.ops.tvmf_ext.kept_products(C, D, *names, *layout, device))
 
 
 def _kept(input: Tensor, weight: Tensor, *others: Tensor | None) -> int:
-    """How many classes have their products kept: none if no backward pass can follow. The others
-    are the tensors besides input and weight that may require grad."""
+    """How many classes have their products kept, or on CUDA how many elements of each row: none if
+    no backward pass can follow. The others are the tensors besides input and weight that may
+    require grad."""
     if not torch.is_grad_enabled() or input.dim() != 2 or weight.dim() != 2:
         return 0
     if torch._C._get_tracing_state() is not None:
@@ -96,9 +124,9 @@ def _kept(input: Tensor, weight: Tensor, *others: Tensor | None) -> int:
         aligned = ops.is_compiling() or weight.storage_offset() * weight.element_size() % 16 == 0
         layout = (weight.stride(0), weight.stride(1), aligned)
         dtypes = (input.dtype, weight.dtype)
-        if not _uses_kept_products(C, D, *dtypes, *layout, input.device.index or 0):
-            return 0
-    return products_to_keep(N, C, D, input.dtype, input.is_cuda)
+        keeps = _kept_products(C, D, *dtypes, *layout, input.device.index or 0)
+        return keeps.elements(N, C, D, input.dtype)
+    return products_to_keep(N, C, D, input.dtype)
 
 
 @_constant_to_compile

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from . import ops
-from .head import cuda_allows_tf32, products_to_keep
+from .head import cuda_allows_tf32, kept_products, products_to_keep
 
 _Kind = TypeVar("_Kind")
 _MOST = 2**53  # up to here the counts of a plan, which are doubles and int64, are exact
@@ -51,7 +51,8 @@ class _Problem:
     backward: bool
     """whether a backward pass follows"""
     kept: int
-    """classes, rounded up to 16, whose products the forward pass keeps for the backward pass"""
+    """classes, rounded up to 16, whose products the forward pass keeps for the backward pass;
+    elements for each row where Hopper's kernels keep them, and rounded weights with them"""
     saved: int
     """bytes that the forward pass keeps in all"""
 
@@ -61,9 +62,10 @@ class _Problem:
             f"{_name(self.weight_dtype)} weight, on {device}"
         )
 
-    def _saved_line(self) -> str:
+    def _saved_line(self, beside: str = "") -> str:
         kept = min(self.kept, self.C)
         products = "all products" if kept == self.C else f"products of {kept} classes"
+        products += beside
         return f"kept for backward  {_bytes(self.saved)}, {products if kept else 'no products'}"
 
 
@@ -115,15 +117,17 @@ class Sm80Plan:
     class_splits: int
     """blocks that share the classes; the grid is row_tiles x class_splits"""
     tiles_per_split: int
+    class_tile: int
+    """gradients: classes of a block"""
     chunk: int
     """classes per launch of the backward pass"""
     chunks: int
     resident: bool
     """whether a block's gradient tile stays in shared memory"""
     row_groups: int
-    """blocks that share the rows of 64 classes"""
+    """blocks that share the rows of class_tile classes"""
     feature_splits: int
-    """blocks that share the weight gradient of 64 classes"""
+    """blocks that share the weight gradient of class_tile classes"""
     input_tile: int
     """gradient of the features: a block makes a tile of input_tile x input_tile"""
     input_splits: int
@@ -141,10 +145,12 @@ class Sm80Plan:
 
     def backward_grids(self, problem: _Problem) -> list[str]:
         classes, tile = min(self.chunk, problem.C), self.input_tile
+        class_tiles = -(-classes // self.class_tile)
         place = "in shared memory" if self.resident else "in the workspace"
         return [
-            f"  weight gradient  {-(-classes // 64)} tiles of 64 classes x {self.row_groups} row "
-            f"groups x {self.feature_splits} feature splits, gradient tile {place}",
+            f"  weight gradient  {class_tiles} tiles of {self.class_tile} classes x "
+            f"{self.row_groups} row groups x {self.feature_splits} feature splits, gradient tile "
+            f"{place}",
             f"  input gradient   tile {tile} x {tile}, grid {-(-problem.N // tile)} x "
             f"{-(-problem.D // tile)} x {self.input_splits}",
         ]
@@ -163,10 +169,14 @@ class Sm90Plan:
     row_blocks: int
     """blocks of tile_rows rows"""
     class_tiles: int
+    kept_weights: bool
+    """whether rounded weights are kept beside the products"""
     statistics_blocks: int
     """row statistics: persistent blocks that share the class tiles of a block of rows"""
+    gradient_classes: int
+    """gradient tile: classes of a tile; where products are kept, a tile has all rows"""
     gradient_blocks: int
-    """gradient tile: persistent blocks that share the class tiles of a chunk"""
+    """persistent blocks that share the class tiles of a chunk"""
     product_blocks: int
     """persistent blocks that share the tiles of both products, at most"""
     chunk: int
@@ -182,11 +192,13 @@ class Sm90Plan:
     def name(self) -> str:
         return "Hopper"
 
-    def _tiles(self, blocks: int, classes: int) -> str:
-        tiles = -(-classes // self.tile_classes)
+    def _tiles(self, blocks: int, classes: int, kept: bool = False) -> str:
+        of_tile = self.gradient_classes if kept else self.tile_classes
+        rows, grid = (self.segment_rows, 1) if kept else (self.tile_rows, self.row_blocks)
+        tiles = -(-classes // of_tile)
         return (
-            f"tile {self.tile_rows} rows x {self.tile_classes} classes, grid {self.row_blocks} x "
-            f"{blocks}, {-(-tiles // blocks)} class tiles a block"
+            f"tile {rows} rows x {of_tile} classes, grid {grid} x {blocks}, "
+            f"{-(-tiles // blocks)} class tiles a block"
         )
 
     def forward_grids(self, problem: _Problem) -> list[str]:
@@ -197,7 +209,7 @@ class Sm90Plan:
         feature_tiles = -(-problem.D // cols)
         weight_tiles = -(-classes // rows) * feature_tiles
         return [
-            f"  gradient tile    {self._tiles(self.gradient_blocks, classes)}",
+            f"  gradient tile    {self._tiles(self.gradient_blocks, classes, problem.kept > 0)}",
             f"  weight gradient  {weight_tiles} tiles of {rows} classes x {cols} features, in one "
             f"launch with the input gradient",
             f"  input gradient   {-(-problem.N // rows) * feature_tiles} tiles of {rows} rows x "
@@ -333,7 +345,8 @@ class CudaPlan(_Problem):
         if self.backward:
             lines += self._pass("backward")
             lines += self.variant.backward_grids(self)
-            lines.append(self._saved_line())
+            weights = isinstance(self.variant, Sm90Plan) and self.variant.kept_weights
+            lines.append(self._saved_line(" and rounded weights" if weights else ""))
         return "\n".join(lines)
 
 
@@ -414,7 +427,13 @@ def plan(
     device = _device_name(device)
     if allow_tf32 is None:
         allow_tf32 = cuda_allows_tf32()
-    kept = products_to_keep(N, C, D, dtype, device != "cpu") if backward else 0
+    if not backward:
+        kept = 0
+    elif device == "cpu":
+        kept = products_to_keep(N, C, D, dtype)
+    else:
+        keeps = kept_products(C, D, dtype, weight_dtype, (D, 1, True), device)
+        kept = keeps.elements(N, C, D, dtype)
     names = (_name(dtype), _name(weight_dtype))
     text = torch.ops.tvmf_ext.plan(N, C, D, *names, allow_tf32, kept, False, device)
     values = dict(part.split("=") for part in text.split(";") if part)

@@ -48,7 +48,7 @@ struct CudaProblem {
   DType x;
   DType given_weight;  // the caller's dtype of the weight
   bool allow_tf32;     // whether float32 products may be rounded to TF32
-  int64_t kept;        // classes whose products the caller offers to keep for the backward pass
+  int64_t kept;        // elements for each row that the caller offers to keep (KeptProducts)
   bool with_sum;       // whether sums of logits over the classes are wanted
   WeightLayout layout;
 
@@ -56,6 +56,19 @@ struct CudaProblem {
   DType weight() const { return weight_dtype_read(x, given_weight); }
   // The row stride of the products that the forward pass keeps: those of all classes, or of none.
   int64_t kept_products() const { return kept >= C && kept % kPad == 0 ? kept : 0; }
+};
+
+// What the forward pass keeps of its products, where the kernels of an architecture keep them.
+struct KeptProducts {
+  int64_t most_rows;     // the most rows of which products are kept
+  int64_t row_multiple;  // rows are rounded up to a multiple of it
+  int64_t beside;        // elements that are kept for each class beside the products
+
+  // The elements for each row of N that hold all of it: SavedLayout's `kept`. tvmf_ext/head.py
+  // computes it too.
+  int64_t elements(int64_t N, int64_t C) const {
+    return round_up(ceil_div(C * (round_up(N, row_multiple) + beside), N), kPad);
+  }
 };
 
 // All launches of one kernel in a pass: counts, and the times that follow from them. All bytes and

@@ -46,6 +46,11 @@ CudaPlan plan_cuda(const CudaProblem& problem, const Gpu& gpu) {
   return planned(sm80::make_plan(problem, gpu));
 }
 
+KeptProducts kept_products(const CudaProblem& problem, const Gpu& gpu) {
+  if (sm90::serves(problem, gpu)) return sm90::kept_products(problem, gpu);
+  return {.most_rows = kMostRows, .row_multiple = 1, .beside = 0};
+}
+
 Cost cost_of(const CudaPlan& plan, const Gpu& gpu) {
   return std::visit([&](const auto& variant) { return cost_of(plan.problem, variant, gpu); },
                     plan.variant);

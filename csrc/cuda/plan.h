@@ -25,6 +25,9 @@ struct CudaPlan {
 // The one place that decides which architecture's kernels serve a problem.
 CudaPlan plan_cuda(const CudaProblem& problem, const Gpu& gpu);
 
+// What the kernels that serve the problem keep of its products, whatever its number of rows is.
+KeptProducts kept_products(const CudaProblem& problem, const Gpu& gpu);
+
 // What the plan costs by count, and the time that follows on this GPU. No call of the kernels needs
 // it.
 Cost cost_of(const CudaPlan& plan, const Gpu& gpu);

@@ -148,13 +148,15 @@ LossOptions checked_loss(const Head& head, double label_smoothing, int64_t reduc
   return {label_smoothing, static_cast<Reduction>(reduction)};
 }
 
-// How many classes have their products kept.
+// How many classes have their products kept; on CUDA how many elements of each row, since Hopper's
+// kernels keep rounded weights as well.
 int64_t checked_kept(const Head& head, int64_t kept) {
-  const int64_t every = round_up(head.weight.size(0), kPad);
-  TVMF_CHECK(kept >= 0 && kept % kPad == 0 && kept <= every, "kept must be a multiple of ", kPad,
-             " from 0 to ", every, ", got ", kept);
-  TVMF_CHECK(head.input.is_cpu() || kept == 0 || kept == every, "kept must be 0 or ", every,
-             " on CUDA, got ", kept);
+  const int64_t C = head.weight.size(0), every = round_up(C, kPad);
+  const int64_t most = head.input.is_cpu() ? every : round_up(C * (32 + head.input.size(1)), kPad);
+  TVMF_CHECK(kept >= 0 && kept % kPad == 0 && kept <= most, "kept must be a multiple of ", kPad,
+             " from 0 to ", most, ", got ", kept);
+  TVMF_CHECK(head.input.is_cpu() || kept == 0 || kept >= every, "kept must be 0 or at least ",
+             every, " on CUDA, got ", kept);
   return kept;
 }
 
@@ -295,8 +297,8 @@ STABLE_TORCH_LIBRARY(tvmf_ext, m) {
       "plan(int N, int C, int D, str dtype, str weight_dtype, bool allow_tf32, int kept, "
       "bool with_sum, str device) -> str");
   m.def(
-      "keeps_products(int C, int D, str dtype, str weight_dtype, int row_stride, int col_stride, "
-      "bool aligned, str device) -> bool");
+      "kept_products(int C, int D, str dtype, str weight_dtype, int row_stride, int col_stride, "
+      "bool aligned, str device) -> (int, int, int)");
   m.def("check_targets(int device) -> ()");
 }
 
@@ -308,7 +310,7 @@ STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CUDA, m) { implement<kCudaBackend>(m); }
 STABLE_TORCH_LIBRARY_IMPL(tvmf_ext, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&build_info));
   m.impl("plan", TORCH_BOX(&plan_text));
-  m.impl("keeps_products", TORCH_BOX(&keeps_products));
+  m.impl("kept_products", TORCH_BOX(&kept_products));
 #ifdef TVMF_WITH_CUDA
   m.impl("check_targets", TORCH_BOX(&check_targets));
 #endif

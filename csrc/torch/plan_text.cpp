@@ -87,8 +87,10 @@ std::string plan_text(int64_t N, int64_t C, int64_t D, std::string dtype, std::s
   return fields.text();
 }
 
-bool keeps_products(int64_t C, int64_t D, std::string dtype, std::string weight_dtype,
-                    int64_t row_stride, int64_t col_stride, bool aligned, std::string device) {
+std::tuple<int64_t, int64_t, int64_t> kept_products(int64_t C, int64_t D, std::string dtype,
+                                                    std::string weight_dtype, int64_t row_stride,
+                                                    int64_t col_stride, bool aligned,
+                                                    std::string device) {
   TVMF_CHECK(C >= 1 && D >= 1, "C and D must be at least 1, got ", C, ", ", D);
   const CudaProblem problem{
       .N = 1,
@@ -100,8 +102,8 @@ bool keeps_products(int64_t C, int64_t D, std::string dtype, std::string weight_
       .kept = 0,
       .with_sum = false,
       .layout = {.row_stride = row_stride, .col_stride = col_stride, .aligned = aligned}};
-  return std::visit([](const auto& variant) { return variant.kKeepsProducts; },
-                    plan_cuda(problem, gpu_named(device)).variant);
+  const KeptProducts kept = tvmf::kept_products(problem, gpu_named(device));
+  return {kept.most_rows, kept.row_multiple, kept.beside};
 }
 
 }  // namespace tvmf

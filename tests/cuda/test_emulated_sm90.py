@@ -26,13 +26,17 @@ from tests.test_loss import MARGINS, with_margins
 
 MIXES = ("bf16-fp32", "fp16-fp32")
 NARROW = ("bf16", "fp16")  # weights of the features' dtype
-# GPUs that differ in their plans: with many multiprocessors tiles are small, with few they are
-# large, and with a small L2 cache the classes are divided into chunks.
+# GPUs that differ in their plans: with many multiprocessors tiles are small, and their products are
+# kept or made again; with few they are large, and with a small L2 cache the classes are divided
+# into chunks.
 SMALL = {"capability": 90}
+AGAIN = {"capability": 90, "kept": False}
 LARGE = {"capability": 90, "sms": 1}
-CHUNKED = {"capability": 90, "sms": 2, "l2": 90_000}
+CHUNKED = {"capability": 90, "sms": 2, "l2": 90_000, "kept": False}
 PATHS = pytest.mark.parametrize(
-    "path", [SMALL, LARGE, CHUNKED], ids=["small tiles", "large tiles", "chunks"]
+    "path",
+    [SMALL, AGAIN, LARGE, CHUNKED],
+    ids=["small tiles", "made again", "large tiles", "chunks"],
 )
 OF_EACH_DTYPE = pytest.mark.parametrize("mix", MIXES)
 EPS = {"bf16-fp32": torch.finfo(torch.bfloat16).eps, "fp16-fp32": torch.finfo(torch.float16).eps}
@@ -52,6 +56,7 @@ def test_statistics_of_ragged_tiles(few, path, mix):
     plan = check(problem, statistics=True, **path)["plan"]
     assert plan["architecture"] == "sm90"
     assert (plan["tile_classes"] == 64) == (few or "sms" not in path)
+    assert (plan["kept"] > 0) == (plan["tile_classes"] == 64 and path.get("kept", True))
     assert (plan["chunks"] > 1) == ("l2" in path)
     launches = len(simt.load().reports())
     assert launches == plan["forward_launches"] + plan["backward_launches"]
@@ -123,6 +128,30 @@ def test_several_blocks_of_rows(path):
     check(problem, **path)
 
 
+@pytest.mark.parametrize("mix", [*MIXES, "bf16"])
+@pytest.mark.parametrize(
+    ("shape", "sms", "tile"), [((600, 70, 24), 4, 16), ((100, 700, 24), 7, 64)], ids=str
+)
+def test_kept_products_of_many_rows_and_of_several_tiles_a_block(shape, sms, tile, mix):
+    """A warp has the rows of two steps, or a block has two tiles of classes."""
+    problem = hopper(*shape, mix, **OPTIONS, label_smoothing=0.1)
+    plan = check(problem, capability=90, sms=sms)["plan"]
+    assert plan["kept"] > 0 and plan["backward_launches"] == 3
+    assert plan["gradient_classes"] == tile
+    assert plan["gradient_blocks"] == min(sms, -(-shape[1] // tile))
+
+
+@pytest.mark.parametrize("mix", ["bf16-fp32", "bf16"])
+@pytest.mark.parametrize("of_input", [1e-15, 1e-10, 1.0, 1e15])
+@pytest.mark.parametrize("of_weight", [1e-15, 1e15])
+def test_kept_products_of_extreme_norms(of_input, of_weight, mix):
+    """The weights that are kept are not unit rows, so that their norm is in the gradient tile."""
+    problem = hopper(40, 90, 24, mix, kappa="[C]", bias=True)
+    problem["input"] *= of_input
+    problem["linear_weight"] *= of_weight
+    assert check(problem, **SMALL)["plan"]["kept"] > 0
+
+
 @pytest.mark.parametrize(("C", "l2", "chunks"), [(1000, 2**25, 1), (1500, 1_000_000, 2)])
 def test_tiles_of_dx_with_fewer_parts_than_there_are_partial_sums(C, l2, chunks):
     """The last block of such a tile clears the partial sums that are left."""
@@ -185,7 +214,7 @@ def test_the_last_block_makes_the_loss(rows, classes, kernels):
 def test_chunks_of_an_odd_number_of_small_tiles():
     """A block of the weight gradient takes two small tiles; for the last block the second of them
     belongs to the next chunk."""
-    path = {"capability": 90, "sms": 6, "l2": 70_000}
+    path = {"capability": 90, "sms": 6, "l2": 70_000, "kept": False}
     plan = check(hopper(70, 640, 68, "bf16-fp32", kappa="[C]", bias=True), **path)["plan"]
     assert plan["tile_classes"] == 64 and plan["chunks"] > 1 and plan["chunk"] // 64 % 2
 

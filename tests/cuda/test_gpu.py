@@ -400,6 +400,21 @@ def test_peak_memory_is_what_the_plan_says(shape, dtype):
     assert expected.workspace <= 64 * 2**20
 
 
+def test_a_step_allocates_its_results_what_is_saved_and_a_workspace_for_each_pass():
+    weight = torch.randn(1000, 512, device=DEVICE, requires_grad=True)
+    input = torch.randn(256, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    target, one = torch.randint(1000, (256,), device=DEVICE), torch.ones((), device=DEVICE)
+
+    def allocated():
+        return torch.cuda.memory_stats()["allocation.all.allocated"]
+
+    before = allocated()
+    loss = tvmf_cross_entropy(input, weight, target)
+    between = allocated()
+    torch.autograd.grad(loss, (input, weight), one)
+    assert (between - before, allocated() - between) == (3, 3)
+
+
 @pytest.mark.skipif(
     HERE and torch.cuda.mem_get_info()[1] < 30e9, reason="needs 30 GB of GPU memory"
 )

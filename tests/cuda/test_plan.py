@@ -1,6 +1,7 @@
 """The plan: pure, within its bounds on memory, launches and traffic for any size, and printed."""
 
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvmf_ext import CpuPlan, CudaPlan, ops, plan
+from tvmf_ext.head import kept_products
 from tvmf_ext.planning import Sm80Plan, Sm90Plan
 
 GPUS = ("A100", "L40S", "H100", "H200", "B200")
@@ -38,8 +40,8 @@ few = st.integers(1, 10_000)
 
 def takes_hopper(D, dtype, weight_dtype, device, **_):
     half = (torch.float16, torch.bfloat16)
-    mixed = dtype in half and weight_dtype == torch.float32
-    return mixed and D % 4 == 0 and device in ("H100", "H200")
+    run = {torch.float32: 4, dtype: 8}.get(weight_dtype)  # of elements that copies can read
+    return dtype in half and run is not None and D % run == 0 and device in ("H100", "H200")
 
 
 @given(arguments(many))
@@ -90,16 +92,26 @@ def test_hopper_runs_16_bit_features_with_a_float32_weight(problem):
     if not takes_hopper(D, **options):
         assert isinstance(hopper, Sm80Plan)
         return
-    assert isinstance(hopper, Sm90Plan) and result.kept == 0
+    assert isinstance(hopper, Sm90Plan)
     rows = hopper.segment_rows
     assert hopper.segments * rows >= N > (hopper.segments - 1) * rows
     assert hopper.row_blocks * 256 >= rows > (hopper.row_blocks - 1) * 256
     assert hopper.tile_classes in (64, 128) and hopper.chunk % hopper.tile_classes == 0
     tiles = hopper.class_tiles
     assert tiles * hopper.tile_classes >= C > (tiles - 1) * hopper.tile_classes
-    assert 1 <= hopper.gradient_blocks <= hopper.statistics_blocks <= tiles
+    assert 1 <= hopper.statistics_blocks <= tiles
     assert hopper.row_blocks * hopper.statistics_blocks <= max(result.sms, hopper.row_blocks)
-    assert result.backward_flops == 6.0 * N * C * D
+    assert result.backward_flops == (4.0 if result.kept else 6.0) * N * C * D
+    if not result.kept:
+        assert 1 <= hopper.gradient_blocks <= hopper.statistics_blocks
+        return
+    # What is kept and the workspace share the budget. A block of the gradient tile has all rows.
+    assert options["backward"] and N <= 1024 and hopper.tile_classes == 64
+    assert result.saved + result.backward_workspace <= 64 * MIB + 4 * (5 * N + C + 32 * N)
+    assert result.saved >= 4 * N * C + (2 * C * D if hopper.kept_weights else 0)
+    assert hopper.segments == hopper.chunks == 1
+    assert hopper.gradient_classes % 16 == 0
+    assert 1 <= hopper.gradient_blocks <= min(result.sms, -(-C // hopper.gradient_classes))
 
 
 @given(arguments(st.one_of(many, few)))
@@ -116,6 +128,8 @@ def test_launches_traffic_and_tiles_add_up(problem):
     assert result.forward_launches == 3 * segments - merges
     latency = not hopper and variant.latency
     launches = 4 if latency else segments * (2 + (2 if hopper else 3) * variant.chunks)
+    if hopper and result.kept:
+        launches = 3
     if not hopper and options["dtype"] == torch.float16:
         launches += variant.chunks  # each copies a chunk's weights as unit rows
     assert result.backward_launches == launches
@@ -124,7 +138,7 @@ def test_launches_traffic_and_tiles_add_up(problem):
         classes = variant.class_splits * variant.tiles_per_split * variant.tile
         assert classes >= C > classes - (variant.tiles_per_split + 1) * variant.tile
     assert variant.chunks * variant.chunk >= C > (variant.chunks - 1) * variant.chunk
-    assert variant.chunk % 64 == 0
+    assert variant.chunk % (64 if hopper else variant.class_tile) == 0
     assert latency <= (variant.chunks == 1)
     itemsize = 8 if options["dtype"] == torch.float64 else 4
     assert result.kept == 0 or (result.kept % 16 == 0 and result.kept >= C)
@@ -136,7 +150,10 @@ def test_launches_traffic_and_tiles_add_up(problem):
     if reads and not latency:
         floor = 2 * C * D * weight + 2 * N * D * features
         most = 1.15 * floor + N * result.kept * itemsize
-        if hopper:
+        if hopper and result.kept:
+            floor = C * D * weight + 2 * N * D * features
+            most = floor + 6 * C * (N + D) + N * result.kept * itemsize
+        elif hopper:
             # The gradient tile and the rounded weights may be written once and read twice.
             # Each segment of rows reads the weights and adds to their gradient.
             most = floor + 6 * C * (N + D * segments) + (segments - 1) * 16 * C * D
@@ -156,6 +173,12 @@ def test_the_sizes_of_long_tailed_training_take_the_latency_plan_and_faces_the_o
         assert small.forward_launches == 3 and small.backward_launches == 4
     large = plan(1024, 10**6, 512, **bf16)
     assert not large.variant.latency and large.kept == 0 and large.variant.chunks > 1
+    assert large.variant.class_tile == 128
+    few_rows = plan(64, 10**6, 512, **bf16)
+    assert not few_rows.variant.latency and few_rows.variant.class_tile == 64
+    # float16 has no large tiles of classes, and of an L40S's multiprocessor they would take all.
+    for other in ({"dtype": torch.float16}, {"device": "L40S"}):
+        assert plan(1024, 10**6, 512, **bf16 | other).variant.class_tile == 64
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -176,23 +199,90 @@ def test_tf32_is_a_matter_of_float32_features_alone():
 
 
 @pytest.mark.parametrize(
-    ("layout", "kept", "kept_of_16_bits"),
+    ("layout", "hopper", "hopper_of_16_bits"),
     [
-        ((64, 1, True), False, False),
-        ((68, 1, True), False, True),  # rows off 16 bytes, where elements have 2
-        ((66, 1, True), True, True),  # rows off 16 bytes
-        ((1, 512, True), True, True),  # transposed
-        ((64, 1, False), True, True),  # first element off 16 bytes
-        ((0, 1, True), True, True),  # one row for all classes
+        ((64, 1, True), True, True),
+        ((68, 1, True), True, False),  # rows off 16 bytes, where elements have 2
+        ((66, 1, True), False, False),  # rows off 16 bytes
+        ((1, 512, True), False, False),  # transposed
+        ((64, 1, False), False, False),  # first element off 16 bytes
+        ((0, 1, True), False, False),  # one row for all classes
     ],
 )
-def test_a_forward_pass_keeps_products_where_the_kernels_that_serve_it_read_them(
-    layout, kept, kept_of_16_bits
+def test_what_is_kept_is_what_the_kernels_that_serve_a_layout_keep(
+    layout, hopper, hopper_of_16_bits
 ):
-    keeps = torch.ops.tvmf_ext.keeps_products
-    assert keeps(1000, 64, "bfloat16", "float32", *layout, "H200") == kept
-    assert keeps(1000, 64, "bfloat16", "bfloat16", *layout, "H200") == kept_of_16_bits
-    assert keeps(1000, 64, "bfloat16", "float32", *layout, "A100")
+    def kept(weight, gpu):
+        return kept_products(1000, 64, torch.bfloat16, weight, layout, gpu)
+
+    portable = kept(torch.float32, "A100")
+    assert portable.most_rows > 2**30 and portable[1:] == (1, 0)
+    # Hopper's kernels keep whole 32 rows, and float32 weights as 32 pairs of 16-bit numbers.
+    assert kept(torch.float32, "H200") == ((1024, 32, 32) if hopper else portable)
+    assert kept(torch.bfloat16, "H200") == ((1024, 32, 0) if hopper_of_16_bits else portable)
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype", "shape", "kept"),
+    [
+        (torch.float32, torch.bfloat16, (256, 8142, 2048), True),
+        (torch.float32, torch.float16, (256, 8142, 2048), True),
+        (torch.bfloat16, torch.bfloat16, (256, 8142, 2048), True),
+        (torch.float16, torch.float16, (256, 8142, 2048), False),
+        (torch.float32, torch.bfloat16, (256, 1000, 512), True),
+        (torch.float32, torch.bfloat16, (1, 65, 64), True),
+        (torch.float32, torch.bfloat16, (1024, 1000, 512), True),
+        (torch.float32, torch.bfloat16, (1025, 1000, 512), False),
+        (torch.float32, torch.bfloat16, (256, 128 * 132, 64), False),
+        (torch.float32, torch.bfloat16, (256, 8142, 4096), False),
+    ],
+)
+def test_hopper_keeps_products_of_few_rows_and_small_tiles_within_the_budget(
+    weight, dtype, shape, kept
+):
+    result = plan(*shape, dtype=dtype, weight_dtype=weight, device="H200")
+    assert (result.kept > 0) == kept
+    if not kept:
+        assert result.backward_launches >= 4
+        return
+    assert result.backward_launches == 3
+    alone = plan(*shape, dtype=dtype, weight_dtype=weight, device="H200", backward=False)
+    assert alone.saved < 1e6 and alone.kept == 0  # which then makes the products of both passes
+    again = alone.forward_seconds + alone.backward_seconds
+    assert result.forward_seconds + result.backward_seconds < again
+    weights = shape[1] * shape[2] * 2 if weight == torch.float32 else 0
+    assert result.saved + result.workspace <= 64 * MIB + 1e6
+    assert result.saved >= shape[1] * shape[0] * 4 + weights
+    assert ("rounded weights" in str(result)) == (weight == torch.float32)
+
+
+@pytest.mark.parametrize("gpu", ["H100", "H200"])
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16], ids=str)
+def test_it_pays_wherever_products_are_kept(weight, gpu):
+    options = {"dtype": torch.bfloat16, "weight_dtype": weight, "device": gpu}
+    kept = 0
+    for N, C, D in itertools.product(
+        (1, 64, 256, 257, 512, 513, 1024),
+        (1, 100, 1000, 2000, 4000, 8142, 16000),
+        (64, 256, 512, 1024, 2048, 4096),
+    ):
+        result, again = (plan(N, C, D, **options, backward=b) for b in (True, False))
+        seconds = [p.forward_seconds + p.backward_seconds for p in (result, again)]
+        kept += result.kept > 0
+        assert seconds[0] < seconds[1] or not result.kept, (N, C, D)
+    assert kept > 50
+
+
+def test_the_rows_of_which_products_are_kept_are_as_many_as_the_budget_has_room_for():
+    most = kept_products(
+        8142, 2048, torch.bfloat16, torch.float32, (2048, 1, True), "H200"
+    ).most_rows
+    assert 256 < most < 1024
+    for rows, kept in ((1, True), (most, True), (most + 1, False)):
+        result = plan(
+            rows, 8142, 2048, dtype=torch.bfloat16, weight_dtype=torch.float32, device="H200"
+        )
+        assert (result.kept > 0) == kept
 
 
 def test_a_plan_without_backward_keeps_nothing():

@@ -60,7 +60,8 @@ def test_steps_and_kernels_take_the_predicted_time(commit, case):
 
 @pytest.mark.parametrize("case", [case.values[1] for case in CASES[-4:]], ids=lambda c: c["shape"])
 def test_a_plan_has_the_launches_of_each_kernel(case):
-    found = plan(*case["shape"], **BF16)
+    # No products were kept then, as none are where no backward pass follows.
+    found = plan(*case["shape"], **BF16, backward=False)
     kernels = found.forward_kernels + found.backward_kernels
     launches = {kernel.name: kernel.launches for kernel in kernels}
     measured = {name: kernel["launches"] for name, kernel in kernels_of(case)}

@@ -24,7 +24,7 @@ import torch
 from tests import problem as problems
 from tests import simt
 from tests.cuda import test_emulated_sm90 as hopper
-from tests.cuda.test_emulated import CHUNKED, MIXES, SMALL, make
+from tests.cuda.test_emulated import CHUNKED, LARGE_CLASSES, MIXES, SMALL, make
 from tvmf_ext import _C, build_info
 
 CAPABILITIES = ("8.0", "9.0")  # the kernels are tuned for these; a build can have others
@@ -37,6 +37,7 @@ TERMS = ("", ", prior", ", all")
 PRIOR = ("statistics, prior", "gradient, prior")
 HOPPER = {
     **{kernel + terms: (128, 256) for kernel in ("statistics", "gradient") for terms in TERMS},
+    **{"kept_gradient" + terms: (0,) for terms in TERMS},
     "products": (0,),
 }
 # At most so many instructions an element of a tile of 64 x 256, with all that belongs to the tile
@@ -46,6 +47,12 @@ EPILOGUE = {
     "statistics, prior": (14.1, 15),
     "gradient": (18.7, 18.9),
     "gradient, prior": (19.7, 19.7),
+}
+# The same of kept_gradient, in bfloat16 and in float16: of each 32 rows of a warp without a target.
+KEPT_LOOP = {
+    "kept_gradient": (24.2, 23.5),
+    "kept_gradient, prior": (25.2, 24.5),
+    "kept_gradient, all": (31.1, 30),
 }
 # Bytes of stack: 240 registers do not hold everything beside 64 x 256 accumulators.
 HOPPER_STACK = {("statistics, all", 256): 160}
@@ -62,7 +69,8 @@ class Kernel:
     registers: int
     local: int  # bytes of stack and local memory
     operations: Counter  # instructions with their modifiers, as often as they stand in the code
-    epilogue: Counter = None  # those of a tile of cosines without a target, outside its main loop
+    epilogue: Counter = None  # those of a tile of cosines without a target, outside its main loop;
+    # of kept_gradient those of 32 rows
 
     def count(self, pattern):
         return sum(n for name, n in self.operations.items() if re.match(pattern, name))
@@ -92,7 +100,13 @@ def expected():
     """(name, mix, tile) of every instance that the library should have."""
     tiles = {mix: (64,) if mix in ("fp32", "fp64") else (64, 128) for mix in MIXES}
     return (
-        {(name, mix, 0) for name in ("prepare_rows", "class_gradient") for mix in MIXES}
+        {("prepare_rows", mix, 0) for mix in MIXES}
+        | {
+            ("class_gradient", mix, tile)
+            for mix in MIXES
+            for tile in tiles[mix]
+            if tile == 64 or mix.startswith("bf16")
+        }
         | {
             (name, mix, tile)
             for name in ("row_statistics", "input_gradient")
@@ -111,8 +125,13 @@ def expected():
             for name, tiles in HOPPER.items()
             for mix in (*hopper.MIXES, *hopper.NARROW)
             for tile in tiles
-            # Weights of the features' dtype have no instances for a prior.
-            if mix in hopper.MIXES or name not in PRIOR
+            # Weights of the features' dtype have no instances for a prior. Kept products do not
+            # depend on the dtype of the weight.
+            if (
+                mix in hopper.NARROW
+                if name in KEPT_LOOP
+                else mix in hopper.MIXES or name not in PRIOR
+            )
         }
     )
 
@@ -121,12 +140,13 @@ _MATH = ("fp16", "bf16", "tf32", "fp32", "fp64")  # Math of plan.h
 _MANGLED = re.compile(
     r"_ZN4tvmf4(?:rows|sm80)\w*?\d(?P<name>[a-z]+_[a-z]+)I"
     r"(?:LNS_4MathE(?P<math>\d)E(?P<weight>f|d|NS_\dbf16E|NS_\df16E)"
-    r"(?:NS\d?_4TileILi(?P<tile>\d+)E\w*?)?|(?P<element>f|d|NS_\df16E))E+v"
+    r"(?:(?:NS\d?_4TileI)?Li(?P<tile>\d+)E\w*?)?|(?P<element>f|d|NS_\df16E))E+v"
 )
 _MANGLED_HOPPER = re.compile(
-    r"_ZN4tvmf4sm90\w*?\d(?P<name>statistics|gradient|products)I"
+    r"_ZN4tvmf4sm90\w*?\d(?P<name>statistics|gradient|kept_gradient|products)I"
     r"LNS_4MathE(?P<math>\d)E"
-    r"(?:NS0_11CosineShapeILi(?P<tile>\d+)ELb\dELb(?P<narrow>\d)EEELNS0_5TermsE(?P<terms>\d)E)?"
+    r"(?:NS0_11CosineShapeILi(?P<tile>\d+)ELb\dELb(?P<narrow>\d)EEE)?"
+    r"(?:LNS0_5TermsE(?P<terms>\d)E)?"
     r"(?P<output>f|NS_\dbf16E|NS_\df16E)?E+v"
 )
 
@@ -136,6 +156,7 @@ def instance(mangled):
     if match := _MANGLED_HOPPER.match(mangled):
         name = match["name"] + TERMS[int(match["terms"] or 0)]
         narrow = match["narrow"] == "1" or (match["output"] or "f") != "f"
+        narrow |= name in KEPT_LOOP
         return name, _MATH[int(match["math"])] + "-fp32" * (not narrow), int(match["tile"] or 0)
     match = _MANGLED.match(mangled)
     assert match, f"no kernel of ours: {mangled}"
@@ -248,13 +269,29 @@ def parse_epilogue(code):
     return count_operations(blocks[i] for i in path or ())
 
 
+def parse_loop(code):
+    """The instructions of the shortest loop that makes the 16 exponentials of a lane without a
+    branch between them: in kept_gradient that of 32 rows without a target."""
+    blocks, follows = control_flow(code)
+    ways = []
+    for i, block in enumerate(blocks):
+        if sum("MUFU.EX2" in each for each in block) < 16:
+            continue
+        for after in follows[i]:
+            way = shortest_path(blocks, follows, after, [after], i)
+            if way is not None:
+                ways.append(count_operations(blocks[b] for b in {i, after, *way}))
+    return min(ways, key=lambda way: way.total(), default=None)
+
+
 def parse_epilogues(text):
-    """The same by symbol, for the kernels of cosines."""
+    """The same by symbol, for the kernels of cosines and of kept products."""
     parts = re.split(r"^\.text\.(\w+):$", text, flags=re.M)
+    codes = zip(parts[1::2], parts[2::2], strict=True)
     return {
-        symbol: parse_epilogue(code)
-        for symbol, code in zip(parts[1::2], parts[2::2], strict=True)
-        if "CosineShape" in symbol
+        symbol: (parse_loop if "kept_gradient" in symbol else parse_epilogue)(code)
+        for symbol, code in codes
+        if "CosineShape" in symbol or "kept_gradient" in symbol
     }
 
 
@@ -301,8 +338,8 @@ def dump():
 
 def epilogue_counts(kernel):
     """Instructions, special functions and exponentials an element of a tile of cosines. A lane has
-    two elements of each four rows of its warpgroup."""
-    elements = kernel.tile / 2
+    two elements of each four rows of its warpgroup, and where products were kept 16 of 32 rows."""
+    elements = kernel.tile / 2 or 16
     named = kernel.epilogue.items()
     special = sum(n for name, n in named if name.startswith("MUFU"))
     exponentials = sum(n for name, n in named if name.startswith("MUFU.EX2"))
@@ -317,6 +354,32 @@ def atomic_complaints(kernel, has_last_block):
         wrong.append(f"{kernel}: atomics: sums must not depend on the order of threads")
     if has_last_block and kernel.count(r"MEMBAR\.\w+\.GPU") != 2:
         wrong.append(f"{kernel}: the counter of finished blocks lacks a fence")
+    return wrong
+
+
+def kept_complaints(kernel):
+    """What is wrong with the code of kept_gradient, whose 512 threads have 128 registers each."""
+    wrong = []
+
+    def need(condition, text):
+        if not condition:
+            wrong.append(f"{kernel}: {text}")
+
+    count = kernel.count
+    need(sum(kernel.operations.values()) > 1000, "hardly any code: is the dump whole?")
+    need(
+        not kernel.local and not count("LDL|STL"), f"{kernel.local} bytes of stack, or local memory"
+    )
+    need(not count(r"(LD|ST)(\.|$)"), "accesses by generic addresses")
+    wrong.extend(atomic_complaints(kernel, has_last_block=False))
+    need(kernel.registers <= 128, f"{kernel.registers} registers: a block does not launch")
+    need(count(r"LDGSTS\..*BYPASS\.128") >= 8, "products not copied by 16 bytes")
+    need(count(r"STG\.E\.128") >= 2, "gradients not written by 16 bytes")
+    an_element, special, exponentials = epilogue_counts(kernel)
+    most = KEPT_LOOP[kernel.name][kernel.mix.startswith("fp16")]
+    need(an_element <= most, f"{an_element:.2f} instructions an element, {most} are known")
+    need(exponentials == 1, f"{exponentials:.2f} exponentials an element: another loop was found")
+    need(special <= 1.55, f"{special:.2f} special functions an element: no shared reciprocals")
     return wrong
 
 
@@ -365,6 +428,8 @@ def hopper_complaints(kernel):
 
 def complaints(kernel):
     """What is wrong with a kernel's code."""
+    if kernel.name in KEPT_LOOP:
+        return kept_complaints(kernel)
     if kernel.name in HOPPER:
         return hopper_complaints(kernel)
     wrong = []
@@ -421,22 +486,24 @@ def launches():
         simt.step(problem, {"loss": torch.ones((), dtype=compute)}, **how)
         for report in module.reports():
             name = re.search(r"(\w+)<", report.kernel)[1]
-            tile = re.search(r"(?:Tile|CosineShape)<(\d+)", report.kernel)
+            tile = re.search(r"(?:Tile|CosineShape)<(\d+)|(?<=, )(\d+)>", report.kernel)
             terms = re.search(r"Terms\)(\d)", report.kernel)
             accumulator = re.search(r"\w+<(float|double)>", report.kernel)
             name += TERMS[int(terms[1]) if terms else 0]
             own = mix.replace("fp16-fp32", "fp16") if name == "input_gradient" else mix
-            key = name, accumulator[1] if accumulator else own, int(tile[1]) if tile else 0
+            own = own.removesuffix("-fp32") if name in KEPT_LOOP else own
+            size = int(tile[1] or tile[2]) if tile else 0
+            key = name, accumulator[1] if accumulator else own, size
             found.setdefault(key, (report.threads, report.shared_bytes))
 
     for mix in MIXES:
-        for gpu in (SMALL | CHUNKED, {}):
-            problem, how = make(256, 256, 64, mix)
+        for rows, gpu in ((256, SMALL | CHUNKED), (256, {}), (1025, LARGE_CLASSES)):
+            problem, how = make(rows, 256, 64, mix)
             add(problem, mix, **gpu, **how)
     for mix in ("fp32", "fp64"):  # so many partial results that several blocks merge them
         add(make(1100, 520, 4, mix)[0], mix, wanted=[])
     for mix in (*hopper.MIXES, *hopper.NARROW):
-        for gpu in (hopper.SMALL, hopper.LARGE):
+        for gpu in (hopper.SMALL, hopper.AGAIN, hopper.LARGE):
             for options in ({}, {"prior": True}, {"bias": True, "label_smoothing": 0.1}):
                 add(hopper.hopper(33, 70, 8, mix, **options), mix, **gpu)
     assert set(found) == expected()
@@ -473,9 +540,9 @@ def table():
         registers = [max(rows[m]) if m in rows else "" for m in (A100, H200)]
         shape = f"{tile} x {tile}" if tile else ""
         if name == "class_gradient":
-            shape = "128 x 64, 64 x 128"
+            shape = f"128 x {tile}, {tile} x 128"
         if name in HOPPER:
-            shape = "64 x 256" if tile == 128 else "128 x 256"
+            shape = "64 x 256" if tile == 128 else "" if name in KEPT_LOOP else "128 x 256"
         blocks = [
             m.blocks(max(rows[m]), threads, shared) if m in rows else "" for m in (A100, H200)
         ]
@@ -503,7 +570,7 @@ def kernels_of(capability):
 @of_each
 def test_every_kernel_is_there_once(capability):
     instances = [(kernel.name, kernel.mix, kernel.tile) for kernel in kernels_of(capability)]
-    assert len(instances) == 88
+    assert len(instances) == 96
     assert set(instances) == expected()
 
 
@@ -525,7 +592,7 @@ def test_code_is_what_the_sources_mean(capability):
 @needs_tools
 @pytest.mark.parametrize("multiprocessor", [A100, H200], ids=lambda m: m.name)
 def test_two_blocks_of_tiles_share_a_multiprocessor(multiprocessor):
-    """An exception is the class_gradient of float64."""
+    """An exception is the class_gradient of float64. Four small tiles of row_statistics do."""
     for kernel in kernels_of(multiprocessor.capability):
         if kernel.name in HOPPER and multiprocessor is A100:
             continue
@@ -533,7 +600,9 @@ def test_two_blocks_of_tiles_share_a_multiprocessor(multiprocessor):
         assert multiprocessor.blocks(kernel.registers, threads, shared) >= 1, kernel
         if kernel.name not in TILED or (kernel.name == "class_gradient" and kernel.mix == "fp64"):
             continue
-        assert multiprocessor.blocks(kernel.registers, threads, shared) >= 2, kernel
+        small = (kernel.name, kernel.tile) == ("row_statistics", 64) and kernel.mix != "fp64"
+        least = 4 if small else 2
+        assert multiprocessor.blocks(kernel.registers, threads, shared) >= least, kernel
 
 
 @needs_cuda

@@ -24,7 +24,7 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def build():
-    """Compiles `simt_hooks` and `simt_asan` where their sources have changed."""
+    """Compiles the emulator's three modules where their sources have changed."""
     # Python's own folder comes first: it has cmake and ninja even where nobody has activated the
     # environment.
     path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", "")))
@@ -54,7 +54,7 @@ def build():
 
 @functools.cache
 def load(name="simt_hooks"):
-    """Builds and imports one of the emulator's two modules."""
+    """Builds and imports one of the emulator's modules."""
     build()
     (path,) = _BUILD.glob(f"{name}.*.so")
     spec = importlib.util.spec_from_file_location(name, path)

@@ -84,6 +84,12 @@ Gpu gpu_of(const py::dict& args) {
   return gpu;
 }
 
+// Offers to keep what the kernels want to, as tvmf_ext/head.py does but for its limits.
+void offer_to_keep(CudaProblem& problem, const Gpu& gpu) {
+  const KeptProducts keeps = kept_products(problem, gpu);
+  if (problem.N <= keeps.most_rows) problem.kept = keeps.elements(problem.N, problem.C);
+}
+
 // Returns outputs and gradients by name. `upstream` holds the gradients of the loss or, of the
 // statistics, those of lse, target and sum.
 py::dict step(const py::dict& args) {
@@ -118,14 +124,14 @@ py::dict step(const py::dict& args) {
                       .softplus_scale = args["softplus_scale"].cast<bool>(),
                       .ignore_index = args["ignore_index"].cast<int64_t>(),
                       .bad_label = bad_label};
-  const CudaProblem problem{
+  CudaProblem problem{
       .N = N,
       .C = C,
       .D = D,
       .x = x.dtype,
       .given_weight = w.dtype,
       .allow_tf32 = args["allow_tf32"].cast<bool>(),
-      .kept = args["kept"].cast<bool>() ? round_up(C, kPad) : 0,
+      .kept = 0,
       .with_sum = !of_loss || options.label_smoothing > 0,
       .layout = {.row_stride = head.weight.row_stride,
                  .col_stride = head.weight.col_stride,
@@ -133,6 +139,7 @@ py::dict step(const py::dict& args) {
   if (problem.weight() != w.dtype)
     throw std::invalid_argument("the kernels do not read a weight of this dtype");
   const Gpu gpu = gpu_of(args);
+  if (args["kept"].cast<bool>()) offer_to_keep(problem, gpu);
   CudaPlan plan = plan_cuda(problem, gpu);
   if (args.contains("most_rows")) {
     const auto split = sm90::make_plan(problem, gpu, args["most_rows"].cast<int64_t>());
@@ -199,6 +206,8 @@ py::dict step(const py::dict& args) {
     const auto from = args["upstream"].cast<py::dict>();
     CudaUpstream upstream{vector("dloss", from, "loss", 0), vector("dothers", from, "others", 0),
                           vector("dcosine", from, "cosine", 0), vector("dsum", from, "sum", 0)};
+    const auto* bytes = static_cast<const unsigned char*>(saved);
+    const std::vector<unsigned char> before(bytes, bytes + plan.memory.saved);
     check(cuda_backward(plan, {.head = head,
                                .options = options,
                                .upstream = upstream,
@@ -206,6 +215,8 @@ py::dict step(const py::dict& args) {
                                .saved = saved,
                                .workspace = output("backward_workspace", plan.memory.backward, 1),
                                .stream = nullptr}));
+    if (std::memcmp(before.data(), bytes, before.size()) != 0)
+      throw std::runtime_error("the backward pass has changed what the forward pass saved");
   }
   py::dict by_name;
   for (const auto& [name, ref, shape] : gradients)
@@ -308,7 +319,8 @@ py::dict product_schedule(int64_t rows, int64_t D, int64_t classes, int64_t sms,
 void call_step(int64_t N, int64_t C, int64_t D, int capability) {
   Gpu gpu = *find_gpu("H200");
   gpu.capability = capability;
-  const CudaProblem problem = mixed_problem(N, C, D);
+  CudaProblem problem = mixed_problem(N, C, D);
+  offer_to_keep(problem, gpu);
   const CudaPlan plan = plan_cuda(problem, gpu);
   void* const nowhere = reinterpret_cast<void*>(uintptr_t(1) << 20);
   CudaHead head{};

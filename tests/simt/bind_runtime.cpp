@@ -26,11 +26,12 @@ void bind_runtime(py::module_& module) {
   module.def("reset", simt::reset);
   module.def("reports", simt::reports);
 #define FIELD(name) .def_readonly(#name, &simt::SiteReport::name)
-  py::class_<simt::SiteReport>(module, "SiteReport") FIELD(where) FIELD(kind) FIELD(requests)
-      FIELD(bytes) FIELD(sectors) FIELD(wavefronts) FIELD(conflicts);
+  // A process can load two of the emulator's modules, each with its own report types.
+  py::class_<simt::SiteReport>(module, "SiteReport", py::module_local()) FIELD(where) FIELD(kind)
+      FIELD(requests) FIELD(bytes) FIELD(sectors) FIELD(wavefronts) FIELD(conflicts);
 #undef FIELD
 #define FIELD(name) .def_readonly(#name, &simt::LaunchReport::name)
-  py::class_<simt::LaunchReport>(module, "LaunchReport")
+  py::class_<simt::LaunchReport>(module, "LaunchReport", py::module_local())
       .def_property_readonly("grid",
                              [](const simt::LaunchReport& r) {
                                return std::array<unsigned, 3>{r.grid.x, r.grid.y, r.grid.z};

@@ -1,5 +1,6 @@
 # The emulator's Python modules. simt_hooks checks and counts every access to memory; simt_asan runs
-# the same kernels under AddressSanitizer and UBSan. tests/simt/__init__.py builds both.
+# the same kernels under AddressSanitizer and UBSan. simt_torch has the host code that calls them
+# from torch's tensors. tests/simt/__init__.py builds all three.
 execute_process(
   COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir
   OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
@@ -51,3 +52,14 @@ foreach(kind hooks asan)
 endforeach()
 # The hooks are the runtime's own, so libtsan is not linked.
 target_link_options(simt_asan PRIVATE -fsanitize=address,undefined)
+
+# The first two modules see nothing of torch. Calls of torch's functions that bind_torch.cpp
+# replaces must not go to torch.
+pybind11_add_module(simt_torch NO_EXTRAS tests/simt/bind_torch.cpp csrc/torch/cuda_call.cpp
+  $<TARGET_OBJECTS:simt_common> $<TARGET_OBJECTS:simt_hooks_kernels>
+  $<TARGET_OBJECTS:simt_hooks_runtime>)
+target_compile_options(simt_torch PRIVATE -O1)
+target_compile_definitions(simt_torch PRIVATE TORCH_TARGET_VERSION=${TVMF_TORCH_TARGET})
+target_include_directories(simt_torch SYSTEM PRIVATE ${TVMF_TORCH_DIR}/include)
+target_link_libraries(simt_torch PRIVATE ${TVMF_TORCH_DIR}/lib/libtorch.so)
+target_link_options(simt_torch PRIVATE -Wl,-Bsymbolic -Wl,--no-as-needed)

@@ -183,9 +183,19 @@ def test_bad_images(tmp_path):
     pipelines = {"memory": [], "files": ["--augment", "inat", "--image-size", 16]}
     pipelines["files"] += ["--net", "convnet", "--workers", 0]
     for name, pipeline in pipelines.items():
-        now = [*map(str, [*flags, *pipeline, "--out", tmp_path / name])]
-        with pytest.raises(TrainError, match=rf"{bad[0]}: got an image that cannot be read"):
-            main(now)
+        with pytest.raises(TrainError, match=rf"images that cannot be read, .*{bad[0]} \("):
+            main([*flags, *pipeline, "--out", tmp_path / name])
+
+
+def test_bad_images_are_named_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.images.NAMED", 2)
+    data = write_folder(tmp_path / "data", train=(12, 6, 3), test=(3, 3, 3))
+    bad = [data / f"train/0/{i}.png" for i in (1, 4, 9)]
+    for path in bad:
+        path.write_text("no image")
+    named = rf"got 3 of 21 train images .*in their place: {bad[0]} \(.*\); {bad[1]} \([^;]*\)$"
+    with pytest.raises(TrainError, match=named):
+        main([*FLAGS, "--data", data, "--out", tmp_path / "out"])
 
 
 def test_full_disk_is_told_by_the_command(folder, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from tests.train.runs import (
     left,
     load_state,
     main,
+    ranks_environment,
     write_folder,
 )
 from train import checkpoint, compare
@@ -58,7 +59,7 @@ def kill_a_reader_in_step(number):
 
 
 def lose_in_step(number, image):
-    in_step(number, image.unlink)
+    in_step(number, lambda: image.unlink(missing_ok=True))  # perhaps another process's step did
 
 
 def count_readers_in_step(number, path):
@@ -72,7 +73,11 @@ def test_a_run_that_loses_images_saves_its_work(lists, tmp_path, fault):
     before = (kill_a_reader_in_step, 8) if fault == "reader" else (lose_in_step, 8, image)
     finish(launch(tmp_path / "log.txt", *flags, before=before), 1)
     *_, last = (tmp_path / "log.txt").read_text().strip().splitlines()
-    wanted = "error: --workers: got the end of" if fault == "reader" else f"error: {image}: got an"
+    wanted = (
+        "error: --workers: got the end of"
+        if fault == "reader"
+        else f"error: --data: got images that cannot be read, {image} ("
+    )
     assert last.startswith(wanted) and last.endswith("goes on")  # says that --resume does
     assert "Traceback" not in (tmp_path / "log.txt").read_text()
     saved = load_state(tmp_path / "out/checkpoint.pt")
@@ -84,6 +89,30 @@ def test_a_run_that_loses_images_saves_its_work(lists, tmp_path, fault):
     main([*flags, "--resume"])
     main(flags_of(lists, tmp_path / "whole"))
     assert equal(left(tmp_path / "out"), left(tmp_path / "whole"))
+
+
+def test_processes_that_lose_an_image_in_the_first_epoch(lists, tmp_path):
+    """None can save then, and they go on from what they saved at the start."""
+    image = lists / "train/0/29.png"
+    content = image.read_bytes()
+
+    def processes(out, *more, before=None):
+        flags = flags_of(lists, tmp_path / out, "--stage2-epochs", 0, *more)
+        flags[flags.index("--workers") + 1] = "0"
+        settings = [env | {"GLOO_SOCKET_IFNAME": "lo"} for env in ranks_environment(2)]
+        return [launch(tmp_path / env["RANK"], *flags, before=before, **env) for env in settings]
+
+    undisturbed = processes("whole")
+    for process in undisturbed:
+        finish(process)
+    for process in processes("out", before=(lose_in_step, 1, image)):
+        finish(process, 1)
+    saved = load_state(tmp_path / "out/checkpoint.pt")
+    assert (saved["epoch"], saved["step"]) == (0, 0)
+    image.write_bytes(content)
+    for process in processes("out", "--resume"):
+        finish(process)
+    assert equal(*(load_state(tmp_path / out / "stage1.pt") for out in ("whole", "out")))
 
 
 def test_one_pool_reads_all_splits(lists, tmp_path):

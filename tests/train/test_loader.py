@@ -157,5 +157,7 @@ def test_bad_file_stops_and_is_named(spoilt, workers):
     for train in (True, False):
         loader = loader_of(spoilt, train=train, workers=workers)
         batches = loader(torch.arange(12), list(torch.arange(12).split(6)), 0)
-        with pytest.raises(TrainError, match=r"/2\.png: got .*wanted a readable one"):
+        with pytest.raises(TrainError, match=r"/2\.png \(.*wanted readable ones in their place"):
             next(batches)
+        with pytest.raises(TrainError, match=r"/2\.png \(.*; /.*/7\.png \("):
+            next(loader(torch.arange(12), [torch.arange(12)], 0))

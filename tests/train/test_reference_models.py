@@ -10,7 +10,7 @@ from torch import nn
 from tests.train.runs import FLAGS, configure, equal, feat, in_memory, load_state, main
 from train import checkpoint, stages
 from train.config import TrainError
-from train.model import head_of_state
+from train.model import head_of_state, make_net, tvmf_head
 from train.session import Session
 
 
@@ -131,8 +131,17 @@ def test_wrong_models_are_refused(folder, tmp_path, capsys):
 
     with pytest.raises(TrainError, match=r"got .*tar with 5 classes, wanted the 12 of --dataset"):
         evaluate(path, "--net", "resnet10")
-    with pytest.raises(TrainError, match=r"got .*tar, which is no --net convnet"):
+    other = r"got .*tar, a model of resnet10 whose 0\.weight is absent; wanted one of --net convnet"
+    with pytest.raises(TrainError, match=other):
         evaluate(path)
+    grey = r"whose conv1\.weight is \[64, 3, 7, 7\]; .* whose conv1\.weight is \[64, 1, 7, 7\]"
+    with pytest.raises(TrainError, match=grey):
+        checkpoint.fill(make_net("resnet10", 1), path, "resnet10")
+    net = make_net("convnet", 3)  # whose tensors have the shapes of gridnet's
+    checkpoint.save_model(tmp_path / "grid.pt", net, tvmf_head(1152, 5), 1, configure(tmp_path))
+    features = r"convnet whose num_features is 1152; .* --net convnet, whose num_features is 128"
+    with pytest.raises(TrainError, match=features):
+        checkpoint.fill(net, tmp_path / "grid.pt", "convnet")
     with pytest.raises(TrainError, match=r"got .*garbage, unreadable"):
         evaluate(tmp_path / "garbage")
     with pytest.raises(TrainError, match=r"other\.pt, unreadable \('feat_state_dict'\)"):

@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
         load_runs(s, runs);
       }
     };
-    const auto factor_of_sum = [&] { return outer_factor(inv_loss_scale, rnorm, p.float16); };
+    const auto factor_of_sum = [&] { return outer_factor(inv_loss_scale, rnorm, p.unit_rows); };
     T dot = 0;
     int64_t unit = threadIdx.x;
     if (p.row_dots > 0) {

@@ -118,6 +118,7 @@ struct BackwardPass {
   PartialFeatures<T> dx;
   bool with_sum;
   bool float16;
+  bool unit_rows;  // whether the products of the gradients have unit rows of the features
   int64_t earlier_totals = 0;  // slots of the totals of earlier segments
 
   BackwardPass(const BackwardCall& call, const CudaProblem& problem, const BackwardWorkspace& at,
@@ -136,24 +137,28 @@ struct BackwardPass {
              .totals = workspace.at<double>(at.totals)},
         dx{.data = workspace.at<T>(at.dx), .count = counts.features},
         with_sum(problem.with_sum),
-        float16(problem.x == DType::kFloat16) {}
+        float16(problem.x == DType::kFloat16),
+        unit_rows(float16) {}
 
   cudaError_t prepare(const ArrangedRows& arranged, const UnitRows& unit_x) const {
     return prepare(arranged, unit_x, {.begin = 0, .all = call.head.N});
   }
   cudaError_t prepare(const ArrangedRows& arranged, const UnitRows& unit_x,
                       const RowSegment& segment) const {
-    return launch_prepare_gradient<T>({.head = call.head,
-                                       .options = call.options,
-                                       .upstream = call.upstream,
-                                       .saved = saved,
-                                       .gradient = rows,
-                                       .arranged = arranged,
-                                       .unit_x = unit_x,
-                                       .segment = segment,
-                                       .with_sum = with_sum,
-                                       .float16 = float16},
-                                      call.stream);
+    return launch_prepare_gradient<T>(prepare_params(arranged, unit_x, segment), call.stream);
+  }
+  PrepareGradientParams<T> prepare_params(const ArrangedRows& arranged, const UnitRows& unit_x,
+                                          const RowSegment& segment) const {
+    return {.head = call.head,
+            .options = call.options,
+            .upstream = call.upstream,
+            .saved = saved,
+            .gradient = rows,
+            .arranged = arranged,
+            .unit_x = unit_x,
+            .segment = segment,
+            .with_sum = with_sum,
+            .float16 = float16};
   }
   // The totals of a segment follow those of the segments before, `slots` in all.
   void add_totals_after(int64_t slots) {
@@ -176,7 +181,7 @@ struct BackwardPass {
                                       .row_dots = counts.row_dots,
                                       .totals = earlier_totals + counts.totals,
                                       .dx = {.data = dx.data, .count = dx.count},
-                                      .float16 = float16},
+                                      .unit_rows = unit_rows},
                                      call.stream);
   }
 };

@@ -71,7 +71,7 @@ struct FinishGradientParams {
   GradientSums<T> sums;
   int64_t row_dots, totals;  // slots of sums.row_dot and of sums.totals
   PartialFeatures<const T> dx;
-  bool float16;
+  bool unit_rows;  // whether dx was made of unit rows of x
 };
 
 // Adds up the partial gradients of the features in order and projects them; finishes the scalars.

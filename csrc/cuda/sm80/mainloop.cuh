@@ -41,6 +41,31 @@ __device__ __forceinline__ void clear(Acc (&acc)[kI][kJ][4]) {
       for (int e = 0; e < 4; ++e) acc[i][j][e] = 0;
 }
 
+// The same number, of which nvcc knows nothing. It cannot work out ahead what follows from it, such
+// as the addresses of all rows of a tile, which would take registers in the main loop.
+__device__ __forceinline__ int computed_here(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+// The sums of kCount values over the eight lanes that hold a column of a fragment: the lane of row
+// `group` of a fragment gets that of v[group % kCount]. Each exchange halves the values that a lane
+// has left, where sums one by one would take three each.
+template <int kCount, class T>
+__device__ __forceinline__ T group_sums(T (&v)[kCount], int group) {
+  static_assert(kCount == 8 || kCount == 4);
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+    const bool upper = group & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const T keep = upper ? v[i + half] : v[i], send = upper ? v[i] : v[i + half];
+      v[i] = keep + __shfl_xor_sync(0xffffffff, send, 4 * half);
+    }
+  }
+  return kCount == 8 ? v[0] : v[0] + __shfl_xor_sync(0xffffffff, v[0], 16);
+}
+
 // Starts the copies of one operand's tiles into stages, one step of the main loop after another. A
 // thread copies the same 16 bytes of several lines, so that one pointer leads to all of them.
 template <class Layout, int kThreads>

@@ -18,16 +18,16 @@ int64_t cached_bytes(const CudaProblem& p) {
 }
 int64_t usable_cache(const Gpu& gpu) { return gpu.l2 * 7 / 10; }
 
-// Classes of a chunk: as many as leave its tile and weights in the cache and bound its part of the
-// workspace, in whole waves of blocks.
-int64_t chunk_of(const CudaProblem& p, const Gpu& gpu) {
+// Classes of a chunk in whole tiles: as many as leave its tile and weights in the cache and bound
+// its part of the workspace, in whole waves of small tiles.
+int64_t chunk_of(const CudaProblem& p, int64_t tile, const Gpu& gpu) {
   const int64_t acc = accumulator_size(p.x), row_groups = ceil_div(p.N, kGradientRows);
-  const int64_t bytes = p.N * size_of(p.x) + p.N * acc * row_parts(p.math()) / kClassTile +
-                        row_groups * (3 * acc + 16 / kClassTile + 1) + unit_row_bytes(p);
+  const int64_t bytes = p.N * size_of(p.x) + p.N * acc * row_parts(p.math()) / tile +
+                        row_groups * (3 * acc + 1) + unit_row_bytes(p);
   const int64_t chunk = std::min(usable_cache(gpu) / cached_bytes(p), 28 * kMiB / bytes);
-  const int64_t wave = gpu.sms * kClassTile;
-  const int64_t whole = chunk > wave ? chunk / wave * wave : chunk / kClassTile * kClassTile;
-  return std::min(std::max(whole, kClassTile), round_up(p.C, kClassTile));
+  const int64_t wave = round_up(gpu.sms * kSmallTile, tile);
+  const int64_t whole = chunk > wave ? chunk / wave * wave : chunk / tile * tile;
+  return std::min(std::max(whole, tile), round_up(p.C, tile));
 }
 
 // The number of parts, at most `most`, into which each of `blocks` blocks is split so that a
@@ -60,23 +60,35 @@ Plan plan_for(const CudaProblem& p, bool latency, const Gpu& gpu) {
   // multiprocessor, so that one multiplies while the other waits, or where each multiprocessor has
   // but one block. A latency plan without it needs a block for every multiprocessor, since blocks
   // can share a weight gradient only if each has the tile.
-  const int64_t all_tiles = ceil_div(p.C, kClassTile);
-  const int64_t resident_bytes = round_up(p.N, kGradientRows) * kClassTile * size_of(p.x);
+  const int64_t all_tiles = ceil_div(p.C, kSmallTile);
+  const int64_t resident_bytes = round_up(p.N, kGradientRows) * kSmallTile * size_of(p.x);
   const bool rounded = tensor_cores && size_of(p.weight()) > size_of(p.x);
   const int64_t block_bytes = gradient_shared_bytes(plan.math, rounded) + resident_bytes;
   const bool fits = block_bytes <= gpu.shared_per_block &&
                     (all_tiles <= gpu.sms || 2 * (block_bytes + 1024) <= gpu.shared_per_sm);
   plan.latency = latency && (fits || (p.N <= 1024 && all_tiles >= gpu.sms));
   plan.resident = plan.latency && fits;
-  plan.chunk = plan.latency ? round_up(p.C, kClassTile) : chunk_of(p, gpu);
-  plan.chunks = ceil_div(p.C, plan.chunk);
-  const int64_t chunk_tiles = plan.chunk / kClassTile;
+  // Large tiles of classes read half the bytes of features. Only the throughput path has them,
+  // where two blocks fit on a multiprocessor, and where both of its launches have a block for
+  // nearly every multiprocessor.
+  const int64_t row_tiles = ceil_div(p.N, kGradientRows);
   const int64_t feature_tiles = ceil_div(p.D, kFeatureTile);
+  const int64_t large_chunk = chunk_of(p, kLargeTile, gpu);
+  const bool large_classes =
+      has_large_classes(plan.math) && !plan.latency &&
+      2 * (kLargeGradientBytes + 1024) <= gpu.shared_per_sm &&
+      large_chunk / kLargeTile * std::min(row_tiles, feature_tiles) * 4 >= gpu.sms * 3;
+  plan.class_tile = large_classes ? kLargeTile : kSmallTile;
+  plan.chunk = plan.latency    ? round_up(p.C, kSmallTile)
+               : large_classes ? large_chunk
+                               : chunk_of(p, kSmallTile, gpu);
+  plan.chunks = ceil_div(p.C, plan.chunk);
+  const int64_t chunk_tiles = plan.chunk / plan.class_tile;
   // Blocks that share a resident tile's weight gradient each make the tile. That pays only where
   // the products were kept and need not be made again.
   const bool shared = !plan.latency || (plan.resident && plan.kept > 0);
   plan.feature_splits = splits_of(chunk_tiles, shared ? feature_tiles : 1, gpu);
-  plan.row_groups = plan.latency ? 1 : splits_of(chunk_tiles, ceil_div(p.N, kGradientRows), gpu);
+  plan.row_groups = plan.latency ? 1 : splits_of(chunk_tiles, row_tiles, gpu);
 
   const int64_t steps = ceil_div(plan.chunk, step);
   const int64_t partial_bytes = std::max<int64_t>(p.N * p.D * acc, 1);  // of one partial dx
@@ -145,10 +157,12 @@ PassCost backward_cost(const CudaProblem& p, const Plan& plan, const Gpu& gpu) {
   // stays in the cache. So is the gradient tile, which is written first.
   const bool cached = cached_bytes(p) * plan.chunk <= usable_cache(gpu);
   const double again = cached ? 0 : C * D * w, tile_bytes = cached ? 0 : N * C * x;
-  const double class_tiles = tiles(p.C, kClassTile), parts = double(row_parts(plan.math));
-  const double chunk_tiles = double(plan.chunk / kClassTile);
-  // Each load of 16 bytes of a GradientRow takes a sector of its own.
-  const double row_terms = double(round_up(5 * int64_t(acc) + 8, 16)) / 16 * kSectorBytes;
+  const double class_tiles = tiles(p.C, plan.class_tile), parts = double(row_parts(plan.math));
+  const double chunk_tiles = double(plan.chunk / plan.class_tile);
+  // A GradientRow is read for each kSmallTile classes of a warp row. Each load of 16 bytes of it
+  // takes a sector of its own.
+  const double row_terms = double(plan.class_tile / kSmallTile) *
+                           double(round_up(5 * int64_t(acc) + 8, 16)) / 16 * kSectorBytes;
   const double cosines =
       kept > 0 ? N * C * acc : class_tiles * N * D * x + tiles(p.N, kGradientRows) * C * D * w;
 
@@ -261,6 +275,7 @@ std::vector<PlanField> fields_of(const Plan& plan) {
       {"row_tiles", plan.row_tiles},
       {"class_splits", plan.class_splits},
       {"tiles_per_split", plan.tiles_per_split},
+      {"class_tile", plan.class_tile},
       {"chunk", plan.chunk},
       {"chunks", plan.chunks},
       {"resident", plan.resident},

@@ -44,9 +44,7 @@ struct StatisticsLayout {
 
 // At least so many blocks share a multiprocessor: as many as have enough registers.
 template <Math kMath, class Shape>
-constexpr int kBlocks = kMath == Math::kF64 || Shape::kCols == kLargeTile ? 2
-                        : kMath == Math::kF32                             ? 3
-                                                                          : 4;
+constexpr int kBlocks = kMath == Math::kF64 || Shape::kCols == kLargeTile ? 2 : 4;
 
 // A block has kRows rows and walks a run of class tiles. Blocks of the same run read the same
 // weights at about the same time, so that these cross the memory interface once.
@@ -121,7 +119,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, Shape>)
     }
   };
   const auto finish = [&](int tile) {
-    const int64_t first_class = int64_t(first_tile + tile) * Shape::kCols;
+    const int64_t first_class = int64_t(first_tile + computed_here(tile)) * Shape::kCols;
     const int64_t classes_left = head.C - first_class;
     const int classes =
         classes_left < Shape::kCols ? int(classes_left) : Shape::kCols;  // in this tile
@@ -148,7 +146,8 @@ __global__ void __launch_bounds__(Shape::kThreads, kBlocks<kMath, Shape>)
       constexpr bool kAll = decltype(all)::value;
 #pragma unroll
       for (int r = 0; r < kRowsPerLane; ++r) {
-        const int i = r / 2, half = r % 2 * 2, row_in_tile = lane.row<Shape>(i, r % 2);
+        const int i = r / 2, half = r % 2 * 2;
+        const int row_in_tile = computed_here(lane.row<Shape>(i, r % 2));
         const int n = first_row + row_in_tile;
         const int target = column_of(tail.rows.label[row_in_tile], first_class, Shape::kCols);
         const T x_rnorm = tail.rows.rnorm[row_in_tile];

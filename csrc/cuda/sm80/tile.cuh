@@ -28,11 +28,11 @@ struct Tile {
 // fewer large tiles than multiprocessors.
 using LargeTile = Tile<kLargeTile, kLargeTile, 2, 2>;
 using SmallTile = Tile<kSmallTile, kSmallTile, 2, 2>;
-// class_gradient: 128 rows x 64 classes of cosines, then 64 classes x 128 features of gradient.
-template <Math kMath>
-using GradientTile = Tile<kGradientRows, kClassTile, 2, int(row_parts(kMath))>;
-template <Math kMath>
-using WeightTile = Tile<kClassTile, kFeatureTile, 2, int(row_parts(kMath))>;
+// class_gradient: 128 rows x kClasses of cosines, then kClasses x 128 features of gradient.
+template <Math kMath, int kClasses>
+using GradientTile = Tile<kGradientRows, kClasses, 2, int(row_parts(kMath))>;
+template <Math kMath, int kClasses>
+using WeightTile = Tile<kClasses, kFeatureTile, 2, int(row_parts(kMath))>;
 
 // Calls f with the shape of a tile of this size. Products without tensor cores have small tiles
 // only.

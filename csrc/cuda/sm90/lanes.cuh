@@ -62,4 +62,10 @@ __host__ __device__ constexpr int accumulator_of(int b, int i, int h) {
   return (b * 4 + i / 2) * 4 + h * 2 + i % 2;
 }
 
+// Where products that are kept have four of the 8 rows from `row` on: the first four, or the
+// others.
+__host__ __device__ constexpr int kept_half(int row, int half) {
+  return row / 32 * 32 + half * 16 + row % 32 / 2;
+}
+
 }  // namespace tvmf::sm90

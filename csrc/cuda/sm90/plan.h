@@ -16,10 +16,16 @@ constexpr int kDepth = 64;  // elements of a row in one step of the main loops
 
 static_assert(kCosineRows <= kLargestTile && kProductRows <= kLargestTile);
 
-struct Plan {
-  // The backward pass makes the cosines again, which takes less time than reading kept products.
-  static constexpr bool kKeepsProducts = false;
+// The blocks of kept_gradient and their tiles. A warp has 16 classes and 32 rows at a time.
+constexpr int kKeptThreads = 512, kKeptWarps = kKeptThreads / 32, kWarpClasses = 16;
+struct KeptTiles {
+  int row_warps, class_warps;  // a tile has all rows; its classes are split among class_warps
+  int tiles, blocks;
 
+  TVMF_HOST_DEVICE int classes() const { return class_warps * kWarpClasses; }
+};
+
+struct Plan {
   Math math;
   bool small_tiles;    // cosines in tiles of 64 classes instead of 128
   bool narrow_weight;  // of the features' dtype, not float32
@@ -40,15 +46,20 @@ struct Plan {
   // Backward pass: `chunk` classes at a time.
   int64_t chunk, chunks;
   int64_t gradient_stride, weight_stride;  // of ClassMajorGradient and RoundedWeights, in elements
-  int64_t column_slots;                    // partial sums of a class over its rows
-  int64_t partial_features;                // partial sums of dx
+
+  // Where the forward pass keeps products (kept_products), their gradients take one chunk, and
+  // elements for each row are saved. Otherwise `kept` is 0.
+  int64_t kept;
+  KeptTiles kept_tiles;
+  int64_t column_slots;      // partial sums of a class over its rows
+  int64_t partial_features;  // partial sums of dx
 
   // The plan of a segment of so many rows, which may be fewer than segment_rows.
   Plan of_rows(int64_t rows) const {
     Plan plan = *this;
     plan.arranged_rows = round_up(rows, 32);
     plan.row_blocks = ceil_div(rows, kCosineRows);
-    plan.column_slots = plan.row_blocks * (small_tiles ? 2 : 1);
+    plan.column_slots = plan.slots();
     return plan;
   }
   // The segment that begins at row i * segment_rows, of N.
@@ -59,11 +70,29 @@ struct Plan {
   ProductSchedule schedule_of(int64_t rows, int64_t D, int64_t classes) const {
     return make_schedule(rows, D, classes, blocks, partial_features);
   }
+  bool keeps() const { return kept > 0; }
+  int64_t slots() const { return keeps() ? 1 : row_blocks * (small_tiles ? 2 : 1); }
+  // Whether the products of the gradients have unit rows of the features and of the weight.
+  bool unit_features() const { return keeps() || math == Math::kF16; }
+  bool unit_weights() const { return !keeps() || math == Math::kF16; }
   bool adds_gradients() const { return segments > 1; }
   int64_t tile_classes() const { return small_tiles ? kSmallClasses : kLargeClasses; }
   rows::PartialCounts partial_counts() const {
-    return {0, partial_features, row_blocks * gradient_blocks * 8};  // 8 consumer warps
+    // Each of the 8 consumer warps of a block has totals, or a whole block of kept_gradient.
+    return {0, partial_features, keeps() ? kept_tiles.blocks : row_blocks * gradient_blocks * 8};
   }
+};
+
+// What Saved::product has where products are kept: [C, stride] float, and of each class's 32 rows
+// the first four of every eight before the others, so that lanes with 8 rows each store and load
+// whole sectors (kept_half); then float32 weights as they were rounded, in the features' dtype.
+// Weights of the features' dtype are not copied.
+struct KeptLayout {
+  KeptLayout(const CudaProblem& problem);
+  int64_t stride;         // N, rounded up to 32
+  int64_t weight;         // byte offset of the weights, as RoundedWeights
+  int64_t weight_stride;  // D, rounded up to 8
+  int64_t bytes;
 };
 
 struct ForwardWorkspace {
@@ -92,6 +121,9 @@ inline CudaProblem first_rows(CudaProblem problem, int64_t rows) {
 // Whether these kernels serve the problem: the GPU has the instructions and this build their code,
 // the dtypes are theirs, and tensor copies can read the weight where it lies.
 bool serves(const CudaProblem& problem, const Gpu& gpu);
+// What the forward pass keeps: products and rounded weights, so that the backward pass multiplies
+// twice instead of three times.
+KeptProducts kept_products(const CudaProblem& problem, const Gpu& gpu);
 // A test can ask for segments of at most `most_rows` rows.
 Plan make_plan(const CudaProblem& problem, const Gpu& gpu, int64_t most_rows = kMostRows);
 Memory memory_of(const CudaProblem& problem, const Plan& plan);
@@ -101,6 +133,7 @@ Memory memory_of(const CudaProblem& problem, const Plan& plan);
 // and the predicted time alone depends on them.
 struct EpilogueInstructions {
   double statistics = 11.1, gradient = 15.9;
+  double kept_gradient = 23.8;  // of all that belongs to 32 rows
 };
 Cost cost_of(const CudaProblem& problem, const Plan& plan, const Gpu& gpu,
              const EpilogueInstructions& instructions = {});

@@ -42,8 +42,10 @@ __device__ __forceinline__ void weight_tile(const ProductsParams& p, const unsig
         sum += p.sums.data[(s * 3 + which) * p.chunk.size + column + h * 8];
       return sum;
     };
-    factor[h] = outer_factor(*p.inv_loss_scale, rnorm, /*unit_rows=*/true);
-    projected[h] = inside ? projection(sum_of(0), rnorm) / unit_scale(rnorm) : 0.0f;
+    const bool unit_rows = p.weight.unit_rows;
+    factor[h] = outer_factor(*p.inv_loss_scale, rnorm, unit_rows);
+    projected[h] =
+        inside ? projection(sum_of(0), rnorm) / (unit_rows ? unit_scale(rnorm) : 1.0f) : 0.0f;
     if (col == 0 && lane.quad == 0 && inside) {
       const auto store = [&](const GradientRef& to, float sum) {
         store_at(to, c, p.add ? static_cast<const float*>(to.data)[c] + sum : sum);

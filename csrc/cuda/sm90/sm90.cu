@@ -54,7 +54,32 @@ Terms terms_of(const CudaHead& head, bool all) {
   return given(head.prior) ? Terms::kPrior : Terms::kPlain;
 }
 
-// The two launches of each chunk. Tensor maps are made once, but for those of a last chunk that
+// What the forward pass keeps, at its place in Saved::product.
+KeptTensors kept_at(float* product, const CudaProblem& problem, const Plan& plan) {
+  const KeptLayout at(problem);
+  void* weight = reinterpret_cast<unsigned char*>(product) + at.weight;
+  if (!plan.keeps()) return {};
+  return {.product = product,
+          .stride = at.stride,
+          .weight = {.data = plan.narrow_weight ? nullptr : static_cast<uint16_t*>(weight),
+                     .stride = at.weight_stride,
+                     .unit_rows = plan.unit_weights()}};
+}
+
+// The weights that the products of gradients read: those that the forward pass has kept, or the
+// weight itself, or those that `gradient` stores in the workspace.
+RoundedWeights rounded_weights(const rows::BackwardPass<float>& pass, const CudaProblem& problem,
+                               const Plan& plan, const BackwardWorkspace& at) {
+  if (!plan.keeps())
+    return {pass.workspace.at<uint16_t>(at.weight), plan.weight_stride, plan.unit_weights()};
+  if (!plan.narrow_weight)
+    return kept_at(const_cast<float*>(pass.saved.product), problem, plan).weight;
+  const MatrixRef& weight = pass.call.head.weight;
+  return {static_cast<uint16_t*>(const_cast<void*>(weight.data)), weight.row_stride,
+          plan.unit_weights()};
+}
+
+// The launches of each chunk. Tensor maps are made once, but for those of a last chunk that
 // is smaller: the products must not read beyond its classes.
 class ChunkLauncher {
  public:
@@ -69,11 +94,11 @@ class ChunkLauncher {
         first_rows_(first_rows),
         class_outputs_(out_.weight.data || out_.bias.data || out_.kappa.data),
         gradient_{pass.workspace.at<uint16_t>(at.gradient), plan.gradient_stride},
-        weight_{pass.workspace.at<uint16_t>(at.weight), plan.weight_stride} {}
+        weight_(rounded_weights(pass, problem, plan, at)) {}
 
   cudaError_t launch(const Chunk& chunk) {
     cudaError_t error = chunk.count == mapped_ ? cudaSuccess : prepare(chunk.count);
-    if (error == cudaSuccess) error = gradient(chunk);
+    if (error == cudaSuccess) error = plan_.keeps() ? kept_gradient(chunk) : gradient(chunk);
     if (error == cudaSuccess && (class_outputs_ || out_.x.data)) error = products(chunk);
     return error;
   }
@@ -85,7 +110,7 @@ class ChunkLauncher {
     MapMaker maps(problem_.x);
     const int64_t N = head_.N, D = head_.D;
     if (mapped_ == 0) {
-      cosine_maps_ = maps.of_cosines(head_, arranged_, plan_);
+      if (!plan_.keeps()) cosine_maps_ = maps.of_cosines(head_, arranged_, plan_);
       if (class_outputs_)
         weight_maps_.b =
             maps.of(arranged_.by_columns, N, arranged_.columns, arranged_.columns, kDepth);
@@ -100,8 +125,27 @@ class ChunkLauncher {
     return maps.error;
   }
 
+  Terms terms() const {
+    return terms_of(head_, problem_.with_sum || out_.bias.data || out_.kappa.data);
+  }
+
+  // Of all classes, whose products were kept.
+  cudaError_t kept_gradient(const Chunk& chunk) const {
+    rows::ArrangedRows arranged = arranged_;
+    if (!class_outputs_) arranged.by_columns = nullptr;
+    const KeptGradientParams p{
+        .rows = pass_.prepare_params(arranged, {}, {.begin = 0, .all = head_.N}),
+        .product = pass_.saved.product,
+        .product_stride = KeptLayout(problem_).stride,
+        .gradient = gradient_,
+        .sums = pass_.sums,
+        .column_stride = chunk.size,
+        .tiles = plan_.kept_tiles,
+        .terms = terms()};
+    return launch_kept_gradient(p, plan_.math, pass_.call.stream);
+  }
+
   cudaError_t gradient(const Chunk& chunk) const {
-    const bool all = problem_.with_sum || out_.bias.data || out_.kappa.data;
     const GradientParams p{.maps = cosine_maps_,
                            .head = head_,
                            .saved = pass_.saved,
@@ -111,7 +155,7 @@ class ChunkLauncher {
                            .weight = weight_,
                            .sums = pass_.sums,
                            .tiles = cosine_tiles(plan_, chunk.count, plan_.gradient_blocks),
-                           .terms = terms_of(head_, all)};
+                           .terms = terms()};
     return launch_gradient(p, plan_, pass_.call.stream);
   }
 
@@ -163,7 +207,8 @@ cudaError_t forward(const ForwardCall& call, const CudaProblem& problem, const P
     const int64_t begin = i * all.segment_rows, rows = all.rows_of(i, problem.N);
     const Plan plan = all.of_rows(rows);
     const ForwardCall part = rows::rows_of(call, begin, rows, sizeof(float));
-    const rows::ForwardPass<float> pass(part, problem, at.rows, 0, plan.statistics_blocks, begin);
+    const rows::ForwardPass<float> pass(part, problem, at.rows, plan.kept, plan.statistics_blocks,
+                                        begin);
     const rows::ArrangedRows arranged{.rows = plan.arranged_rows,
                                       .columns = plan.arranged_columns,
                                       .by_rows = pass.workspace.bytes(at.arranged),
@@ -182,7 +227,8 @@ cudaError_t forward(const ForwardCall& call, const CudaProblem& problem, const P
                              .merges_rows = plan.merges_rows,
                              .finished = pass.finished,
                              .options = call.options,
-                             .out = part.out};
+                             .out = part.out,
+                             .kept = kept_at(pass.saved.product, problem, plan)};
     if (maps.error != cudaSuccess) return maps.error;
     error = launch_statistics(p, plan, terms_of(call.head, call.out.others || problem.with_sum),
                               call.stream);
@@ -198,17 +244,18 @@ cudaError_t backward(const BackwardCall& call, const CudaProblem& problem, const
     const int64_t begin = i * all.segment_rows, rows = all.rows_of(i, problem.N);
     const Plan plan = all.of_rows(rows);
     const BackwardCall part = rows::rows_of(call, begin, rows);
-    rows::BackwardPass<float> pass(part, problem, at.rows, at.column_sums, 0, plan.partial_counts(),
-                                   begin);
+    rows::BackwardPass<float> pass(part, problem, at.rows, at.column_sums, plan.kept,
+                                   plan.partial_counts(), begin);
+    pass.unit_rows = plan.unit_features();
     const rows::ArrangedRows arranged{.rows = plan.arranged_rows,
                                       .columns = plan.arranged_columns,
                                       .by_rows = pass.workspace.bytes(at.arranged),
                                       .by_columns = pass.workspace.bytes(at.arranged_columns),
-                                      .rnorm = pass.float16 ? pass.saved.x_rnorm : nullptr,
+                                      .rnorm = pass.unit_rows ? pass.saved.x_rnorm : nullptr,
                                       .ordered = plan.narrow_weight};
     pass.add_totals_after(i * all.partial_counts().totals);
     ChunkLauncher launcher(pass, problem, plan, at, arranged, i == 0);
-    error = pass.prepare(arranged, {}, {.begin = begin, .all = problem.N});
+    if (!plan.keeps()) error = pass.prepare(arranged, {}, {.begin = begin, .all = problem.N});
     for (int64_t first = 0; first < problem.C && error == cudaSuccess; first += plan.chunk)
       error = launcher.launch({first, std::min(plan.chunk, problem.C - first), plan.chunk});
     if (error == cudaSuccess) error = pass.finish(/*scalars=*/i + 1 == all.segments);

@@ -3,6 +3,7 @@
 // all others are more than 87 below it, their exponentials are 0, and the loss is below 1e-37.
 #include "cuda/rows/merge.cuh"
 #include "cuda/sm90/persistent.cuh"
+#include "cuda/sm90/store_weights.cuh"
 
 namespace tvmf::sm90 {
 namespace {
@@ -46,6 +47,32 @@ struct AddSquares {
     }
   }
 };
+
+// Keeps a lane's products, [64 classes, rows] as they lie in its registers, for the backward pass.
+template <class Shape>
+__device__ __forceinline__ void keep_products(const KeptTensors& kept, int first_class, int C,
+                                              int first_row,
+                                              const float (&acc)[Shape::kAccumulators]) {
+  struct alignas(16) Four {
+    float v[4];
+  };
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (first_class + h * 8 >= C) continue;
+    float* to = kept.product + (first_class + h * 8) * kept.stride;
+#pragma unroll
+    for (int b = 0; b < Shape::kGroupRows / 32; ++b) {
+      if (first_row + b * 32 >= kept.stride) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = half * 4;
+        store_as(to + kept_half(first_row, half) + b * 32,
+                 Four{acc[accumulator_of(b, i, h)], acc[accumulator_of(b, i + 1, h)],
+                      acc[accumulator_of(b, i + 2, h)], acc[accumulator_of(b, i + 3, h)]});
+      }
+    }
+  }
+}
 
 // A persistent block walks tiles of classes with its rows, whose statistics a lane keeps in
 // registers. In small problems the last block merges the statistics of all, which saves a launch.
@@ -112,8 +139,26 @@ __global__ void __launch_bounds__(kThreads, 1)
           unit[h] = unit_scale(rnorm[h]), rnorm[h] = unit_rnorm(rnorm[h]);
         }
       }
-      Shape::template multiply<kMath>(smem, tail.ring, state, lane, block.steps, acc, unit, squares,
-                                      AddSquares<kMath, Shape>{squares});
+      const auto multiply = [&](const auto& use) {
+        Shape::template multiply<kMath>(smem, tail.ring, state, lane, block.steps, acc, unit,
+                                        squares, use);
+      };
+      if constexpr (Shape::kSplitRows && !Shape::kNarrow) {
+        // The blocks that share a class tile take turns in keeping its rounded weights.
+        const RoundedWeights& to = p.kept.weight;
+        multiply(
+            StoreWeights{to.data + class_of(0) * to.stride,
+                         to.stride,
+                         lane.quad * 8,
+                         {class_of(0) < head.C, class_of(1) < head.C},
+                         to.data && warp_row == 0 && tile % p.tiles.row_blocks == block.row_block});
+      } else {
+        multiply(AddSquares<kMath, Shape>{squares});
+      }
+      if constexpr (Shape::kSplitRows)
+        if (p.kept.product)
+          keep_products<Shape>(p.kept, class_of(0), int(head.C),
+                               first_row + warp_row + lane.quad * 8, acc);
 
       // Finish the norms of the weights. The blocks of the first rows save them for the backward
       // pass.

@@ -22,14 +22,34 @@ bool may_have(const void* kernel, int shared_bytes) {
 
 }  // namespace simt
 
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {"Emulated H200"};
+  return cudaSuccess;
+}
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   ++simt::counted.attributes_read;
-  *value = simt::kMaxShared;
+  switch (which) {
+    case cudaDevAttrMultiProcessorCount: *value = 132; break;
+    case cudaDevAttrL2CacheSize: *value = 60 << 20; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = simt::kMaxShared + 1024; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = simt::kMaxShared; break;
+  }
   return cudaSuccess;
 }
 
@@ -37,5 +57,14 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   ++simt::counted.attributes_set;
   if (value < 0 || value > simt::kMaxShared) return cudaErrorInvalidValue;
   simt::limits()[kernel] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
+  *memory = simt::allocate("host memory", bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaHostGetDevicePointer(void** there, void* here, unsigned) {
+  *there = here;
   return cudaSuccess;
 }
