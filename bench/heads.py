@@ -75,7 +75,11 @@ TABLES = {
         "617 icons, 11 to 1 images of each",
         3,
         f"{LIST} --epochs 15 --batch-size 16 --eval-every 15",
-        {**HEADS, "cosine, prior 1": "--head cosine --prior 1"},
+        {
+            BASELINE: "--head cosine",
+            "t-vMF κ=16": "--kappa 16",
+            "cosine, prior 1": "--head cosine --prior 1",
+        },
     ),
 }
 
