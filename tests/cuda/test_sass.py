@@ -516,7 +516,8 @@ def table():
     by_kernel = {}
     for multiprocessor in (A100, H200):
         for kernel in dump()[multiprocessor.capability]:
-            dtype = re.sub("(fp|bf)16", "16-bit", kernel.mix)
+            bf16_alone = (kernel.name, kernel.tile) == ("class_gradient", 128)
+            dtype = kernel.mix if bf16_alone else re.sub("(fp|bf)16", "16-bit", kernel.mix)
             threads, shared = launches()[kernel.name, kernel.mix, kernel.tile]
             rows = by_kernel.setdefault((kernel.name, dtype, kernel.tile, threads, shared), {})
             if kernel.name not in HOPPER or multiprocessor is H200:
@@ -532,7 +533,8 @@ def table():
         "finish_gradient",
         *HOPPER,
     )
-    operands = ("16-bit", "16-bit-fp32", "tf32", "fp32", "fp64", "float", "double")
+    half = ("16-bit", "16-bit-fp32", "bf16", "bf16-fp32")
+    operands = (*half, "tf32", "fp32", "fp64", "float", "double")
     lines = []
     for (name, dtype, tile, threads, shared), rows in sorted(
         by_kernel.items(), key=lambda r: (order.index(r[0][0]), -r[0][2], operands.index(r[0][1]))
