@@ -150,6 +150,10 @@ def test_launches_traffic_and_tiles_add_up(problem):
     if reads and not latency:
         floor = 2 * C * D * weight + 2 * N * D * features
         most = 1.15 * floor + N * result.kept * itemsize
+        if not hopper and variant.chunk == variant.class_tile:
+            # The smallest chunk may be too large for the cache: its weights are read again, and its
+            # gradient tile is written once and read twice.
+            most += C * D * weight + 3 * N * C * features
         if hopper and result.kept:
             floor = C * D * weight + 2 * N * D * features
             most = floor + 6 * C * (N + D) + N * result.kept * itemsize

@@ -132,7 +132,7 @@ def products_of(step):
 
 
 def test_a_step_of_the_main_loop_is_mostly_products(found):
-    assert len(found) == 15
+    assert len(found) == 11  # class_gradient has large tiles in bfloat16 alone
     for (part, mix), (step, _) in found.items():
         products, *most = MAIN_LOOP[part]
         assert products_of(step) == products, (part, mix, step)
