@@ -5,6 +5,7 @@ python -m tvmf_ext plan 256 8142 2048 --dtype bfloat16 --weight-dtype float32 --
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -106,7 +107,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = make_parser().parse_args()
-    return args.run(args.parser, args)
+    try:
+        code = args.run(args.parser, args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
 
 
 if __name__ == "__main__":

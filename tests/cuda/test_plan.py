@@ -416,3 +416,14 @@ def test_the_command_prints_the_plan_and_refuses_what_plan_refuses():
     refused = run("256", "8142", "2048", "--gpu", "V100")
     assert refused.returncode == 2
     assert "H200" in refused.stderr and "got V100" in refused.stderr
+
+
+def test_a_reader_who_leaves_early_gets_no_traceback():
+    command = [sys.executable, "-m", "tvmf_ext", "plan", "256", "1000", "512", "--gpu", "H200"]
+    root = Path(ops.__file__).parents[1]
+    with subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
