@@ -51,7 +51,9 @@ class KeptProducts(NamedTuple):
         if D < _CUDA_KEEP_MIN_FEATURES or N < 1 or self.most_rows < N or not few:
             return 0
         rows = (N + self.row_multiple - 1) // self.row_multiple * self.row_multiple
-        return (C * (rows + self.beside) + 16 * N - 1) // (16 * N) * 16
+        # Hopper's path keeps 16 more, so that the number says whose products they are.
+        more = 16 if self.row_multiple > 1 else 0
+        return (C * (rows + self.beside) + 16 * N - 1) // (16 * N) * 16 + more
 
 
 def products_to_keep(N: int, C: int, D: int, dtype: torch.dtype) -> int:

@@ -54,8 +54,10 @@ struct CudaProblem {
 
   Math math() const { return math_of(x, allow_tf32); }
   DType weight() const { return weight_dtype_read(x, given_weight); }
-  // The row stride of the products that the forward pass keeps: those of all classes, or of none.
-  int64_t kept_products() const { return kept >= C && kept % kPad == 0 ? kept : 0; }
+  // The row stride of the products that the portable path keeps: those of all classes, or of none.
+  // Another number is that of Hopper's path, which a forward pass takes for a weight that lies
+  // otherwise than the backward pass's.
+  int64_t kept_products() const { return kept == round_up(C, kPad) ? kept : 0; }
 };
 
 // What the forward pass keeps of its products, where the kernels of an architecture keep them.
@@ -67,7 +69,9 @@ struct KeptProducts {
   // The elements for each row of N that hold all of it: SavedLayout's `kept`. tvmf_ext/head.py
   // computes it too.
   int64_t elements(int64_t N, int64_t C) const {
-    return round_up(ceil_div(C * (round_up(N, row_multiple) + beside), N), kPad);
+    // Hopper's path keeps kPad more, so that the number says whose products they are.
+    return round_up(ceil_div(C * (round_up(N, row_multiple) + beside), N), kPad) +
+           (row_multiple > 1 ? kPad : 0);
   }
 };
 

@@ -111,8 +111,8 @@ Plan plan_for(const CudaProblem& p, int64_t segments, int64_t segment_rows, cons
   return plan;
 }
 
-// The rows of which products are kept are few enough for their terms to lie in the 48 KiB of shared
-// memory that every block can have, beside the sums of a tile's classes.
+// The rows of which products are kept are few enough for their terms to lie in 48 KiB of shared
+// memory with the sums of a tile's classes, beside 64 KiB of products.
 constexpr int64_t kMostKeptRows = 1024;
 
 KeptTiles kept_tiles(const CudaProblem& p, const Gpu& gpu) {
@@ -172,8 +172,8 @@ KeptProducts kept_products(const CudaProblem& p, const Gpu& gpu) {
 // the weight's gradient for every multiprocessor: with all of many rows at once, the gradient tile
 // of a chunk has room for few classes.
 Plan make_plan(const CudaProblem& p, const Gpu& gpu, int64_t most_rows) {
-  if (p.kept * p.N * 4 >= KeptLayout(p).bytes && p.kept > 0 && p.N <= most_rows && keeps(p, gpu))
-    return kept_plan(p, p.kept, gpu);
+  const bool offered = p.kept > round_up(p.C, kPad) && p.kept * p.N * 4 >= KeptLayout(p).bytes;
+  if (offered && p.N <= most_rows && keeps(p, gpu)) return kept_plan(p, p.kept, gpu);
   const int64_t most = ceil_div(std::max<int64_t>(p.N, 1), kCosineRows);
   for (int64_t wanted = 1;; wanted *= 2) {
     const int64_t rows = wanted == 1 ? p.N : round_up(ceil_div(p.N, wanted), kCosineRows);
