@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests import problem as problems
 from tests import simt
 from tvmf_ext import plan, tvmf_cross_entropy
+from tvmf_ext.head import kept_products
 from tvmf_ext.ops import DIFFERENTIABLE, Head
 
 MEAN = 1
@@ -108,3 +109,36 @@ def test_a_step_allocates_its_results_what_is_saved_and_a_workspace_for_each_pas
     args = (torch.ones(()), *head, *options, saved, 0b11)
     _, backward = allocations(operators.cross_entropy_backward, *args)
     assert backward == [input.nbytes, weight.nbytes, planned.backward_workspace]
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("forward_aligned", [True, False], ids=["Hopper's", "portable"])
+def test_products_of_one_path_are_not_read_by_the_other(operators, forward_aligned, weight_dtype):
+    """A hook of saved tensors can give the backward pass a weight that lies otherwise, so that it
+    takes the other path: the number of what is kept says whose products they are."""
+    module = simt.load("simt_torch")
+    module.configure(execute=False)
+    N, C, D = 64, 1000, 512
+    both = {}
+    for aligned in (True, False):
+        weight = torch.zeros(C * D + 1, dtype=weight_dtype)[not aligned :][: C * D].view(C, D)
+        target = torch.zeros(N, dtype=torch.int64)
+        head = head_of(torch.zeros(N, D, dtype=torch.bfloat16), weight, target)
+        keeps = kept_products(C, D, torch.bfloat16, weight_dtype, (D, 1, aligned), "H200")
+        both[aligned] = head, keeps.elements(N, C, D, torch.bfloat16)
+    head, kept = both[forward_aligned]
+    other = both[not forward_aligned][0]
+    options = (0.0, MEAN, kept)
+    _, saved = operators.cross_entropy(*head, *options)
+
+    def launches(head):
+        module.reset()
+        operators.cross_entropy_backward(torch.ones(()), *head, *options, saved, 0b11)
+        return module.calls()["launches"]
+
+    assert launches(head) == (3 if forward_aligned else 4)
+    assert launches(other) == 4  # Hopper's path makes the products again
+    planned = torch.ops.tvmf_ext.plan(
+        N, C, D, "bfloat16", str(weight_dtype).removeprefix("torch."), False, kept, False, "A100"
+    )
+    assert f"kept={0 if forward_aligned else kept};" in planned
