@@ -158,7 +158,8 @@ class Sm80Plan:
 
 @dataclass(frozen=True)
 class Sm90Plan:
-    """Hopper's own kernels (tensor copies and wgmma): 16-bit features and a float32 weight."""
+    """Hopper's own kernels (tensor copies and wgmma): 16-bit features, and a weight of float32 or
+    of their dtype."""
 
     segments: int
     """segments of rows that each pass works on one after another"""

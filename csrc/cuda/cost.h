@@ -55,8 +55,8 @@ struct CudaProblem {
   Math math() const { return math_of(x, allow_tf32); }
   DType weight() const { return weight_dtype_read(x, given_weight); }
   // The row stride of the products that the portable path keeps: those of all classes, or of none.
-  // Another number is that of Hopper's path, which a forward pass takes for a weight that lies
-  // otherwise than the backward pass's.
+  // Any other number was made for Hopper's kernels, and the products are made again. This happens
+  // where a hook of saved tensors gives the backward pass a weight with another memory layout.
   int64_t kept_products() const { return kept == round_up(C, kPad) ? kept : 0; }
 };
 
