@@ -13,6 +13,10 @@ namespace {
 // second-level cache.
 constexpr int64_t kFeaturePanels = 16;
 
+// Classes whose pieces are added to one sum of the features' gradient. Such sums are added in turn,
+// so that the error of a million classes is not that of thousands of additions to one number.
+constexpr int64_t kClassesPerSum = 8192;
+
 // Upstream gradients of the samples, padded to whole panels.
 struct SampleGradients {
   SampleGradients(const Call<float>& call, const Saved<const float>& saved,
@@ -101,7 +105,10 @@ class PanelBackward {
   void run() {
     if (kept_classes_ < call_.C) columns_ = panel_call_.columns_of_features();
     if (wanted_ & kWeight) rows_ = panel_call_.rows_of_features();
-    if (wanted_ & kInput) input_grad_ = Buffer(panel_call_.D_panels * width_ * kPanel);
+    if (wanted_ & kInput) {
+      input_grad_ = Buffer(panel_call_.D_panels * width_ * kPanel);
+      if (call_.C > kClassesPerSum) input_sum_ = Buffer(panel_call_.D_panels * width_ * kPanel);
+    }
     const std::optional<WeightRows> weight_grad =
         wanted_ & kWeight ? std::optional<WeightRows>(std::in_place, out_.weight, wave_)
                           : std::nullopt;
@@ -117,7 +124,7 @@ class PanelBackward {
       });
       for (int64_t i = 0; i < blocks; ++i) add_up(totals_[i]);
       if (weight_grad) weight_grad->finish(begin, count);
-      if (wanted_ & kInput) input_gradient(w, begin > 0);
+      if (wanted_ & kInput) input_gradient(w, begin);
     }
     if (wanted_ & kInput) project_input();
     if ((wanted_ & kKappa) && call_.terms.kappa.size() == 1)
@@ -310,33 +317,37 @@ class PanelBackward {
 
   // Adds the product of a wave's gradient with its weights to that of the waves before. Every sum
   // runs over the classes in order, whatever the number of tasks.
-  void input_gradient(const Matrix<float>& w, bool add) {
+  void input_gradient(const Matrix<float>& w, int64_t wave) {
     const int64_t slots = panel_call_.slots, D_panels = panel_call_.D_panels;
     const int64_t groups = std::min(round_up(ceil_div(D_panels, kFeaturePanels), slots),
                                     ceil_div(D_panels, 3)),
                   shares = std::min(panels_, ceil_div(slots, groups));
     run_tasks(groups * shares, slots, [&](int64_t slot, int64_t i) {
       const int64_t group = i / shares, share = i % shares;
-      input_gradient(slots_[slot], w, add,
+      input_gradient(slots_[slot], w, wave,
                      {D_panels * group / groups, D_panels * (group + 1) / groups},
                      {panels_ * share / shares, panels_ * (share + 1) / shares});
     });
   }
 
-  void input_gradient(const Slot& slot, const Matrix<float>& w, bool add, Range features,
+  void input_gradient(const Slot& slot, const Matrix<float>& w, int64_t wave, Range features,
                       Range samples) const {
-    const int64_t per = kernels_.per_element;
+    const int64_t per = kernels_.per_element, rows = (samples.end - samples.begin) * kPanel;
     for (int64_t j = features.begin; j < features.end; j += kFeaturePanels) {
       const int64_t count = std::min(kFeaturePanels, features.end - j), d = j * kPanel;
       for (int64_t begin = 0; begin < w.rows; begin += kClassDepth) {
         const int64_t classes = std::min(kClassDepth, w.rows - begin);
         const int64_t elements = ceil_div(classes, per), distance = elements * kPanel + kPanel;
+        const bool first = (wave + begin) % kClassesPerSum == 0;
+        if (first && wave + begin > 0)
+          for (int64_t i = j; i < j + count; ++i)
+            end_sum(wave + begin, (i * width_ + samples.begin * kPanel) * kPanel, rows * kPanel);
         for (int64_t k = 0; k < elements; ++k)
           kernels_.pack_rows(&w(begin + k * per, d), w.row_stride, std::min(per, classes - k * per),
                              std::min(count * kPanel, call_.D - d), slot.features + k * kPanel,
                              distance);
         kernels_.multiply_transposed(
-            {.rows = (samples.end - samples.begin) * kPanel,
+            {.rows = rows,
              .panels = count,
              .depth = elements,
              .a = tile_of_rows_.data() + samples.begin * tile_of_rows_distance_ +
@@ -346,25 +357,39 @@ class PanelBackward {
              .b_distance = distance,
              .out = input_grad_.data() + (j * width_ + samples.begin * kPanel) * kPanel,
              .out_distance = width_ * kPanel,
-             .add = add || begin > 0});
+             .add = !first});
       }
     }
   }
 
+  // Adds the sum of the classes before `end` to that of the ones before them.
+  void end_sum(int64_t end, int64_t from, int64_t size) const {
+    const float* sum = input_grad_.data() + from;
+    float* total = input_sum_.data() + from;
+    for (int64_t i = 0; i < size; ++i)
+      total[i] = end == kClassesPerSum ? sum[i] : total[i] + sum[i];
+  }
+
   void project_input() {
     const Matrix<float>& x = panel_call_.x;
-    for (int64_t n = 0; n < call_.N; ++n) row_dot_[n] = projection(row_dot_[n], saved_.x_rnorm[n]);
+    std::vector<float> factor(call_.N);
+    for (int64_t n = 0; n < call_.N; ++n)
+      factor[n] = projection(float(row_dot_[n]), saved_.x_rnorm[n]);
     parallel_rows(call_.N, call_.D, [&](int64_t begin, int64_t end) {
-      panel_call_.tile.unpack({.count = end - begin,
-                               .cols = call_.D,
-                               .panels = input_grad_.data() + begin * kPanel,
-                               .distance = width_ * kPanel,
-                               .other = &x(begin, 0),
-                               .other_stride = x.row_stride,
-                               .factor = &row_dot_[begin],
-                               .out = data<float>(out_.input) + begin * call_.D,
-                               .out_stride = call_.D,
-                               .past_caches = false});
+      if (input_sum_.data())
+        for (int64_t i = 0; i < panel_call_.D_panels; ++i)
+          end_sum(call_.C, (i * width_ + begin) * kPanel, (end - begin) * kPanel);
+      panel_call_.tile.unpack(
+          {.count = end - begin,
+           .cols = call_.D,
+           .panels = (input_sum_.data() ? input_sum_ : input_grad_).data() + begin * kPanel,
+           .distance = width_ * kPanel,
+           .other = &x(begin, 0),
+           .other_stride = x.row_stride,
+           .factor = &factor[begin],
+           .out = data<float>(out_.input) + begin * call_.D,
+           .out_stride = call_.D,
+           .past_caches = false});
     });
   }
 
@@ -385,9 +410,9 @@ class PanelBackward {
   const std::vector<float> x_rnorm_;
   const int64_t width_;              // samples, padded to whole panels
   std::vector<BlockTotals> totals_;  // of each block in a wave
-  std::vector<float> row_dot_;       // [N]  over all classes
+  std::vector<double> row_dot_;      // [N]  over all classes
   double total_kappa_ = 0, total_scale_ = 0;
-  Buffer columns_, rows_, tile_, tile_of_rows_, input_grad_, memory_;
+  Buffer columns_, rows_, tile_, tile_of_rows_, input_grad_, input_sum_, memory_;
   int64_t tile_distance_, tile_of_rows_distance_;
   std::vector<Slot> slots_;
 };

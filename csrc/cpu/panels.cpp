@@ -45,7 +45,7 @@ inline float pair(float first, float second) {
 }
 
 struct Element {
-  static constexpr int64_t kNumbers = 2;
+  static constexpr int64_t kNumbers = 2, kDepth = kPairDepth;
 
   // One instruction adds both products of a pair, the second one first, and rounds after each.
   static S::Vec multiply_add(float a, S::Vec b, S::Vec sum) {
@@ -66,7 +66,7 @@ struct Element {
 #else
 
 struct Element {
-  static constexpr int64_t kNumbers = 1;
+  static constexpr int64_t kNumbers = 1, kDepth = kFloatDepth;
   static S::Vec multiply_add(float a, S::Vec b, S::Vec sum) { return a * b + sum; }
 };
 
@@ -132,8 +132,8 @@ void multiply(const PanelProduct& p) {
   const Parts panels(p.panels, kMaxPanels);
   // A block of a transposed matrix does not cross the border of two panels.
   const int64_t group = kTransposed ? kPanel : p.rows;
-  for (int64_t k = 0; k == 0 || k < p.depth; k += kDepth) {
-    const int64_t depth = std::min(kDepth, p.depth - k);
+  for (int64_t k = 0; k == 0 || k < p.depth; k += Element::kDepth) {
+    const int64_t depth = std::min(Element::kDepth, p.depth - k);
     for (int64_t j = 0; j < panels.count; ++j) {
       const int64_t panel = panels.begin(j), width = panels.begin(j + 1) - panel;
       const float* b = p.b + panel * p.b_distance + k * kPanel;

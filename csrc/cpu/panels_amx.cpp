@@ -14,10 +14,10 @@ void multiply_transposed(const PanelProduct& product);
 
 namespace {
 
-constexpr int64_t kTile = kPanel * kPanel;        // elements in a tile
-constexpr int64_t kRow = kPanel * sizeof(float);  // bytes between two of its rows
-constexpr int64_t kRows = 2 * kPanel;             // of a block of four tiles
-constexpr int64_t kMaxTiles = kDepth / kPanel;    // that a sum runs over between two stores
+constexpr int64_t kTile = kPanel * kPanel;          // elements in a tile
+constexpr int64_t kRow = kPanel * sizeof(float);    // bytes between two of its rows
+constexpr int64_t kRows = 2 * kPanel;               // of a block of four tiles
+constexpr int64_t kMaxTiles = kPairDepth / kPanel;  // that a sum runs over between two stores
 
 // A block of the result and its operands, of which each is `tiles` tiles long.
 struct Block {
@@ -117,7 +117,7 @@ void multiply(const PanelProduct& p) {
   for (int64_t k = 0, depth; k == 0 || k < p.depth; k += depth) {
     // What does not fill a tile is a step of its own, with tiles of fewer columns.
     const int64_t rest = p.depth - k, whole = rest / kPanel * kPanel;
-    depth = whole ? std::min(whole, kDepth) : std::max<int64_t>(rest, 1);
+    depth = whole ? std::min(whole, kPairDepth) : std::max<int64_t>(rest, 1);
     const int64_t tiles = rest ? ceil_div(depth, kPanel) : 0;
     for (int64_t row = 0; row < p.rows; row += kRows) {
       const int64_t rows = std::min(kRows, p.rows - row);
