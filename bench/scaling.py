@@ -49,9 +49,8 @@ def predicted(shape, dtype, device, speed):
     found = plan(*shape, dtype=dtype, weight_dtype=torch.float32, device=device)
     if device == "cuda":
         return found.forward_seconds + found.backward_seconds, found.saved + found.workspace
-    N, C, _ = shape
     seconds = (found.forward_flops + found.backward_flops) / speed["flops_per_s"]
-    return seconds, found.saved + 4 * N * min(found.class_block, C)
+    return seconds, found.saved + found.workspace
 
 
 def point(shape, size, dtype, device, seconds):

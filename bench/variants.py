@@ -178,6 +178,8 @@ def make(name, shape, kappa, device, dtype):
     if name in PEERS:
         if kappa != 0:
             raise Refused("has no t-vMF, only kappa = 0")
+        if name in MODULES and torch.device(device).type == "cpu":
+            raise Refused("needs a GPU")
         if name in MODULES and not importlib.util.find_spec(MODULES[name]):
             raise Refused("not installed: pip install '.[bench]'")
         return PEERS[name]()

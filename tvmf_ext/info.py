@@ -24,7 +24,8 @@ class BuildInfo:
     no_cuda: str
     """why no CUDA kernels were compiled, such as "TVMF_CUDA=0"; empty where they were"""
     cpu: str
-    """the instruction set that was chosen on this machine: baseline, avx2 or avx512"""
+    """the instruction set that was chosen on this machine: baseline, avx2, avx512, avx512_bf16 or
+    amx_bf16"""
     stable_abi: str
     """the oldest torch that the binary runs with"""
     torch: str

@@ -71,14 +71,18 @@ class _Problem:
 
 @dataclass(frozen=True)
 class CpuPlan(_Problem):
-    """How the CPU kernels cut a problem."""
+    """How the CPU kernels cut a problem on this machine, for the threads that torch uses now."""
 
+    own_products: bool
+    """whether the head makes the matrix products itself; otherwise PyTorch's library does"""
     class_block: int
-    """classes per matrix product, whose N x block tile stays in the second-level cache"""
+    """classes whose N x block tile of gradients is made at a time"""
     row_group: int
-    """rows per task between the products"""
+    """rows that are worked on together between the products"""
     stripe: int
     """classes per task"""
+    workspace: int
+    """bytes that a pass allocates at most, beside what is saved and its results"""
 
     @property
     def forward_flops(self) -> float:
@@ -94,8 +98,10 @@ class CpuPlan(_Problem):
         tile = self.N * self.class_block * ops.compute_dtype(self.dtype).itemsize
         lines = [
             self._title("the CPU"),
+            f"products           {'our own' if self.own_products else 'by PyTorch'}",
             f"blocks             {blocks} of {self.class_block} classes, a tile of {_bytes(tile)}",
             f"tasks              {self.row_group} rows x {self.stripe} classes",
+            f"workspace          {_bytes(self.workspace)}",
         ]
         if self.backward:
             lines.append(self._saved_line())

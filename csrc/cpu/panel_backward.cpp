@@ -9,14 +9,6 @@
 namespace tvmf::cpu {
 namespace {
 
-// Panels of features that a task takes at a time: their weights and gradients stay in the
-// second-level cache.
-constexpr int64_t kFeaturePanels = 16;
-
-// Classes whose pieces are added to one sum of the features' gradient. Such sums are added in turn,
-// so that the error of a million classes is not that of thousands of additions to one number.
-constexpr int64_t kClassesPerSum = 8192;
-
 // Upstream gradients of the samples, padded to whole panels.
 struct SampleGradients {
   SampleGradients(const Call<float>& call, const Saved<const float>& saved,

@@ -8,12 +8,35 @@ PanelPlan::PanelPlan(int64_t N, int64_t C, int64_t D, int64_t threads) {
   // The packed weights of a block fit the second-level cache of a core.
   block = 128;
   // Between two merges the threads share the gradient of a wave, of 2 MiB, and read its weights
-  // twice, 8 MiB. Many threads need more blocks to share.
+  // twice, 8 MiB. Many threads need more blocks to share, but no more than 32 MiB of gradient.
   constexpr int64_t kGradient = int64_t(2) << 20, kWeights = int64_t(8) << 20, kMost = 4096;
-  const int64_t fitting = std::min(kGradient / 4 / N, kWeights / 4 / D);
-  const int64_t most = std::max(std::min(fitting, kMost), threads * block);
+  constexpr int64_t kMostGradient = int64_t(32) << 20;
+  const int64_t fitting = std::min({kGradient / 4 / N, kWeights / 4 / D, kMost});
+  const int64_t most = std::max(fitting, std::min(threads * block, kMostGradient / 4 / N));
   const int64_t waves = ceil_div(C, std::max(most / kClassDepth * kClassDepth, kClassDepth));
   wave = round_up(ceil_div(C, waves), kClassDepth);
+}
+
+int64_t panel_workspace(int64_t N, int64_t C, int64_t D, int64_t per_element, int64_t kept,
+                        int64_t threads) {
+  const PanelPlan plan(N, C, D, threads);
+  const int64_t panels = ceil_div(N, kPanel), D_panels = ceil_div(D, kPanel);
+  const int64_t D_elements = ceil_div(D, per_element), N_elements = ceil_div(N, per_element);
+  const bool all_kept = kept >= C, pairs = per_element > 1;
+  const int64_t columns = panels * D_elements * kPanel;
+  const int64_t packed = ceil_div(D_elements, kPanel) * (plan.block + 1) * kPanel;
+  const int64_t products = panels * plan.block * kPanel;
+  const int64_t forward = columns + threads * (packed + products + plan.block * kPanel);
+
+  const int64_t rows = D_panels * N_elements * kPanel;
+  const int64_t input = D_panels * panels * kPanel * kPanel * (C > kClassesPerSum ? 2 : 1);
+  // Pairs have two tiles, each of half the size.
+  const int64_t tile = panels * (plan.wave + 1) * kPanel;
+  const int64_t pieces = kFeaturePanels * (kClassDepth + 1) * kPanel;
+  const int64_t backward = (all_kept ? 0 : columns) + rows + input + tile +
+                           threads * (pieces + 3 * plan.block * kPanel + (all_kept ? 0 : packed) +
+                                      (pairs ? products : 0));
+  return int64_t(sizeof(float)) * std::max(forward, backward);
 }
 
 PanelCall::PanelCall(const Call<float>& call, const PanelKernels& kernels)

@@ -44,6 +44,19 @@ struct PanelPlan {
 // Classes in a piece of the sum over classes.
 constexpr int64_t kClassDepth = 256;
 
+// Classes whose pieces are added to one sum of the features' gradient. Such sums are added in turn,
+// so that the error of a million classes is not that of thousands of additions to one number.
+constexpr int64_t kClassesPerSum = 8192;
+
+// Panels of features that a task of the backward pass takes at a time: their weights and gradients
+// stay in the second-level cache.
+constexpr int64_t kFeaturePanels = 16;
+
+// Bytes that the passes allocate at most beside what is saved, but for a few numbers for each row
+// and class.
+int64_t panel_workspace(int64_t N, int64_t C, int64_t D, int64_t per_element, int64_t kept,
+                        int64_t threads);
+
 class PanelCall {
  public:
   PanelCall(const Call<float>& call, const PanelKernels& kernels);

@@ -1,5 +1,9 @@
 #include "torch/plan_text.h"
 
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/choice.h"
+#include "cpu/panel_call.h"
 #include "cpu/plan.h"
 #include "cuda/plan.h"
 #include "torch/check.h"
@@ -42,12 +46,22 @@ class Fields {
 
 std::string cpu_text(int64_t N, int64_t C, int64_t D, DType x, int64_t kept) {
   const int64_t element_size = size_of(x) == 8 ? 8 : 4;
-  const CpuPlan plan = plan_cpu(N, C, D, element_size);
+  const auto own = cpu::own_products(torch_dtype(x), N, C, D);
+  CpuPlan plan = plan_cpu(N, C, D, element_size);
+  int64_t workspace = N * std::min(plan.class_block, C) * element_size;
+  if (own) {
+    const int64_t threads = torch::stable::get_num_threads();
+    const cpu::PanelPlan panels(N, C, D, threads);
+    plan = {.class_block = panels.wave, .row_group = cpu::kPanel, .stripe = panels.block};
+    workspace = cpu::panel_workspace(N, C, D, own->per_element, kept, threads);
+  }
   Fields fields;
   fields.put("architecture", "cpu");
+  fields.put("own_products", int(own != nullptr));
   fields.put("class_block", plan.class_block);
   fields.put("row_group", plan.row_group);
   fields.put("stripe", plan.stripe);
+  fields.put("workspace", workspace);
   fields.put("kept", kept);
   fields.put("saved", SavedLayout(N, C, kept).size * element_size);
   return fields.text();

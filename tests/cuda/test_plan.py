@@ -342,7 +342,10 @@ def test_the_cpu_has_a_plan_too():
     assert result == plan(256, 8142, 2048, device=torch.device("cpu"))
     assert result.class_block % 16 == 0 and result.kept == 8144
     assert result.saved == 4 * ((5 * 256 + 8142 + 15) // 16 * 16 + 256 * result.kept)
-    for words in (f"of {result.class_block} classes", "32 rows x 512 classes", "all products"):
+    tasks, products = "32 rows x 512 classes", "by PyTorch"
+    if result.own_products:
+        tasks, products = "16 rows x 128 classes", "our own"
+    for words in (f"of {result.class_block} classes", tasks, products, "all products"):
         assert words in str(result)
     assert plan(256, 10**6, 2048, device="cpu").backward_flops > 5.8 * 256 * 10**6 * 2048
 
@@ -355,6 +358,17 @@ def test_what_the_cpu_keeps_and_its_tile_stay_under_64_mb(N, dtype):
     tile = itemsize * N * result.class_block
     terms = itemsize * (10**6 + 3 * N)  # the numbers per class and per row
     assert result.saved + tile - terms <= 56e6 or result.kept == 0
+
+
+def test_many_threads_share_a_bounded_tile_on_the_cpu():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(256)
+        for N in (16, 1024, 20000):
+            result = plan(N, 10**6, 128, device="cpu")
+            assert 4 * N * min(result.class_block, 10**6) <= max(33 << 20, 4 * N * 256)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_default_device_is_one_that_is_here():
