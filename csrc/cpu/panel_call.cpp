@@ -5,8 +5,9 @@
 namespace tvmf::cpu {
 
 PanelPlan::PanelPlan(int64_t N, int64_t C, int64_t D, int64_t threads) {
-  // The packed weights of a block fit the second-level cache of a core.
-  block = 128;
+  // The packed weights of a block fit the second-level cache of a core. Few classes are cut into
+  // smaller blocks, so that all threads have some.
+  block = C >= 896 ? 128 : C >= 512 ? 64 : C >= 256 ? 32 : 16;
   // Between two merges the threads share the gradient of a wave, of 2 MiB, and read its weights
   // twice, 8 MiB. Many threads need more blocks to share, but no more than 32 MiB of gradient.
   constexpr int64_t kGradient = int64_t(2) << 20, kWeights = int64_t(8) << 20, kMost = 4096;
