@@ -354,7 +354,8 @@ class PanelBackward {
     }
   }
 
-  // Adds the sum of the classes before `end` to that of the ones before them.
+  // A sum of the features' gradient ends before the class `end`: `size` of its numbers, the first
+  // at `from`, are added to the sums that ended before it. The first sum finds none, and is copied.
   void end_sum(int64_t end, int64_t from, int64_t size) const {
     const float* sum = input_grad_.data() + from;
     float* total = input_sum_.data() + from;

@@ -360,15 +360,10 @@ def test_what_the_cpu_keeps_and_its_tile_stay_under_64_mb(N, dtype):
     assert result.saved + tile - terms <= 56e6 or result.kept == 0
 
 
-def test_many_threads_share_a_bounded_tile_on_the_cpu():
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(256)
-        for N in (16, 1024, 20000):
-            result = plan(N, 10**6, 128, device="cpu")
-            assert 4 * N * min(result.class_block, 10**6) <= max(33 << 20, 4 * N * 256)
-    finally:
-        torch.set_num_threads(threads)
+@pytest.mark.parametrize("N", [16, 1024, 20000])
+def test_many_threads_share_a_bounded_tile_on_the_cpu(threads, N):
+    threads(256)
+    assert 4 * N * plan(N, 10**6, 128, device="cpu").class_block <= 32 << 20
 
 
 def test_the_default_device_is_one_that_is_here():
